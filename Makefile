@@ -1,0 +1,26 @@
+# `make demo` runs the main job, `make test` the tests; both make their own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint clean
+
+$(READY): pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: install Python 3.11 or newer"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, this is `$(PYTHON) --version`: set PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "the venv module is missing: on Debian, apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -e '.[dev]' $(foreach plugin,$(wildcard plugins/*/pyproject.toml),-e ./$(dir $(plugin)))
+	touch $@
+
+demo: $(READY)
+	$(VENV)/bin/mergekit-vl run recipes/mergetune_coop.yaml
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,103 @@
+"""The embedded micro CLIP: open_clip's own classes at a size that ships in the package (trained by `scripts/pretrain_micro.py`).
+
+Image tower: timm's ConvNeXt-Atto at 48 x 48 (LayerNorm, no running statistics). Text tower: open_clip's classic causal transformer
+with open_clip's `SimpleTokenizer`. Only those rows of the token embedding that pretraining saw are stored; the others are drawn
+from the seeded distribution of the stored ones when the model is built, and `unknown_words` names the words that need them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip import CLIP, SimpleTokenizer
+
+IMAGE_SIZE = 48
+CONTEXT = 24
+CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "avg", "timm_proj": "linear", "image_size": IMAGE_SIZE},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.3, 0.3, 0.3)
+ASSET = "micro_clip.safetensors"
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images in 0..1, [B, 3, H, W], to the range the tower was trained on."""
+    return (images - MEAN[0]) / STD[0]
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> SimpleTokenizer:
+    from open_clip import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=CONTEXT)
+
+
+def untrained() -> CLIP:
+    from open_clip import CLIP
+
+    return CLIP(**CONFIG)
+
+
+@lru_cache(maxsize=1)
+def known_tokens() -> Tensor:
+    """Token ids that pretraining saw, sorted."""
+    from mergekit_vl.microworld.pretraining import vocabulary
+
+    ids = tokenizer()(list(vocabulary())).unique()
+    return ids[ids > 0]
+
+
+def encode_short(model: CLIP, ids: Tensor) -> Tensor:
+    """`model.encode_text` on ids cut at the longest text: exact for a causal tower that pools at the end token. [B, L] -> [B, D]."""
+    length = int(ids.argmax(-1).max()) + 1
+    ids = ids[:, :length]
+    x = model.token_embedding(ids) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
+    return x @ model.text_projection
+
+
+def export(model: nn.Module, path: Path) -> None:
+    """Write fp16 tensors, with the known rows of the token embedding only."""
+    from safetensors.torch import save_file
+
+    state = {k: v.detach() for k, v in model.state_dict().items() if k != "attn_mask"}
+    state["token_embedding.weight"] = state["token_embedding.weight"][known_tokens()]
+    state["token_ids"] = known_tokens()
+    save_file({k: (v.half() if v.is_floating_point() else v.int()).contiguous() for k, v in state.items()}, path)
+
+
+def load() -> CLIP:
+    """The pretrained micro CLIP, float32, in eval mode."""
+    from safetensors.torch import load_file
+
+    with as_file(files("mergekit_vl") / "assets" / ASSET) as path:
+        state = {k: v.float() if v.is_floating_point() else v.long() for k, v in load_file(path).items()}
+    ids, rows = state.pop("token_ids"), state["token_embedding.weight"]
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(CONFIG["text_cfg"]["vocab_size"], rows.shape[1], generator=generator) * rows.std(0) + rows.mean(0)
+    table[ids] = rows
+    state["token_embedding.weight"] = table
+    model = untrained()
+    model.load_state_dict(state, strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def unknown_words(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Words of class names that the micro model was never trained on."""
+    from mergekit_vl.microworld.pretraining import vocabulary
+
+    known = set(vocabulary())
+    words = dict.fromkeys(word for name in names for word in re.findall(r"[a-z0-9]+", name.lower()))
+    return tuple(word for word in words if word not in known)

@@ -8,6 +8,7 @@ from the seeded distribution of the stored ones when the model is built, and `un
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
+
+    from mergekit_vl.backbones.clip import Backbone
 
 IMAGE_SIZE = 48
 CONTEXT = 24
@@ -101,3 +104,13 @@ def unknown_words(names: tuple[str, ...]) -> tuple[str, ...]:
     known = set(vocabulary())
     words = dict.fromkeys(word for name in names for word in re.findall(r"[a-z0-9]+", name.lower()))
     return tuple(word for word in words if word not in known)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The embedded micro CLIP (no options)."""
+
+    def build(self, device: str) -> Backbone:
+        from mergekit_vl.backbones.clip import Backbone
+
+        return Backbone(load(), tokenizer(), {"image_size": IMAGE_SIZE, "mean": MEAN, "std": STD}, "micro", device, unknown_words)

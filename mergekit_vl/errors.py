@@ -1,0 +1,22 @@
+"""Every error that a user can meet: what happened, where, and how to mend it, on one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """An error of the input. The command line prints it as one line and exits with 2."""
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__((f"{where}: " if where else "") + what + (f" ({mend})" if mend else ""))
+
+
+def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -> UserError:
+    """The error for a name that is not among `known`, with the nearest one that is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "known: " + (", ".join(known) or "none")
+    return UserError(f"unknown {kind} {name!r}", where=where, mend=hint)

@@ -1,0 +1,166 @@
+"""The feature store: image features and the bank of augmented views, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.files import write_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mergekit_vl.data import Split
+    from mergekit_vl.model import ImagePath
+
+CHUNK = 1024  # images decoded before they are encoded: memory stays flat in the number of images
+Report = Callable[[int, int, str], None]
+
+
+def default_folder() -> Path:
+    """`$MERGEKIT_VL_CACHE`, or mergekit_vl in the user's cache folder."""
+    if found := os.environ.get("MERGEKIT_VL_CACHE"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_vl"
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The field's training transform: RandomResizedCrop with this smallest share of the area, then a flip half of the time."""
+
+    crop: float = 0.08
+    flip: bool = True
+
+
+@dataclass
+class FeatureStore:
+    """Features by (image path, images, transform). Features are raw float32 [N, D]."""
+
+    folder: Path = field(default_factory=default_folder)
+    report: Report = lambda done, total, what: None
+    encoded: int = 0
+    """Images that went through a tower so far."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def features(self, path: ImagePath, split: Split) -> Tensor:
+        """Test-time features [N, D] of the split's rows."""
+        key = self._key(path, split.key, "test")
+        return self._stored(key, lambda: self._encode(path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"))
+
+    def views(self, path: ImagePath, split: Split, *, epochs: int, seed: int, augment: Augment) -> Tensor:
+        """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).
+
+        Stored by epoch, so that a longer run continues a shorter one. Exact in distribution: the training step sees a
+        fresh view of every image in every epoch, as it would without the bank.
+        """
+        out = []
+        missing = []
+        for epoch in range(epochs):
+            key = self._key(path, split.key, f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}")
+            out.append(self._find(key))
+            if out[-1] is None:
+                missing.append((epoch, key))
+        if missing:
+            n = len(split)
+
+            def view(i: int) -> Tensor:
+                epoch, row = missing[i // n][0], int(split.rows[i % n])
+                return train_view(split.source.load(row), path, augment, seed=(seed, row, epoch))
+
+            features = self._encode(path, n * len(missing), view, "augmented views").view(len(missing), n, -1)
+            for (epoch, key), rows in zip(missing, features):
+                out[epoch] = self._keep(key, rows.clone())
+        return torch.stack(out)  # type: ignore[arg-type]
+
+    def _key(self, path: ImagePath, split: str, transform: str) -> str:
+        text = json.dumps([path.key, split, transform, path.backbone.preprocess, "float32", 1])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _stored(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        found = self._find(key)
+        return found if found is not None else self._keep(key, make())
+
+    def _find(self, key: str) -> Tensor | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if key not in self.memory:
+            file = self.folder / key[:2] / f"{key}.safetensors"
+            try:
+                self.memory[key] = load_file(file)["features"]
+            except (FileNotFoundError, SafetensorError):  # a damaged file is computed again
+                return None
+        return self.memory[key]
+
+    def _keep(self, key: str, features: Tensor) -> Tensor:
+        from safetensors.torch import save
+
+        self.memory[key] = features
+        write_bytes(self.folder / key[:2] / f"{key}.safetensors", save({"features": features.contiguous()}))
+        return features
+
+    def _encode(self, path: ImagePath, n: int, load: Callable[[int], Tensor], what: str) -> Tensor:
+        out = []
+        for start in range(0, n, CHUNK):
+            batch = torch.stack([load(i) for i in range(start, min(start + CHUNK, n))])
+            out.append(path.encode(batch).cpu())
+            self.encoded += len(batch)
+            self.report(min(start + CHUNK, n), n, what)
+        if not out:
+            raise UserError("there are no images to encode", mend="check the dataset's splits")
+        return torch.cat(out)
+
+
+def test_view(image: Image, path: ImagePath) -> Tensor:
+    """Resize the short side and crop the centre: CLIP's own transform. [3, H, W]."""
+    from torchvision.transforms import functional as T
+
+    size = path.backbone.preprocess["image_size"]
+    if image.size != (size, size):
+        image = T.center_crop(T.resize(image, size, T.InterpolationMode.BICUBIC), [size, size])
+    return _tensor(image, path)
+
+
+test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
+
+
+def train_view(image: Image, path: ImagePath, augment: Augment, *, seed: Sequence[int]) -> Tensor:
+    """One augmented view; the draws are torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries), from a generator of our own."""
+    import math
+    import random
+
+    from torchvision.transforms import functional as T
+
+    draw = random.Random(repr(tuple(seed)))
+    size = path.backbone.preprocess["image_size"]
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * draw.uniform(augment.crop, 1.0)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+            break
+    else:
+        w = h = min(width, height)
+        top, left = (height - h) // 2, (width - w) // 2
+    image = T.resized_crop(image, top, left, h, w, [size, size], T.InterpolationMode.BICUBIC)
+    if augment.flip and draw.random() < 0.5:
+        image = T.hflip(image)
+    return _tensor(image, path)
+
+
+def _tensor(image: Image, path: ImagePath) -> Tensor:
+    from torchvision.transforms import functional as T
+
+    settings = path.backbone.preprocess
+    return T.normalize(T.to_tensor(image), settings["mean"], settings["std"])

@@ -1,0 +1,201 @@
+"""Models: class names in, logits out.
+
+    images [B,3,H,W] --image path--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
+
+Shape legend of the project: B images, D feature width, K classes, M context tokens, W token width, L text length, A alphas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.backbones.clip import Backbone
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names with the templates a zero-shot classifier reads them in (`{}` or `{c}` stands for the name)."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    def texts(self) -> list[list[str]]:
+        """One list of K texts per template."""
+        return [[_fill(template, name) for name in self.names] for template in self.templates]
+
+    def subset(self, indices: Sequence[int]) -> Classes:
+        return Classes(tuple(self.names[i] for i in indices), self.templates)
+
+
+def _fill(template: str, name: str) -> str:
+    if callable(template):
+        return template(name)
+    if "{}" not in template and "{c}" not in template:
+        raise UserError(f"template {template!r} has no place for the class name", mend="write {} or {c} in it")
+    return template.replace("{c}", name).replace("{}", name)
+
+
+@dataclass(frozen=True)
+class ImagePath:
+    """What turns images into features; equal keys mean equal features."""
+
+    backbone: Backbone
+
+    @property
+    def key(self) -> str:
+        return self.backbone.key
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised-by-the-backbone images [B, 3, H, W] to raw features [B, D]."""
+        return self.backbone.encode_image(images)
+
+
+class Head(Protocol):
+    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Features [B, D] by image-path key to log-probabilities or logits [B, K]."""
+        ...
+
+
+class Model(Protocol):
+    @property
+    def paths(self) -> tuple[ImagePath, ...]: ...
+
+    def bind(self, classes: Classes) -> Head: ...
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that this model adds to its backbone."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of a head for one sample: 1, or the number of members of an ensemble."""
+        ...
+
+
+class Adapter(Protocol):
+    """What is tuned on a frozen backbone. Only adapters of equal `space` can be merged."""
+
+    @property
+    def space(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter: ...
+    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
+        """Raw (un-normalised) text features [K, D]."""
+        ...
+
+    def anchor(self, backbone: Backbone) -> Adapter:
+        """The zero-shot point in this adapter's space."""
+        ...
+
+
+@dataclass(frozen=True)
+class CosineHead:
+    """Scaled cosine between image features and text features; the classifier of CLIP."""
+
+    key: str
+    text: Tensor  # [K, D], normalised
+    scale: Tensor
+
+    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+        import torch.nn.functional as F
+
+        return self.scale * F.normalize(features[self.key], dim=-1) @ self.text.T
+
+
+def cosine_head(backbone: Backbone, text: Tensor) -> CosineHead:
+    import torch.nn.functional as F
+
+    return CosineHead(backbone.key, F.normalize(text, dim=-1), backbone.scale)
+
+
+@dataclass(frozen=True)
+class Single:
+    """One adapter on one backbone."""
+
+    backbone: Backbone
+    adapter: Adapter
+
+    @property
+    def paths(self) -> tuple[ImagePath, ...]:
+        return (ImagePath(self.backbone),)
+
+    def text_features(self, classes: Classes) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return self.adapter.text_features(self.backbone, classes)
+
+    def bind(self, classes: Classes) -> Head:
+        return cosine_head(self.backbone, self.text_features(classes))
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel() for t in self.adapter.tensors.values())
+
+    forwards = 1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A weighted sum of the members' raw text features, bound late: the merge in the space `features`."""
+
+    members: tuple[Single, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def paths(self) -> tuple[ImagePath, ...]:
+        return self.members[0].paths
+
+    def text_features(self, classes: Classes) -> Tensor:
+        total = sum(w * m.text_features(classes) for w, m in zip(self.weights, self.members))
+        return total  # type: ignore[return-value]
+
+    def bind(self, classes: Classes) -> Head:
+        return cosine_head(self.members[0].backbone, self.text_features(classes))
+
+    @property
+    def parameters(self) -> int:
+        return sum(m.parameters for m in self.members)
+
+    forwards = 1
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The logarithm of the members' weighted mean probability."""
+
+    members: tuple[Model, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def paths(self) -> tuple[ImagePath, ...]:
+        return tuple({path.key: path for m in self.members for path in m.paths}.values())
+
+    def bind(self, classes: Classes) -> Head:
+        import torch
+
+        heads = [m.bind(classes) for m in self.members]
+        logs = torch.tensor(self.weights).log()
+
+        def head(features: Mapping[str, Tensor]) -> Tensor:
+            members = torch.stack([h(features).log_softmax(-1) for h in heads])  # [N, B, K]
+            return torch.logsumexp(members + logs.to(members)[:, None, None], 0)
+
+        return head
+
+    @property
+    def parameters(self) -> int:
+        return sum(m.parameters for m in self.members)
+
+    @property
+    def forwards(self) -> int:
+        return sum(m.forwards for m in self.members)

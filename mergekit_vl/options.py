@@ -1,0 +1,51 @@
+"""Options are the fields of frozen dataclasses: documented with `option`, checked by pydantic, built with `build`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_vl.errors import UserError, unknown
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with its meaning; without a default it must be given."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def key_of(field: dataclasses.Field) -> str:
+    """The key in a recipe: `lambda_` is written `lambda`."""
+    return field.name.rstrip("_")
+
+
+def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
+    """An instance of the dataclass `cls` from a recipe's mapping; raises UserError for unknown, missing and ill-typed keys."""
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = {key_of(field): field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values = {}
+    for key, value in given.items():
+        if key not in fields:
+            raise unknown("key", key, fields, where=where)
+        field = fields[key]
+        try:
+            values[field.name] = TypeAdapter(hints[field.name]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise UserError(f"{key}={value!r}: {problem}", where=where, mend=field.metadata.get("help", "")) from None
+    missing = [key for key, f in fields.items() if f.name not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{missing[0]!r} is missing", where=where, mend=fields[missing[0]].metadata.get("help", ""))
+    return cls(**values)
+
+
+def describe(cls: type) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of each option."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        rows.append((key_of(field), str(field.type), default, field.metadata.get("help", "")))
+    return rows

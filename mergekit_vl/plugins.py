@@ -1,0 +1,120 @@
+"""The registry: built-ins, installed entry points and a plugins directory, all through the same hooks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from mergekit_vl import hookspecs
+from mergekit_vl.errors import UserError, unknown
+
+DEFAULT_PLUGINS = ("mergekit_vl.builtins",)
+ENTRY_POINT_GROUP = "mergekit_vl"
+KINDS = ("backbones", "adapters", "tuners", "strategies", "datasets", "protocols")
+
+
+@dataclass(frozen=True)
+class Entry:
+    kind: str
+    name: str
+    target: Any
+    summary: str
+    owner: str
+
+    def resolve(self) -> Any:
+        """The registered class, imported now if it was given as `"module:Class"`."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.name} ({self.target}) of plugin {self.owner} cannot be imported: {error}") from error
+
+
+@dataclass
+class Registry:
+    manager: pluggy.PluginManager
+    entries: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    failures: dict[str, str] = field(default_factory=dict)
+    """Plugins that could not be loaded, with the reason; the others work on."""
+
+    def find(self, kind: str, name: str, *, where: str = "") -> Entry:
+        if name not in self.entries[kind]:
+            raise unknown(kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1], name, self.entries[kind], where=where)
+        return self.entries[kind][name]
+
+    def owners(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.manager.list_name_plugin())
+
+
+def load_plugins(directory: Path | None = None) -> Registry:
+    """Load every plugin: DEFAULT_PLUGINS, entry points of group `mergekit_vl`, and the *.py files of `directory`.
+
+    A third-party plugin that raises while loading is named in `failures`. A name registered twice, a hook that does not
+    exist (`check_pending`) and a built-in that fails are fatal.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    registry = Registry(manager)
+    for name in DEFAULT_PLUGINS:
+        _admit(registry, name, lambda name=name: importlib.import_module(name), builtin=True)
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+        _admit(registry, point.name, point.load)
+    directory = directory or (Path(found) if (found := os.environ.get("MERGEKIT_VL_PLUGINS")) else None)
+    if directory is not None:
+        if not directory.is_dir():
+            raise UserError("no such plugins directory", where=str(directory), mend="give an existing folder to --plugins-dir")
+        for path in sorted(directory.glob("*.py")):
+            _admit(registry, path.stem, lambda path=path: _import_file(path))
+    return registry
+
+
+def _import_file(path: Path) -> Any:
+    name = f"mergekit_vl_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: bool = False) -> None:
+    """Load one plugin and call its hooks; all of its names come in, or none."""
+    manager = registry.manager
+    staged: list[Entry] = []
+    try:
+        plugin = load()
+        manager.register(plugin, owner)
+        manager.check_pending()
+        for kind in KINDS:
+
+            def register(name: str, target: Any, summary: str = "", kind: str = kind) -> None:
+                staged.append(Entry(kind, name, target, summary, owner))
+
+            others = [p for p in manager.get_plugins() if p is not plugin]
+            manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
+    except Exception as error:  # a third party's code may raise anything
+        if builtin:
+            raise
+        if manager.has_plugin(owner):
+            manager.unregister(name=owner)
+        registry.failures[owner] = f"{type(error).__name__}: {error}"
+        return
+    for entry in staged:
+        held = registry.entries[entry.kind].get(entry.name)
+        if held is not None:
+            raise UserError(
+                f"{entry.kind}: {entry.name!r} is registered twice, by {held.owner} and by {owner}", mend="rename one, or uninstall a plugin"
+            )
+        registry.entries[entry.kind][entry.name] = entry

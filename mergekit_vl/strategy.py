@@ -1,0 +1,46 @@
+"""What a strategy and a tuner are given, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from mergekit_vl.data import Split
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.model import Classes, Model, Single
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The few-shot images that a tuner or a strategy may read; never the test split."""
+
+    classes: Classes
+    train: Split
+    val: Split | None = None
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """`base` is the zero-shot model; `tuned` the fine-tuned ones in recipe order, base never among them; `data` aligned with `tuned`."""
+
+    base: Single
+    tuned: tuple[Model, ...]
+    data: tuple[TaskData, ...]
+    features: FeatureStore
+    seed: int = 0
+    device: str = "cpu"
+    progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+
+
+class Strategy(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    def merge(self, inputs: MergeInputs) -> Model: ...
+
+
+class Tuner(Protocol):
+    """A frozen dataclass whose fields are its options; `inputs.tuned` is empty and `inputs.data` holds the one task."""
+
+    def tune(self, inputs: MergeInputs) -> Single: ...

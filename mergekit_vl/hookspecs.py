@@ -47,7 +47,7 @@ def register_datasets(register: Register) -> None:
 
 @hookspec
 def register_protocols(register: Register) -> None:
-    """Frozen dataclasses with `tasks(dataset, seed) -> Task`."""
+    """Frozen dataclasses with `task(dataset, seed) -> Task`."""
 
 
 @hookspec

@@ -51,7 +51,7 @@ class Backbone:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"{name} has values that are not finite", where=self.spec, mend="use an undamaged checkpoint")
             if name != "token_embedding.weight" or tensor.numel() < 1 << 24:
-                digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         object.__setattr__(self, "_key", digest.hexdigest()[:16])
 
     @property

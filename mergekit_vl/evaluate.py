@@ -1,0 +1,91 @@
+"""The one evaluator: every model of every method is scored by `evaluate`."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.data import Split
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.model import Classes, Model
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Fractions in 0..1; `low` and `high` are the 95% Wilson interval of acc1."""
+
+    n: int
+    acc1: float
+    low: float
+    high: float
+    acc5: float
+    mean_per_class_recall: float
+    nll: float
+    ece: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Scores, float]:
+    """Score a model on a split against `classes`; also the seconds that a sample takes from features to logits (head bound)."""
+    import torch
+
+    features = {path.key: store.features(path, split).to(path.backbone.device) for path in model.paths}
+    labels = torch.from_numpy(split.labels)
+    with torch.no_grad():
+        head = model.bind(classes)
+        began = time.perf_counter()
+        logits = head(features).float().cpu()
+        seconds = (time.perf_counter() - began) / max(len(split), 1)
+    return score(logits, labels), seconds
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """Scores of logits or log-probabilities [B, K] against labels [B]."""
+    n, k = logits.shape
+    log_p = logits.double().log_softmax(-1)
+    top = log_p.topk(min(5, k), -1).indices
+    right = top[:, 0] == labels
+    recalls = [right[labels == c].double().mean().item() for c in labels.unique()]
+    acc1 = right.double().mean().item()
+    low, high = wilson(int(right.sum()), n)
+    return Scores(
+        n=n,
+        acc1=acc1,
+        low=low,
+        high=high,
+        acc5=(top == labels[:, None]).any(-1).double().mean().item(),
+        mean_per_class_recall=sum(recalls) / len(recalls),
+        nll=-log_p.gather(1, labels[:, None]).mean().item(),
+        ece=calibration_error(log_p.exp().max(-1).values, right),
+    )
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Expected calibration error over 15 bins of equal width (Guo et al. 2017, eq. 3)."""
+    bins = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS)
+    total = 0.0
+    for b in bins.unique():
+        inside = bins == b
+        total += inside.double().mean().item() * abs(right[inside].double().mean().item() - confidence[inside].mean().item())
+    return total
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% Wilson score interval of hits out of n."""
+    p, z2 = hits / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b else 0.0

@@ -1,0 +1,37 @@
+"""CoOp (Zhou et al. 2022, "Learning to prompt for vision-language models", arXiv 2109.01134, eq. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.features import Augment
+from mergekit_vl.model import Single
+from mergekit_vl.options import option
+from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.tuners.context import Schedule, cross_entropy, fit_context
+
+
+@dataclass(frozen=True)
+class CoOp:
+    """Cross-entropy of the shots over the context vectors, by SGD. Defaults are the base-to-novel ones of the field."""
+
+    epochs: int = option(200, "passes over the shots")
+    batch: int = option(32, "images a step")
+    lr: float = option(0.002, "SGD, cosine by epoch")
+    init: str | None = option("a photo of a", "words that the context starts from; null: at random")
+    n_context: int = option(4, "context tokens where init is null")
+    class_specific: bool = option(False, "one context per class; refused for novel classes")
+    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
+    flip: bool = option(True, "flip half of the images")
+
+    def tune(self, inputs: MergeInputs) -> Single:
+        backbone = inputs.base.backbone
+        names = inputs.data[0].classes.names if self.class_specific else ()
+        start = Prompt.start(backbone, init=self.init, n_context=self.n_context, seed=inputs.seed, names=names)
+        schedule = Schedule(self.epochs, self.batch, self.lr)
+
+        def loss(text, ctx, images, labels):
+            return cross_entropy(backbone.scale, text, images, labels)
+
+        return Single(backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="coop"))

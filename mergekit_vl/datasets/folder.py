@@ -1,0 +1,313 @@
+"""Your own images: a folder per class, either under train/val/test or in one folder that is split here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mergekit_vl.data import Dataset, Split
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.options import option
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VAL_NAMES = ("val", "valid", "validation")
+THREADS = 4
+
+Classes = dict[str, list[str]]
+"""Class folder, relative to its split -> its images, relative to the root."""
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files under a root, read and decoded when asked for."""
+
+    root: Path
+    files: tuple[str, ...]
+    """Relative to the root, sorted; a row is a position here."""
+    key: str
+    """sha256 over each file's relative path, size and content hash."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> Image:
+        """The image as RGB, upright by its EXIF orientation; raises UserError for a file that is gone or damaged since the dataset was."""
+        file = self.root / self.files[index]
+        try:
+            return _decode(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL's decoders raise nearly anything
+            raise UserError(f"cannot be read any more: {error}", where=str(file), mend="restore it, or load the dataset again") from None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images in class folders: `path/train|val|test/<class>/*`, or `path/<class>/*` to be split in three.
+
+    A class is any folder, however deep, that directly holds images. Without `val` a share of train becomes val. Every
+    image is decoded once here, so that a damaged one is met before the training and not in the middle of it.
+    """
+
+    path: str = option(help="the folder of images")
+    classes_file: str | None = option(None, "class names, one a line in the order of the sorted folders, or lines 'folder<TAB>name'")
+    template: str = option("a photo of a {}.", "the prompt around a class name")
+    templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
+    val_share: float = option(0.1, "share of each class that becomes val where there is no val folder")
+    test_share: float = option(0.3, "share of each class that becomes test where there are no train and test folders")
+    split_seed: int = option(0, "draws the shares")
+    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, with a warning, instead of stopping")
+
+    def load(self) -> Dataset:
+        """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
+        templates = self._checked_templates()
+        root = Path(self.path).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError("not a folder" if root.exists() else "no such folder", where=str(root), mend="check dataset.path")
+        found = _scan(root)
+        self._check_shares(single="" in found)
+        folders = self._check(root, found)
+        names = self._names(folders)
+
+        source, corrupt = _verified(root, sorted(file for classes in found.values() for files in classes.values() for file in files))
+        if corrupt:
+            if not self.skip_corrupt:
+                raise UserError(
+                    f"{_count(corrupt, 'image')} cannot be decoded: {_some(corrupt)}",
+                    where=str(root),
+                    mend="remove it, or set dataset.skip_corrupt=true",
+                )
+            warnings.warn(f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2)
+            gone = set(corrupt)
+            found = {split: {f: [x for x in files if x not in gone] for f, files in classes.items()} for split, classes in found.items()}
+            self._check(root, found)
+
+        row = {file: i for i, file in enumerate(source.files)}
+        parts = self._parts(root, found)
+        splits = []
+        for part in ("train", "val", "test"):
+            pairs = sorted((row[file], label) for label, folder in enumerate(folders) for file in parts[part].get(folder, ()))
+            rows, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            splits.append(Split(source, rows.copy(), labels.copy()))
+        return Dataset(root.name, names, templates, *splits)
+
+    def _checked_templates(self) -> tuple[str, ...]:
+        templates = tuple(self.templates) or (self.template,)
+        for template in templates:
+            if "{}" not in template:
+                raise UserError(f"no {{}} in {template!r}", where="dataset.template", mend="put {} where the class name goes")
+        return templates
+
+    def _check_shares(self, *, single: bool) -> None:
+        for key in ("val_share", "test_share"):
+            if not 0 < getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}", where=f"dataset.{key}", mend="between 0 and 1, both excluded")
+        if single and self.val_share + self.test_share >= 1:
+            raise UserError(
+                f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on",
+                where="dataset.val_share",
+                mend="their sum must be below 1",
+            )
+
+    def _check(self, root: Path, found: dict[str, Classes]) -> list[str]:
+        """The sorted class folders, once each split has what it must."""
+        where = str(root)
+        if not any(files for classes in found.values() for files in classes.values()):
+            raise UserError("no class folder holds an image", where=where, mend="put the images into one folder per class")
+        for split, classes in found.items():
+            if split == "val":
+                if not any(classes.values()):
+                    raise UserError("the val folder holds no images", where=where, mend="fill it, or remove it to take a share of train")
+                continue
+            if empty := [f"{split}/{folder}".lstrip("/") for folder in sorted(classes) if not classes[folder]]:
+                raise UserError(f"{_count(empty, 'class folder')} without images: {_some(empty)}", where=where, mend="fill or remove it")
+        train = found.get("train", found.get("", {}))
+        for split, classes in found.items():
+            if alone := sorted(folder for folder in classes if folder not in train):
+                raise UserError(
+                    f"{_count(alone, 'class', 'classes')} in {split} but not in train: {_some(alone)}", where=where, mend="add it to train"
+                )
+            if split == "test" and (alone := sorted(folder for folder in train if folder not in classes)):
+                raise UserError(
+                    f"{_count(alone, 'class', 'classes')} in train but not in test: {_some(alone)}", where=where, mend="add it to test"
+                )
+        if len(train) < 2:
+            raise UserError(f"only one class, {next(iter(train))!r}", where=where, mend="at least two class folders are needed")
+        return sorted(train)
+
+    def _names(self, folders: Sequence[str]) -> tuple[str, ...]:
+        if self.classes_file is None:
+            names = _names_of(folders)
+            where, mend = self.path, "rename a folder, or name the classes in dataset.classes_file"
+        else:
+            names = _names_in(Path(self.classes_file).expanduser(), folders)
+            where, mend = self.classes_file, "give each class a name of its own"
+        if twice := sorted(name for name, n in Counter(names).items() if n > 1):
+            raise UserError(f"{_count(twice, 'class name')} used more than once: {_some(twice)}", where=where, mend=mend)
+        return names
+
+    def _parts(self, root: Path, found: dict[str, Classes]) -> dict[str, Classes]:
+        """train, val and test, drawing those that have no folder."""
+        if "val" in found:
+            return found
+        least, into = (3, "three") if "" in found else (2, "train and val")
+        pool = found.get("", found.get("train", {}))
+        if small := sorted(f"{folder} ({len(files)})" for folder, files in pool.items() if len(files) < least):
+            raise UserError(
+                f"{_count(small, 'class', 'classes')} with too few images to split in {into}: {_some(small)}",
+                where=str(root),
+                mend=f"at least {least} images per class",
+            )
+        parts: dict[str, Classes] = {"train": {}, "val": {}, "test": dict(found.get("test", {}))}
+        for folder, files in pool.items():
+            files = sorted(files)
+            random.Random(f"{self.split_seed}:{folder}").shuffle(files)  # by class: another class's images change nothing here
+            n = len(files)
+            n_test = min(max(1, round(n * self.test_share)), n - 2) if least == 3 else 0
+            n_val = min(max(1, round(n * self.val_share)), n - 1 - n_test)
+            if least == 3:
+                parts["test"][folder] = files[:n_test]
+            parts["val"][folder] = files[n_test : n_test + n_val]
+            parts["train"][folder] = files[n_test + n_val :]
+        return parts
+
+
+def _scan(root: Path) -> dict[str, Classes]:
+    """Classes of 'train', 'test' and perhaps 'val', or of '' for a single folder."""
+    train, test = root / "train", root / "test"
+    if train.is_dir() and test.is_dir():
+        folders = {"train": train, "test": test}
+        if val := next((root / name for name in VAL_NAMES if (root / name).is_dir()), None):
+            folders["val"] = val
+        return {split: _classes_in(folder, root) for split, folder in folders.items()}
+    found = _classes_in(root, root)
+    for split, other in (("train", "test"), ("test", "train")):
+        if (root / split).is_dir() and not found.get(split):  # one that holds images itself is a class: trains are vehicles
+            raise UserError(
+                f"a {split} folder but no {other} folder",
+                where=str(root),
+                mend=f"add {other}, or set dataset.path={root / split} to split that one",
+            )
+    return {"": found}
+
+
+def _classes_in(folder: Path, root: Path) -> Classes:
+    """Each folder below that directly holds images, and each leaf, which ought to."""
+    from PIL import Image
+
+    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot be listed: {error.strerror}", where=str(error.filename), mend="check its permissions")
+
+    classes: Classes = {}
+    for at, below, files in os.walk(folder, followlinks=True, onerror=refuse):
+        here = Path(at)
+        real = here.resolve()
+        below[:] = sorted(d for d in below if not d.startswith(".") and not real.is_relative_to((here / d).resolve()))  # no link loops
+        images = sorted(f for f in files if not f.startswith(".") and Path(f).suffix.lower() in readable)
+        if here != folder and (images or not below):
+            classes[here.relative_to(folder).as_posix()] = [(here / f).relative_to(root).as_posix() for f in images]
+    return classes
+
+
+def _verified(root: Path, files: Sequence[str]) -> tuple[FolderImages, list[str]]:
+    """The source of the files that decode, and the names of those that do not."""
+
+    def look(file: str) -> str | None:
+        try:
+            data = (root / file).read_bytes()
+            _decode(data, draft=True)
+        except MemoryError:
+            raise
+        except Exception:  # PIL's decoders raise nearly anything
+            return None
+        return f"{file}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        lines = list(pool.map(look, files))
+    good = tuple(file for file, line in zip(files, lines) if line)
+    key = hashlib.sha256("".join(line for line in lines if line).encode(errors="surrogateescape")).hexdigest()
+    return FolderImages(root, good, key), [file for file, line in zip(files, lines) if not line]
+
+
+def _decode(file: Path | bytes, *, draft: bool = False) -> Image:
+    """RGB. A draft reads all the bytes too, but a JPEG comes out small, which is much cheaper."""
+    import io
+
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        if draft:
+            image.draft("RGB", (1, 1))
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits: PIL would clip where it should scale
+        upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
+    if "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    return upright.convert("RGB")
+
+
+def _names_of(folders: Sequence[str]) -> tuple[str, ...]:
+    """The last folder's name, with as many parents before it as it takes to be unique."""
+    parts = [folder.split("/") for folder in folders]
+    depth = [1] * len(parts)
+    while True:
+        names = [" ".join(p[-d:]).replace("_", " ") for p, d in zip(parts, depth)]
+        counts = Counter(names)
+        longer = [min(d + (counts[name] > 1), len(p)) for p, d, name in zip(parts, depth, names)]
+        if longer == depth:
+            return tuple(names)
+        depth = longer
+
+
+def _names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """The class names that a file gives to the folders."""
+    where = str(file)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=where, mend="check dataset.classes_file") from None
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8", where=where, mend="save it as UTF-8") from None
+    if any("\t" in line for line in lines):
+        last = Counter(folder.split("/")[-1] for folder in folders)
+        known = {folder.split("/")[-1]: folder for folder in folders if last[folder.split("/")[-1]] == 1} | {f: f for f in folders}
+        named: dict[str, str] = {}
+        for line in lines:
+            given, tab, name = (part.strip() for part in line.partition("\t"))
+            if not (given and name):
+                raise UserError(f"no tab in {line!r}", where=where, mend="either every line is 'folder<TAB>name' or none is")
+            if given not in known:
+                raise unknown("class folder", given, known, where=where)
+            if known[given] in named:
+                raise UserError(f"class folder {given!r} twice", where=where, mend="remove one of the lines")
+            named[known[given]] = name
+        if missing := [folder for folder in folders if folder not in named]:
+            raise UserError(f"{_count(missing, 'class folder')} without a name: {_some(missing)}", where=where, mend="add a line for it")
+        return tuple(named[folder] for folder in folders)
+    if len(lines) != len(folders):
+        raise UserError(f"{len(lines)} names for {len(folders)} class folders", where=where, mend="one per folder, in sorted order")
+    return tuple(lines)
+
+
+def _count(things: Sequence[str], one: str, many: str = "") -> str:
+    return f"{len(things)} {one if len(things) == 1 else many or one + 's'}"
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -62,10 +62,18 @@ class Dataset:
     """Base and novel halves are redrawn per seed (the microworld) instead of sorted (real data)."""
 
 
-def few_shot(split: Split, shots: int, seed: int, *, name: str) -> Split:
+@dataclass(frozen=True)
+class Augment:
+    """The field's training transform: RandomResizedCrop with this smallest share of the area, then a flip half of the time."""
+
+    crop: float = 0.08
+    flip: bool = True
+
+
+def few_shot(split: Split, shots: int, seed: int, *, name: str, at_most: bool = False) -> Split:
     """`shots` images per class as the field draws them (CoOp): `random.seed(seed)`, then `random.sample` class by class in label order.
 
-    Raises UserError for a class with fewer images.
+    Raises UserError for a class with fewer images, unless `at_most` lets it give what it has.
     """
     if shots < 1:
         raise UserError(f"shots={shots}", mend="at least 1")
@@ -73,7 +81,7 @@ def few_shot(split: Split, shots: int, seed: int, *, name: str) -> Split:
     chosen: list[int] = []
     for label in range(int(split.labels.max()) + 1):
         of_class = np.flatnonzero(split.labels == label).tolist()
-        if len(of_class) < shots:
+        if len(of_class) < shots and not at_most:
             raise UserError(f"class {label} has {len(of_class)} images, {shots} shots were asked for", where=name, mend="lower protocol.shots")
-        chosen += draw.sample(of_class, shots)
+        chosen += draw.sample(of_class, min(shots, len(of_class)))
     return replace(split, rows=split.rows[chosen], labels=split.labels[chosen])

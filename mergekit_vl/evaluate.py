@@ -34,8 +34,11 @@ class Scores:
         return asdict(self)
 
 
-def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Scores, float]:
-    """Score a model on a split against `classes`; also the seconds that a sample takes from features to logits (head bound)."""
+def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Scores, float, Tensor]:
+    """Score a model on a split against `classes`.
+
+    Also the seconds that a sample takes from features to logits, once the head is bound, and whether each image was right [B].
+    """
     import torch
 
     features = {path.key: store.features(path, split).to(path.backbone.device) for path in model.paths}
@@ -45,7 +48,7 @@ def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) 
         began = time.perf_counter()
         logits = head(features).float().cpu()
         seconds = (time.perf_counter() - began) / max(len(split), 1)
-    return score(logits, labels), seconds
+    return score(logits, labels), seconds, logits.argmax(-1) == labels
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

@@ -19,7 +19,7 @@ from mergekit_vl.files import write_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mergekit_vl.data import Split
+    from mergekit_vl.data import Augment, Split
     from mergekit_vl.model import ImagePath
 
 CHUNK = 1024  # images decoded before they are encoded: memory stays flat in the number of images
@@ -31,14 +31,6 @@ def default_folder() -> Path:
     if found := os.environ.get("MERGEKIT_VL_CACHE"):
         return Path(found)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_vl"
-
-
-@dataclass(frozen=True)
-class Augment:
-    """The field's training transform: RandomResizedCrop with this smallest share of the area, then a flip half of the time."""
-
-    crop: float = 0.08
-    flip: bool = True
 
 
 @dataclass

@@ -60,8 +60,8 @@ class Registry:
 def load_plugins(directory: Path | None = None) -> Registry:
     """Load every plugin: DEFAULT_PLUGINS, entry points of group `mergekit_vl`, and the *.py files of `directory`.
 
-    A third-party plugin that raises while loading is named in `failures`. A name registered twice, a hook that does not
-    exist (`check_pending`) and a built-in that fails are fatal.
+    A third-party plugin that raises while loading is named in `failures`, and a hook that does not
+    exist (`check_pending`) counts as a failure of its plugin. A name registered twice and a built-in that fails are fatal.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -75,7 +75,7 @@ def load_plugins(directory: Path | None = None) -> Registry:
         if not directory.is_dir():
             raise UserError("no such plugins directory", where=str(directory), mend="give an existing folder to --plugins-dir")
         for path in sorted(directory.glob("*.py")):
-            _admit(registry, path.stem, lambda path=path: _import_file(path))
+            _admit(registry, str(path), lambda path=path: _import_file(path))
     return registry
 
 
@@ -93,6 +93,7 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
     """Load one plugin and call its hooks; all of its names come in, or none."""
     manager = registry.manager
     staged: list[Entry] = []
+    plugin = None
     try:
         plugin = load()
         manager.register(plugin, owner)
@@ -104,10 +105,10 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
 
             others = [p for p in manager.get_plugins() if p is not plugin]
             manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
-    except Exception as error:  # a third party's code may raise anything
+    except (Exception, SystemExit) as error:  # a third party's code may raise anything
         if builtin:
             raise
-        if manager.has_plugin(owner):
+        if plugin is not None and manager.get_plugin(owner) is plugin:
             manager.unregister(name=owner)
         registry.failures[owner] = f"{type(error).__name__}: {error}"
         return

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import Augment
+from mergekit_vl.data import Augment
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs

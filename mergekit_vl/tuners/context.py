@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import Augment
+from mergekit_vl.data import Augment
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_vl.adapters.prompt import Prompt
-from mergekit_vl.features import Augment
+from mergekit_vl.data import Augment
 from mergekit_vl.model import Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs

@@ -1,0 +1,285 @@
+"""The command line: arguments in, tables out; no maths."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mergekit_vl import __version__, options, plugins
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+
+app = typer.Typer(
+    help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
+RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
+SHOWN = (*plugins.KINDS, "recipes", "plugins")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mergekit-vl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    plugins_dir: Annotated[Optional[Path], typer.Option(help="load the *.py plugins of this folder too (or set MERGEKIT_VL_PLUGINS)")] = None,
+) -> None:
+    if plugins_dir is not None:
+        os.environ["MERGEKIT_VL_PLUGINS"] = str(plugins_dir)
+
+
+def _registry() -> plugins.Registry:
+    registry = plugins.load_plugins()
+    for owner, reason in registry.failures.items():
+        typer.echo(f"warning: plugin {owner} was not loaded: {reason}", err=True)
+    return registry
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seed: Annotated[Optional[int], typer.Option(help="the same as seed=N")] = None,
+    force: Annotated[bool, typer.Option("--force", help="run again what is done already")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+) -> None:
+    """Tune, merge, evaluate and report; a killed run goes on with the same command."""
+    from mergekit_vl import experiment as experiments
+
+    plan = load_recipe(recipe, [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])])
+    experiment = experiments.build(plan, _registry())
+    folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+    again = _claim(folder, plan, force=force)
+    if again is not None:
+        if as_json:
+            typer.echo(json.dumps(again))
+        else:
+            typer.echo(f"already done: {folder / 'report.html'}; --force repeats")
+        return
+    from mergekit_vl.features import FeatureStore
+
+    show = not quiet and not as_json
+    with _Progress(show) as progress:
+        report = experiments.run(experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn)
+    if as_json:
+        typer.echo(json.dumps(report))
+    elif not quiet:
+        _print_report(report, folder, plan)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
+def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
+    """Take a run folder for this recipe; the report if it is done already. Raises UserError for another recipe's folder."""
+    import shutil
+
+    from mergekit_vl.files import write_text
+    from mergekit_vl.report import load
+
+    mark = folder / ".recipe-hash"
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file", where=str(folder), mend="choose another --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not mark.exists() or mark.read_text().strip() != plan.hash:
+            raise UserError("this folder belongs to another recipe, or to other settings of it", where=str(folder), mend="choose another --out")
+        if force:
+            shutil.rmtree(folder)
+        elif (report := load(folder)) is not None:
+            return report
+    write_text(mark, plan.hash + "\n")
+    return None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name}: no GPU is visible to torch", mend="use --device cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"))
+    return name
+
+
+class _Progress:
+    """One rich progress line with the time left, shown once something takes longer than two seconds."""
+
+    def __init__(self, show: bool) -> None:
+        self.show, self.began, self.bar, self.task = show, time.monotonic(), None, None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if not self.show or (self.bar is None and time.monotonic() - self.began < 2):
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = None
+        if self.task is None or self.bar.tasks[0].description != what:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task = self.bar.add_task(what, total=total)
+        self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _print_report(report: dict[str, Any], folder: Path, plan: Recipe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mergekit_vl.report import gain
+
+    console = Console()
+    cells = report["cells"]
+    title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
+    table = Table(title=f"{report['recipe']}: {title} (halves: {report['halves']})", title_justify="left")
+    for header in ("row", "base", "novel", "HM", f"{report['main']} minus it", "heads/sample", "made in"):
+        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
+    minus = {d["minus"]: d for d in report["differences"]}
+    for row in report["summary"]:
+        d = minus.get(row["row"])
+        text = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if d else ""
+        cellsof = [f"{row[k]:.1f}" for k in ("base", "novel", "hm")]
+        table.add_row(row["row"], *cellsof, text, str(row["forwards"]), f"{row['seconds']:.1f} s", style="bold" if d is None else "")
+    console.print(table)
+    for line in _recorded_suite(plan):
+        console.print(line, highlight=False)
+    typer.echo(gain(report))
+    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"next: mergekit-vl run {plan.name} seed={max(plan.seeds) + 1}    # another seed; `mergekit-vl list` shows what else there is")
+
+
+def _recorded_suite(plan: Recipe) -> list[str]:
+    """The suite's means as measured with the recipe mergetune_suite, beside a run on one microworld task."""
+    file = Path(__file__).parent / "assets" / "suite.json"
+    if len(plan.datasets) > 1 or plan.datasets[0].name != "microworld" or not file.exists():
+        return []
+    suite = json.loads(file.read_text())
+    means = ", ".join(f"{row['row']} {row['hm']:.1f}" for row in suite["summary"])
+    return [f"recorded mean HM of the whole suite ({suite['tasks']} tasks, {suite['seeds']} seeds; run mergetune_suite repeats it): {means}"]
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Resolve and validate a recipe and print the plan; reads no weights and no images."""
+    from mergekit_vl.experiment import build
+
+    plan = load_recipe(recipe, overrides or [])
+    experiment = build(plan, _registry())
+    typer.echo(f"recipe    {plan.name} ({plan.hash})")
+    typer.echo(f"backbone  {experiment.backbone}")
+    for dataset in experiment.datasets:
+        typer.echo(f"dataset   {dataset}")
+    typer.echo(f"protocol  {experiment.protocol}")
+    typer.echo(f"seeds     {', '.join(map(str, plan.seeds))}")
+    typer.echo(f"rows      {', '.join(experiment.rows)}")
+    epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
+    cells = len(experiment.datasets) * len(plan.seeds)
+    typer.echo(f"cells     {cells}; a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features")
+    if plan.backbone.name == "micro":
+        typer.echo(f"time      about {max(1, round(cells * (4 + epochs * 0.16)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already")
+    else:
+        typer.echo("time      depends on the backbone: the first progress line says how long")
+
+
+@app.command("list")
+def list_(kind: Annotated[str, typer.Argument(help=" | ".join(SHOWN))] = "") -> None:
+    """What there is: strategies, backbones, adapters, tuners, datasets, protocols, recipes, plugins."""
+    if kind and kind not in SHOWN:
+        raise unknown("kind", kind, SHOWN)
+    registry = _registry()
+    for each in [kind] if kind else SHOWN:
+        if not kind:
+            typer.echo(f"{each}:")
+        indent = "" if kind else "  "
+        for name, text in _listing(each, registry):
+            typer.echo(f"{indent}{name:18s} {text}".rstrip())
+
+
+def _listing(kind: str, registry: plugins.Registry) -> list[tuple[str, str]]:
+    if kind == "recipes":
+        return [(name, _first_comment(path)) for name, path in sorted(installed_recipes().items())]
+    if kind == "plugins":
+        failed = [(owner, f"FAILED: {reason}") for owner, reason in registry.failures.items()]
+        return [(owner, "loaded") for owner in registry.owners()] + failed
+    return [(e.name, e.summary + ("" if e.owner in plugins.DEFAULT_PLUGINS else f" [{e.owner}]")) for e in registry.entries[kind].values()]
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, dataset, protocol or recipe")]) -> None:
+    """Options with types, defaults and meaning, and the source."""
+    import dataclasses
+    import inspect
+
+    recipes = installed_recipes()
+    if name in recipes:
+        typer.echo(recipes[name].read_text(encoding="utf-8"), nl=False)
+        return
+    registry = _registry()
+    found = [entries[name] for entries in registry.entries.values() if name in entries]
+    if not found:
+        raise unknown("name", name, [n for entries in registry.entries.values() for n in entries] + list(recipes))
+    for entry in found:
+        cls = entry.resolve()
+        typer.echo(f"{entry.name} ({entry.kind}, from {entry.owner}): {entry.summary}\n")
+        typer.echo(inspect.getdoc(cls) or "")
+        module = sys.modules[cls.__module__].__doc__
+        if module:
+            typer.echo(f"\n{inspect.cleandoc(module)}")
+        if dataclasses.is_dataclass(cls) and dataclasses.fields(cls) and entry.kind != "adapters":
+            typer.echo("\nOptions:")
+            for key, kind, default, meaning in options.describe(cls):
+                typer.echo(f"  {key}: {kind} = {default}\n      {meaning}")
+
+
+def main() -> None:
+    """The console script: one line and exit code 2 for every UserError, 130 for Ctrl-C."""
+    try:
+        if "--help" not in sys.argv:
+            registry = plugins.load_plugins() if len(sys.argv) > 1 else None
+            if registry is not None:
+                registry.manager.hook.register_commands(app=app)
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

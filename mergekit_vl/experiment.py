@@ -1,0 +1,226 @@
+"""From a recipe to a report: `build` checks every name and option, `run` tunes, merges and evaluates cell by cell.
+
+A cell is one (dataset, seed). Each row of a cell is written as soon as it is done, so the same command continues a killed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import options
+from mergekit_vl.errors import UserError
+from mergekit_vl.files import write_json, write_text
+from mergekit_vl.plugins import Registry
+from mergekit_vl.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mergekit_vl.data import Dataset
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.model import Model
+    from mergekit_vl.protocols.base_to_novel import Task
+    from mergekit_vl.strategy import MergeInputs
+
+ReportProgress = Callable[[int, int, str], None]
+PATH_POINTS = 11
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Live, checked objects; buildable without YAML."""
+
+    recipe: Recipe
+    backbone: Any
+    datasets: tuple[Any, ...]
+    protocol: Any
+    tuners: tuple[Any, ...]
+    """A tuner, or the path of a checkpoint."""
+    tuned_labels: tuple[str, ...]
+    strategies: tuple[tuple[str, Any], ...]
+    """(label, strategy); the first is the recipe's main one."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return ("zero-shot", *self.tuned_labels, *(label for label, _ in self.controls), *(label for label, _ in self.strategies))
+
+    @property
+    def controls(self) -> tuple[tuple[str, Any], ...]:
+        """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms."""
+        from mergekit_vl.strategies.mergetune import MergeTune
+
+        main = next((s for _, s in self.strategies if isinstance(s, MergeTune)), None)
+        if main is None or not self.recipe.controls:
+            return ()
+        plain = dataclasses.replace(main, lambda_=0.0, beta=0.0)
+        return (("continued", dataclasses.replace(plain, tau=1.0)), ("CE only", plain))
+
+
+def build(recipe: Recipe, registry: Registry) -> Experiment:
+    """Resolve every name and check every option; reads no weights and imports no torch."""
+
+    def make(kind: str, spec) -> Any:
+        return options.build(registry.find(kind, spec.name, where=spec.where).resolve(), spec.options, where=spec.where)
+
+    tuners, labels = [], []
+    for i, item in enumerate(recipe.tuned):
+        if item.tuner is not None:
+            tuners.append(make("tuners", item.tuner))
+            labels.append(item.tuner.label)
+        else:
+            path = Path(str(item.checkpoint)).expanduser()
+            if not path.is_file():
+                raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", mend="give a .safetensors file")
+            tuners.append(path)
+            labels.append(path.stem)
+    experiment = Experiment(
+        recipe=recipe,
+        backbone=make("backbones", recipe.backbone),
+        datasets=tuple(make("datasets", spec) for spec in recipe.datasets),
+        protocol=make("protocols", recipe.protocol),
+        tuners=tuple(tuners),
+        tuned_labels=tuple(labels),
+        strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
+    )
+    twice = [row for row in experiment.rows if experiment.rows.count(row) > 1]
+    if twice:
+        raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, mend="give one of them a label")
+    for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
+        for name in ("shots", "epochs", "batch", "lr", "n_context"):
+            if hasattr(what, name) and not getattr(what, name) > 0:
+                raise UserError(f"{name}={getattr(what, name)}", where=f"{recipe.name}: {type(what).__name__}", mend="it must be positive")
+    return experiment
+
+
+def run(experiment: Experiment, out: Path, *, device: str, store: FeatureStore, progress: ReportProgress, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Run every cell into `out` and return the report as plain data (also written there)."""
+    import torch
+
+    from mergekit_vl import report
+    from mergekit_vl.adapters.zero_shot import ZeroShot
+    from mergekit_vl.model import Single
+    from mergekit_vl.strategy import MergeInputs
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
+    began = time.time()
+    backbone = experiment.backbone.build(device)
+    base = Single(backbone, ZeroShot())
+    cells = []
+    total = len(experiment.datasets) * len(experiment.recipe.seeds)
+    for spec in experiment.datasets:
+        dataset: Dataset = spec.load()
+        unknown_words = backbone.warn(dataset.classes)
+        if unknown_words:
+            shown = ", ".join(unknown_words[:8]) + (f" and {len(unknown_words) - 8} more" if len(unknown_words) > 8 else "")
+            warn(f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy")
+        for seed in experiment.recipe.seeds:
+            where = f"[{len(cells) + 1}/{total}] {dataset.name} seed {seed}"
+            task = experiment.protocol.task(dataset, seed)
+            inputs = MergeInputs(base, (), (task.train,), store, seed, device, lambda done, n, what, where=where: progress(done, n, f"{where}: {what}"))
+            store.report = inputs.progress
+            cells.append(_Cell(experiment, task, inputs, out / "state" / f"{dataset.name}-seed{seed}").run(dataset, seed))
+    return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
+
+
+@dataclass
+class _Cell:
+    experiment: Experiment
+    task: Task
+    inputs: MergeInputs
+    folder: Path
+
+    def run(self, dataset: Dataset, seed: int) -> dict[str, Any]:
+        write_text(
+            self.folder / "shots.json",
+            json.dumps({"seed": seed, "base": list(self.task.base), "novel": list(self.task.novel), "train_rows": self.task.train.train.rows.tolist()}) + "\n",
+        )
+        rows = [self._row("zero-shot", "zero-shot", lambda: self.inputs.base)[1]]
+        tuned = []
+        for label, tuner in zip(self.experiment.tuned_labels, self.experiment.tuners):
+            model, row = self._row(label, "tuned", lambda tuner=tuner: self._tune(tuner))
+            tuned.append(model)
+            rows.append(row)
+        inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=self.inputs.data * len(tuned))
+        for label, control in self.experiment.controls:
+            rows.append(self._row(label, "control", lambda control=control: control.merge(inputs))[1])
+        merged = []
+        for label, strategy in self.experiment.strategies:
+            model, row = self._row(label, "merged", lambda strategy=strategy: strategy.merge(inputs))
+            merged.append(model)
+            rows.append(row)
+        return {
+            "dataset": dataset.name,
+            "seed": seed,
+            "halves": "redrawn per seed" if dataset.shuffled_halves else "sorted labels",
+            "counts": {"train": len(self.task.train.train), "val": len(self.task.train.val or ()), **{name: len(split) for name, _, split in self.task.tests}},
+            "rows": rows,
+            "path": self._path(tuned[0], merged[0]),
+        }
+
+    def _tune(self, tuner: Any) -> Model:
+        if isinstance(tuner, Path):
+            from mergekit_vl.adapters.prompt import Prompt
+            from mergekit_vl.model import Single
+
+            return Single(self.inputs.base.backbone, Prompt.load(tuner, device=self.inputs.device))
+        return tuner.tune(self.inputs)
+
+    def _row(self, label: str, kind: str, make: Callable[[], Model]) -> tuple[Model, dict[str, Any]]:
+        """A model and its scores: from the run folder if they are there, else made now and written at once."""
+        from mergekit_vl.adapters.prompt import Prompt
+        from mergekit_vl.evaluate import evaluate, harmonic_mean
+        from mergekit_vl.model import Single
+
+        name = label.replace(" ", "_").replace("/", "_")
+        result_file, weights_file = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
+        backbone = self.inputs.base.backbone
+        began = time.time()
+        stored = json.loads(result_file.read_text()) if result_file.exists() else None
+        if stored and weights_file.exists():
+            return Single(backbone, Prompt.load(weights_file, device=self.inputs.device)), stored
+        model = make()
+        if stored:
+            return model, stored
+        made = time.time() - began
+        if isinstance(model, Single) and isinstance(model.adapter, Prompt):
+            model.adapter.save(weights_file, backbone=backbone.spec)
+        tests, seconds, right = {}, [], {}
+        for test, classes, split in self.task.tests:
+            scores, per_sample, hits = evaluate(model, classes, split, self.inputs.features)
+            tests[test] = scores.as_dict()
+            right[test] = "".join("01"[int(hit)] for hit in hits)
+            seconds.append(per_sample)
+        row = {
+            "row": label,
+            "kind": kind,
+            "tests": tests,
+            "hm": harmonic_mean(*(tests[test]["acc1"] for test in ("base", "novel"))),
+            "parameters": model.parameters,
+            "forwards": model.forwards,
+            "right": right,
+            "cost": {"seconds": made, "ms_per_sample": 1000 * max(seconds)},
+        }
+        write_json(result_file, row)
+        return model, row
+
+    def _path(self, tuned: Model, merged: Model) -> list[dict[str, Any]]:
+        """Accuracy along zero-shot -> tuned, and zero-shot -> merged -> tuned, between classifiers (space `features`)."""
+        from mergekit_vl.evaluate import evaluate
+        from mergekit_vl.model import Mixture
+
+        members = {"tuned": tuned} | ({"merged": merged} if hasattr(merged, "text_features") else {})
+        legs = [("zero-shot", "tuned")] + ([("zero-shot", "merged"), ("merged", "tuned")] if "merged" in members else [])
+        members["zero-shot"] = self.inputs.base
+        points = []
+        for start, end in legs:
+            for i in range(PATH_POINTS):
+                alpha = i / (PATH_POINTS - 1)
+                mix = Mixture((members[start], members[end]), (1 - alpha, alpha))  # type: ignore[arg-type]
+                accs = {test: evaluate(mix, classes, split, self.inputs.features)[0].acc1 for test, classes, split in self.task.tests}
+                points.append({"leg": f"{start} -> {end}", "alpha": alpha, **accs})
+        return points

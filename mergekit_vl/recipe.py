@@ -1,0 +1,163 @@
+"""Recipes: YAML and `key=value` overrides in, frozen plain data out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_vl import __version__
+from mergekit_vl.errors import UserError, unknown
+
+KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed")
+DEFAULTS: dict[str, Any] = {
+    "backbone": {"name": "micro"},
+    "protocol": {"name": "base_to_novel"},
+    "tuned": [{"tuner": {"name": "coop"}}],
+    "controls": True,
+    "seed": 1,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A registered name with its options."""
+
+    name: str
+    options: Mapping[str, Any]
+    where: str
+    label: str
+    """The name of its row in reports: `label` of the recipe, or the name."""
+
+
+@dataclass(frozen=True)
+class TunedSpec:
+    """A fine-tuned anchor: made by a tuner, or read from a checkpoint."""
+
+    tuner: Spec | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment, or a grid of them where `dataset` and `seed` are lists."""
+
+    name: str
+    backbone: Spec
+    datasets: tuple[Spec, ...]
+    protocol: Spec
+    tuned: tuple[TunedSpec, ...]
+    strategies: tuple[Spec, ...]
+    controls: bool
+    seeds: tuple[int, ...]
+    plain: Mapping[str, Any]
+    """The resolved recipe as nested dicts and lists, defaults included."""
+
+    @property
+    def hash(self) -> str:
+        """Of the resolved recipe and the version of the code."""
+        return hashlib.sha256(json.dumps([self.plain, __version__], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recipe_folders() -> tuple[Path, ...]:
+    here = Path(__file__).parent
+    return tuple(folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir())
+
+
+def installed_recipes() -> dict[str, Path]:
+    return {path.stem: path for folder in reversed(recipe_folders()) for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(given: str) -> Path:
+    """A path, or the name of an installed recipe."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    recipes = installed_recipes()
+    if path.suffix == "" and len(path.parts) == 1 and given in recipes:
+        return recipes[given]
+    if path.parent == Path("recipes") and path.stem in recipes:  # as the README writes it, from any folder
+        return recipes[path.stem]
+    raise unknown("recipe", given, recipes)
+
+
+def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe's form; names and options are checked by `experiment.build`."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = find_recipe(given)
+    where = str(path)
+    try:
+        config = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"broken YAML{place}: {getattr(error, 'problem', None) or error}", where=where, mend="mend the line") from None
+    if not OmegaConf.is_dict(config):
+        raise UserError("a recipe is a mapping of keys", where=where, mend=f"use {', '.join(KEYS)}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2")
+        try:
+            OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{override!r} cannot be applied: {first}", where="command line", mend="list items are written tuned.0.tuner.epochs=5") from None
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0], where=where, mend="mend the ${...}") from None
+    assert isinstance(plain, dict)
+    return parse(plain, name=path.stem, where=where)  # type: ignore[arg-type]
+
+
+def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
+    """A Recipe from plain data; the door for tests and notebooks."""
+    for key in given:
+        if key not in KEYS:
+            raise unknown("key", key, KEYS, where=where)
+    for key in ("dataset", "strategy"):
+        if key not in given:
+            raise UserError(f"{key!r} is missing", where=where, mend=f"add {key}: {{name: ...}}")
+    plain = {**DEFAULTS, **given}
+
+    def spec(value: Any, key: str) -> Spec:
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
+        return Spec(value["name"], {k: v for k, v in value.items() if k not in ("name", "label")}, f"{where}: {key} {value['name']}", str(value.get("label", value["name"])))
+
+    def specs(value: Any, key: str) -> tuple[Spec, ...]:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise UserError(f"{key} is an empty list", where=where, mend="name at least one")
+        return tuple(spec(v, f"{key}.{i}" if isinstance(value, list) else key) for i, v in enumerate(values))
+
+    tuned = []
+    if not isinstance(plain["tuned"], list) or not plain["tuned"]:
+        raise UserError("tuned is a list of anchors", where=where, mend="write tuned: [{tuner: {name: coop}}]")
+    for i, item in enumerate(plain["tuned"]):
+        if not isinstance(item, Mapping) or set(item) not in ({"tuner"}, {"checkpoint"}):
+            raise UserError(f"tuned.{i} needs either a tuner or a checkpoint", where=where, mend="write {tuner: {name: coop}} or {checkpoint: file}")
+        tuned.append(TunedSpec(checkpoint=str(item["checkpoint"])) if "checkpoint" in item else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner")))
+    seeds = plain["seed"] if isinstance(plain["seed"], list) else [plain["seed"]]
+    if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
+        raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")
+    if not isinstance(plain["controls"], bool):
+        raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
+    return Recipe(
+        name=name,
+        backbone=spec(plain["backbone"], "backbone"),
+        datasets=specs(plain["dataset"], "dataset"),
+        protocol=spec(plain["protocol"], "protocol"),
+        tuned=tuple(tuned),
+        strategies=specs(plain["strategy"], "strategy"),
+        controls=plain["controls"],
+        seeds=tuple(dict.fromkeys(seeds)),
+        plain=plain,
+    )

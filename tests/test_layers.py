@@ -1,0 +1,29 @@
+"""Imports point one way: the command line knows everything, strategies know no command line."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "mergekit_vl"
+LAYERS = (
+    ("errors", "hookspecs", "files"),
+    ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "microworld"),
+    ("features", "strategy", "weights", "evaluate"),
+    ("backbones", "adapters"),
+    ("datasets", "tuners", "protocols"),
+    ("strategies",),
+    ("experiment", "report"),
+    ("cli",),
+)
+
+
+def test_imports_point_upwards_only():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
+    assert len(files) > 20
+    for file in files:
+        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert own in rank, f"{own} has no layer: add it to LAYERS"
+        for node in ast.parse(file.read_text()).body:  # the module's own imports; those inside functions and TYPE_CHECKING are late
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mergekit_vl."):
+                other = node.module.split(".")[1]
+                assert rank[other] <= rank[own], f"{file.name} imports {node.module}, which lies below it"

@@ -81,7 +81,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(report))
     elif not quiet:
-        _print_report(report, folder, plan)
+        _print_report(report, folder, plan, [recipe, *(o for o in overrides or [] if not o.startswith("seed="))])
 
 
 def _warn(text: str) -> None:
@@ -151,7 +151,9 @@ class _Progress:
             self.bar.stop()
 
 
-def _print_report(report: dict[str, Any], folder: Path, plan: Recipe) -> None:
+def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
+    import shlex
+
     from rich.console import Console
     from rich.table import Table
 
@@ -161,20 +163,20 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe) -> None:
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
     table = Table(title=f"{report['recipe']}: {title} (halves: {report['halves']})", title_justify="left")
-    for header in ("row", "base", "novel", "HM", f"{report['main']} minus it", "heads/sample", "made in"):
-        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
+    for header in ("row", "base", "novel", "HM", f"{report['main']} minus it", "heads"):
+        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=True)
     minus = {d["minus"]: d for d in report["differences"]}
     for row in report["summary"]:
         d = minus.get(row["row"])
         text = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if d else ""
         cellsof = [f"{row[k]:.1f}" for k in ("base", "novel", "hm")]
-        table.add_row(row["row"], *cellsof, text, str(row["forwards"]), f"{row['seconds']:.1f} s", style="bold" if d is None else "")
+        table.add_row(row["row"], *cellsof, text, str(row["forwards"]), style="bold" if d is None else "")
     console.print(table)
     for line in _recorded_suite(plan):
         console.print(line, highlight=False)
     typer.echo(gain(report))
     typer.echo(f"report: {folder / 'report.html'}")
-    typer.echo(f"next: mergekit-vl run {plan.name} seed={max(plan.seeds) + 1}    # another seed; `mergekit-vl list` shows what else there is")
+    typer.echo(f"next: mergekit-vl run {shlex.join(words)} seed={max(plan.seeds) + 1}    # another seed")
 
 
 def _recorded_suite(plan: Recipe) -> list[str]:

@@ -316,7 +316,7 @@ def html(report: dict[str, Any], svg: str) -> str:
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
         ".lead{font-size:1.15rem;background:#eef5fc;padding:.6rem 1rem;border-left:4px solid #4a90d9}"
         "table{border-collapse:collapse;margin:.5rem 0 1rem;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}"
-        "th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #e3e3e3}th:first-child,td:first-child{text-align:left}"
+        "th,td{padding:.3rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3}th:first-child,td:first-child{text-align:left}"
         "tr.main{background:#eef5fc;font-weight:600}svg{max-width:100%;height:auto}figure{margin:1rem 0}pre{background:#f6f6f6;padding:.6rem}"
     )
     body = "\n".join(parts)

@@ -75,7 +75,7 @@ def load_plugins(directory: Path | None = None) -> Registry:
         if not directory.is_dir():
             raise UserError("no such plugins directory", where=str(directory), mend="give an existing folder to --plugins-dir")
         for path in sorted(directory.glob("*.py")):
-            _admit(registry, str(path), lambda path=path: _import_file(path))
+            _admit(registry, path.stem, lambda path=path: _import_file(path))
     return registry
 
 

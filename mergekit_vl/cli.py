@@ -76,8 +76,15 @@ def run(
     from mergekit_vl.features import FeatureStore
 
     show = not quiet and not as_json
-    with _Progress(show) as progress:
-        report = experiments.run(experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn)
+    try:
+        with _Progress(show) as progress:
+            report = experiments.run(experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn)
+    except UserError:
+        _release(folder)
+        raise
+    except KeyboardInterrupt:  # here and not in `main`: Typer turns it into a bare "Aborted"
+        typer.echo("interrupted; the same command continues", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report))
     elif not quiet:
@@ -107,6 +114,13 @@ def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
             return report
     write_text(mark, plan.hash + "\n")
     return None
+
+
+def _release(folder: Path) -> None:
+    """Leave nothing behind of a run that failed before its first result."""
+    if [path.name for path in folder.iterdir()] == [".recipe-hash"]:
+        (folder / ".recipe-hash").unlink()
+        folder.rmdir()
 
 
 def _device(name: str) -> str:
@@ -268,7 +282,7 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
 
 
 def main() -> None:
-    """The console script: one line and exit code 2 for every UserError, 130 for Ctrl-C."""
+    """The console script: one line and exit code 2 for every UserError."""
     try:
         if "--help" not in sys.argv:
             registry = plugins.load_plugins() if len(sys.argv) > 1 else None
@@ -278,9 +292,6 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command continues", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from mergekit_vl.plugins import Registry
 from mergekit_vl.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mergekit_vl.backbones.classic import Backbone
     from mergekit_vl.data import Dataset
     from mergekit_vl.features import FeatureStore
     from mergekit_vl.model import Model
@@ -110,6 +111,7 @@ def run(experiment: Experiment, out: Path, *, device: str, store: FeatureStore, 
     began = time.time()
     backbone = experiment.backbone.build(device)
     base = Single(backbone, ZeroShot())
+    experiment = dataclasses.replace(experiment, tuners=tuple(_loaded(tuner, backbone) for tuner in experiment.tuners))
     cells = []
     total = len(experiment.datasets) * len(experiment.recipe.seeds)
     for spec in experiment.datasets:
@@ -125,6 +127,18 @@ def run(experiment: Experiment, out: Path, *, device: str, store: FeatureStore, 
             store.report = inputs.progress
             cells.append(_Cell(experiment, task, inputs, out / "state" / f"{dataset.name}-seed{seed}").run(dataset, seed))
     return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
+
+
+def _loaded(tuner: Any, backbone: Backbone) -> Any:
+    """A tuner as it is; a checkpoint's path as the model it holds, read before anything is computed."""
+    from mergekit_vl.adapters.prompt import Prompt
+    from mergekit_vl.model import Single
+
+    if not isinstance(tuner, Path):
+        return tuner
+    prompt = Prompt.load(tuner, device=backbone.device)
+    prompt.check(backbone)
+    return Single(backbone, prompt)
 
 
 @dataclass
@@ -163,12 +177,7 @@ class _Cell:
         }
 
     def _tune(self, tuner: Any) -> Model:
-        if isinstance(tuner, Path):
-            from mergekit_vl.adapters.prompt import Prompt
-            from mergekit_vl.model import Single
-
-            return Single(self.inputs.base.backbone, Prompt.load(tuner, device=self.inputs.device))
-        return tuner.tune(self.inputs)
+        return tuner.tune(self.inputs) if hasattr(tuner, "tune") else tuner
 
     def _row(self, label: str, kind: str, make: Callable[[], Model]) -> tuple[Model, dict[str, Any]]:
         """A model and its scores: from the run folder if they are there, else made now and written at once."""

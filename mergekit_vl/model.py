@@ -16,7 +16,7 @@ from mergekit_vl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.clip import Backbone
+    from mergekit_vl.backbones.classic import Backbone
 
 
 @dataclass(frozen=True)

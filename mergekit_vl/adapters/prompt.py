@@ -13,7 +13,7 @@ from mergekit_vl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.clip import Backbone
+    from mergekit_vl.backbones.classic import Backbone
     from mergekit_vl.model import Classes
 
 METADATA_KEY = "mergekit_vl"
@@ -54,10 +54,14 @@ class Prompt:
         if self.names and self.names != classes.names:
             novel = [name for name in classes.names if name not in self.names]
             raise UserError(f"a class-specific prompt knows nothing of {novel[0] if novel else 'this order of classes'!r}", mend="tune with class_specific=false")
-        if self.ctx.shape[-1] != backbone.token_width:
-            raise UserError(f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}", mend="use the backbone it was tuned on")
+        self.check(backbone)
         prompts = backbone.tokenize([f"{name}." for name in classes.names], self.ctx.shape[-2])
         return backbone.encode_prompts(prompts, self.ctx)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError unless the prompt is as wide as the backbone's tokens."""
+        if self.ctx.shape[-1] != backbone.token_width:
+            raise UserError(f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}", mend="use the backbone it was tuned on")
 
     def anchor(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""

@@ -14,13 +14,12 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from open_clip import CLIP, SimpleTokenizer
 
-    from mergekit_vl.backbones.clip import Backbone
+    from mergekit_vl.backbones.classic import Backbone
 
 IMAGE_SIZE = 48
 CONTEXT = 24
@@ -63,6 +62,8 @@ def known_tokens() -> Tensor:
 
 def encode_short(model: CLIP, ids: Tensor) -> Tensor:
     """`model.encode_text` on ids cut at the longest text: exact for a causal tower that pools at the end token. [B, L] -> [B, D]."""
+    import torch
+
     length = int(ids.argmax(-1).max()) + 1
     ids = ids[:, :length]
     x = model.token_embedding(ids) + model.positional_embedding[:length]
@@ -83,6 +84,7 @@ def export(model: nn.Module, path: Path) -> None:
 
 def load() -> CLIP:
     """The pretrained micro CLIP, float32, in eval mode."""
+    import torch
     from safetensors.torch import load_file
 
     with as_file(files("mergekit_vl") / "assets" / ASSET) as path:
@@ -111,6 +113,6 @@ class Micro:
     """The embedded micro CLIP (no options)."""
 
     def build(self, device: str) -> Backbone:
-        from mergekit_vl.backbones.clip import Backbone
+        from mergekit_vl.backbones.classic import Backbone
 
         return Backbone(load(), tokenizer(), {"image_size": IMAGE_SIZE, "mean": MEAN, "std": STD}, "micro", device, unknown_words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from mergekit_vl.data import Dataset, Split
 from mergekit_vl.errors import unknown
+from mergekit_vl.microworld.tasks import TASKS
 from mergekit_vl.options import option
 
 if TYPE_CHECKING:
@@ -33,15 +35,13 @@ class RenderedImages:
 class Microworld:
     """One task of the microworld's suite."""
 
-    task: str = option("nature_texture", "a task: its classes and its shift")
+    task: str = option("animals_emboss", "a task: its classes and its shift")
 
-    def load(self) -> Dataset:
-        import hashlib
-
-        from mergekit_vl.microworld.tasks import TASKS
-
+    def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise unknown("microworld task", self.task, TASKS, where="dataset.task")
+
+    def load(self) -> Dataset:
         spec = TASKS[self.task]
         splits = []
         for name in ("train", "val", "test"):

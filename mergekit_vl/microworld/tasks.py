@@ -12,10 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergekit_vl.microworld.concepts import COLOURS, GLYPHS, LETTERS, SHAPES, TEXTURES, letter_name
-from mergekit_vl.microworld.pretraining import COLOUR_NAMES, PALETTE, held_out, jitter
-from mergekit_vl.microworld.render import Scenes, render
-from mergekit_vl.microworld.shifts import SHIFTS
-from mergekit_vl.microworld.sprites import INDEX
 
 PER_CLASS = {"train": 20, "val": 4, "test": 40}
 SEED = 20_000_000
@@ -37,6 +33,9 @@ class MicroTask:
     @property
     def members(self) -> tuple[tuple[str, int, int], ...]:
         """(class name, sprite, colour or -1)."""
+        from mergekit_vl.microworld.pretraining import COLOUR_NAMES, held_out
+        from mergekit_vl.microworld.sprites import INDEX
+
         if self.group == "letters":
             return tuple((letter_name(x), INDEX[f"italic:{x}"], -1) for x in LETTERS)
         if self.group == "pairs":
@@ -47,6 +46,10 @@ class MicroTask:
 
     def images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [N, 48, 48, 3] and labels [N]; the same bytes every time."""
+        from mergekit_vl.microworld.pretraining import PALETTE, jitter
+        from mergekit_vl.microworld.render import Scenes, render
+        from mergekit_vl.microworld.shifts import SHIFTS
+
         rng = np.random.default_rng((SEED, zlib.crc32(self.name.encode()), list(PER_CLASS).index(split)))
         members = self.members
         labels = np.repeat(np.arange(len(members)), PER_CLASS[split])

@@ -79,7 +79,9 @@ def main() -> None:
 
     def our_step():
         text = backbone.encode_prompts(prompts, ctx)
-        loss = cross_entropy(backbone.scale, text, features, labels) + LAMBDA * distance(text, text1, "cosine", mean_rows=True)
+        loss = cross_entropy(backbone.scale, text, features, labels) + LAMBDA * distance(
+            text, text1, "cosine", mean_rows=True
+        )
         loss = loss + BETA * cross_entropy(backbone.scale, interpolate(text, text2, alphas), features, labels)
         loss.backward()
         return loss

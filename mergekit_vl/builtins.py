@@ -6,7 +6,11 @@ from mergekit_vl.hookspecs import Register, hookimpl
 @hookimpl
 def register_backbones(register: Register) -> None:
     register("micro", "mergekit_vl.backbones.micro:Micro", "the embedded CLIP of 48 x 48 images, no download")
-    register("clip", "mergekit_vl.backbones.clip:Clip", "an open_clip model: arch + pretrained tag, hf-hub: name or local file")
+    register(
+        "clip",
+        "mergekit_vl.backbones.clip:Clip",
+        "an open_clip model: arch + pretrained tag, hf-hub: name or local file",
+    )
 
 
 @hookimpl
@@ -17,25 +21,55 @@ def register_adapters(register: Register) -> None:
 
 @hookimpl
 def register_tuners(register: Register) -> None:
-    register("coop", "mergekit_vl.tuners.coop:CoOp", "context optimisation: cross-entropy on the shots (Zhou et al. 2022)")
-    register("kgcoop", "mergekit_vl.tuners.kgcoop:KgCoOp", "CoOp held near the template's text features (Yao et al. 2023)")
+    register(
+        "coop", "mergekit_vl.tuners.coop:CoOp", "context optimisation: cross-entropy on the shots (Zhou et al. 2022)"
+    )
+    register(
+        "kgcoop", "mergekit_vl.tuners.kgcoop:KgCoOp", "CoOp held near the template's text features (Yao et al. 2023)"
+    )
 
 
 @hookimpl
 def register_strategies(register: Register) -> None:
-    register("linear", "mergekit_vl.strategies.linear:Linear", "weighted average of the anchors' tensors or of their classifiers")
-    register("wise_ft", "mergekit_vl.strategies.wise_ft:WiseFT", "line from zero-shot to fine-tuned at one coefficient (Wortsman et al. 2022)")
-    register("task_arithmetic", "mergekit_vl.strategies.task_arithmetic:TaskArithmetic", "base plus scaled task vectors (Ilharco et al. 2023)")
+    register(
+        "linear",
+        "mergekit_vl.strategies.linear:Linear",
+        "weighted average of the anchors' tensors or of their classifiers",
+    )
+    register(
+        "wise_ft",
+        "mergekit_vl.strategies.wise_ft:WiseFT",
+        "line from zero-shot to fine-tuned at one coefficient (Wortsman et al. 2022)",
+    )
+    register(
+        "task_arithmetic",
+        "mergekit_vl.strategies.task_arithmetic:TaskArithmetic",
+        "base plus scaled task vectors (Ilharco et al. 2023)",
+    )
     register("ensemble", "mergekit_vl.strategies.ensemble:OutputEnsemble", "mean of the members' probabilities")
-    register("mergetune", "mergekit_vl.strategies.mergetune:MergeTune", "continued fine-tuning under linear mode connectivity")
+    register(
+        "mergetune",
+        "mergekit_vl.strategies.mergetune:MergeTune",
+        "continued fine-tuning under linear mode connectivity",
+    )
 
 
 @hookimpl
 def register_datasets(register: Register) -> None:
-    register("microworld", "mergekit_vl.datasets.microworld:Microworld", "rendered tasks for the micro CLIP, no download")
-    register("folder", "mergekit_vl.datasets.folder:Folder", "your images: train/val/test folders of classes, or one folder to split")
+    register(
+        "microworld", "mergekit_vl.datasets.microworld:Microworld", "rendered tasks for the micro CLIP, no download"
+    )
+    register(
+        "folder",
+        "mergekit_vl.datasets.folder:Folder",
+        "your images: train/val/test folders of classes, or one folder to split",
+    )
 
 
 @hookimpl
 def register_protocols(register: Register) -> None:
-    register("base_to_novel", "mergekit_vl.protocols.base_to_novel:BaseToNovel", "tune on half of the classes, test on both halves")
+    register(
+        "base_to_novel",
+        "mergekit_vl.protocols.base_to_novel:BaseToNovel",
+        "tune on half of the classes, test on both halves",
+    )

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
 RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
 SHOWN = (*plugins.KINDS, "recipes", "plugins")
 
@@ -35,8 +35,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
-    plugins_dir: Annotated[Optional[Path], typer.Option(help="load the *.py plugins of this folder too (or set MERGEKIT_VL_PLUGINS)")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+    plugins_dir: Annotated[
+        Path | None, typer.Option(help="load the *.py plugins of this folder too (or set MERGEKIT_VL_PLUGINS)")
+    ] = None,
 ) -> None:
     if plugins_dir is not None:
         os.environ["MERGEKIT_VL_PLUGINS"] = str(plugins_dir)
@@ -53,9 +57,9 @@ def _registry() -> plugins.Registry:
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    seed: Annotated[Optional[int], typer.Option(help="the same as seed=N")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same as seed=N")] = None,
     force: Annotated[bool, typer.Option("--force", help="run again what is done already")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
@@ -78,7 +82,9 @@ def run(
     show = not quiet and not as_json
     try:
         with _Progress(show) as progress:
-            report = experiments.run(experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn)
+            report = experiments.run(
+                experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn
+            )
     except UserError:
         _release(folder)
         raise
@@ -107,7 +113,11 @@ def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
         raise UserError("is a file", where=str(folder), mend="choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not mark.exists() or mark.read_text().strip() != plan.hash:
-            raise UserError("this folder belongs to another recipe, or to other settings of it", where=str(folder), mend="choose another --out")
+            raise UserError(
+                "this folder belongs to another recipe, or to other settings of it",
+                where=str(folder),
+                mend="choose another --out",
+            )
         if force:
             shutil.rmtree(folder)
         elif (report := load(folder)) is not None:
@@ -151,7 +161,13 @@ class _Progress:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self.bar.start()
             self.task = None
         if self.task is None or self.bar.tasks[0].description != what:
@@ -200,7 +216,9 @@ def _recorded_suite(plan: Recipe) -> list[str]:
         return []
     suite = json.loads(file.read_text())
     means = ", ".join(f"{row['row']} {row['hm']:.1f}" for row in suite["summary"])
-    return [f"recorded mean HM of the whole suite ({suite['tasks']} tasks, {suite['seeds']} seeds; run mergetune_suite repeats it): {means}"]
+    return [
+        f"recorded mean HM of the whole suite ({suite['tasks']} tasks, {suite['seeds']} seeds; run mergetune_suite repeats it): {means}"
+    ]
 
 
 @app.command()
@@ -219,9 +237,13 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(f"rows      {', '.join(experiment.rows)}")
     epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
     cells = len(experiment.datasets) * len(plan.seeds)
-    typer.echo(f"cells     {cells}; a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features")
+    typer.echo(
+        f"cells     {cells}; a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
+    )
     if plan.backbone.name == "micro":
-        typer.echo(f"time      about {max(1, round(cells * (4 + epochs * 0.16)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already")
+        typer.echo(
+            f"time      about {max(1, round(cells * (4 + epochs * 0.16)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
+        )
     else:
         typer.echo("time      depends on the backbone: the first progress line says how long")
 
@@ -246,7 +268,10 @@ def _listing(kind: str, registry: plugins.Registry) -> list[tuple[str, str]]:
     if kind == "plugins":
         failed = [(owner, f"FAILED: {reason}") for owner, reason in registry.failures.items()]
         return [(owner, "loaded") for owner in registry.owners()] + failed
-    return [(e.name, e.summary + ("" if e.owner in plugins.DEFAULT_PLUGINS else f" [{e.owner}]")) for e in registry.entries[kind].values()]
+    return [
+        (e.name, e.summary + ("" if e.owner in plugins.DEFAULT_PLUGINS else f" [{e.owner}]"))
+        for e in registry.entries[kind].values()
+    ]
 
 
 def _first_comment(path: Path) -> str:

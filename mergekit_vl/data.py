@@ -41,13 +41,17 @@ class Split:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self.source.key.encode() + np.asarray(self.rows, dtype=np.int64).tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.source.key.encode() + np.asarray(self.rows, dtype=np.int64).tobytes()).hexdigest()[
+            :16
+        ]
 
     def of_classes(self, classes: Sequence[int]) -> Split:
         """Only the given classes, relabelled 0.. in their order."""
         to = {old: new for new, old in enumerate(classes)}
         keep = np.array([label in to for label in self.labels], dtype=bool)
-        return replace(self, rows=self.rows[keep], labels=np.array([to[label] for label in self.labels[keep]], dtype=np.int64))
+        return replace(
+            self, rows=self.rows[keep], labels=np.array([to[label] for label in self.labels[keep]], dtype=np.int64)
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ def few_shot(split: Split, shots: int, seed: int, *, name: str, at_most: bool = 
     for label in range(int(split.labels.max()) + 1):
         of_class = np.flatnonzero(split.labels == label).tolist()
         if len(of_class) < shots and not at_most:
-            raise UserError(f"class {label} has {len(of_class)} images, {shots} shots were asked for", where=name, mend="lower protocol.shots")
+            raise UserError(
+                f"class {label} has {len(of_class)} images, {shots} shots were asked for",
+                where=name,
+                mend="lower protocol.shots",
+            )
         chosen += draw.sample(of_class, min(shots, len(of_class)))
     return replace(split, rows=split.rows[chosen], labels=split.labels[chosen])

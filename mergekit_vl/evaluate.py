@@ -78,7 +78,9 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
     total = 0.0
     for b in bins.unique():
         inside = bins == b
-        total += inside.double().mean().item() * abs(right[inside].double().mean().item() - confidence[inside].mean().item())
+        total += inside.double().mean().item() * abs(
+            right[inside].double().mean().item() - confidence[inside].mean().item()
+        )
     return total
 
 

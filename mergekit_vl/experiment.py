@@ -47,7 +47,12 @@ class Experiment:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return ("zero-shot", *self.tuned_labels, *(label for label, _ in self.controls), *(label for label, _ in self.strategies))
+        return (
+            "zero-shot",
+            *self.tuned_labels,
+            *(label for label, _ in self.controls),
+            *(label for label, _ in self.strategies),
+        )
 
     @property
     def controls(self) -> tuple[tuple[str, Any], ...]:
@@ -93,11 +98,23 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
         for name in ("shots", "epochs", "batch", "lr", "n_context"):
             if hasattr(what, name) and not getattr(what, name) > 0:
-                raise UserError(f"{name}={getattr(what, name)}", where=f"{recipe.name}: {type(what).__name__}", mend="it must be positive")
+                raise UserError(
+                    f"{name}={getattr(what, name)}",
+                    where=f"{recipe.name}: {type(what).__name__}",
+                    mend="it must be positive",
+                )
     return experiment
 
 
-def run(experiment: Experiment, out: Path, *, device: str, store: FeatureStore, progress: ReportProgress, warn: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    device: str,
+    store: FeatureStore,
+    progress: ReportProgress,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
     """Run every cell into `out` and return the report as plain data (also written there)."""
     import torch
 
@@ -118,14 +135,28 @@ def run(experiment: Experiment, out: Path, *, device: str, store: FeatureStore, 
         dataset: Dataset = spec.load()
         unknown_words = backbone.warn(dataset.classes)
         if unknown_words:
-            shown = ", ".join(unknown_words[:8]) + (f" and {len(unknown_words) - 8} more" if len(unknown_words) > 8 else "")
-            warn(f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy")
+            shown = ", ".join(unknown_words[:8]) + (
+                f" and {len(unknown_words) - 8} more" if len(unknown_words) > 8 else ""
+            )
+            warn(
+                f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy"
+            )
         for seed in experiment.recipe.seeds:
             where = f"[{len(cells) + 1}/{total}] {dataset.name} seed {seed}"
             task = experiment.protocol.task(dataset, seed)
-            inputs = MergeInputs(base, (), (task.train,), store, seed, device, lambda done, n, what, where=where: progress(done, n, f"{where}: {what}"))
+            inputs = MergeInputs(
+                base,
+                (),
+                (task.train,),
+                store,
+                seed,
+                device,
+                lambda done, n, what, where=where: progress(done, n, f"{where}: {what}"),
+            )
             store.report = inputs.progress
-            cells.append(_Cell(experiment, task, inputs, out / "state" / f"{dataset.name}-seed{seed}").run(dataset, seed))
+            cells.append(
+                _Cell(experiment, task, inputs, out / "state" / f"{dataset.name}-seed{seed}").run(dataset, seed)
+            )
     return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
 
 
@@ -151,7 +182,15 @@ class _Cell:
     def run(self, dataset: Dataset, seed: int) -> dict[str, Any]:
         write_text(
             self.folder / "shots.json",
-            json.dumps({"seed": seed, "base": list(self.task.base), "novel": list(self.task.novel), "train_rows": self.task.train.train.rows.tolist()}) + "\n",
+            json.dumps(
+                {
+                    "seed": seed,
+                    "base": list(self.task.base),
+                    "novel": list(self.task.novel),
+                    "train_rows": self.task.train.train.rows.tolist(),
+                }
+            )
+            + "\n",
         )
         rows = [self._row("zero-shot", "zero-shot", lambda: self.inputs.base)[1]]
         tuned = []
@@ -171,7 +210,11 @@ class _Cell:
             "dataset": dataset.name,
             "seed": seed,
             "halves": "redrawn per seed" if dataset.shuffled_halves else "sorted labels",
-            "counts": {"train": len(self.task.train.train), "val": len(self.task.train.val or ()), **{name: len(split) for name, _, split in self.task.tests}},
+            "counts": {
+                "train": len(self.task.train.train),
+                "val": len(self.task.train.val or ()),
+                **{name: len(split) for name, _, split in self.task.tests},
+            },
             "rows": rows,
             "path": self._path(tuned[0], merged[0]),
         }
@@ -223,13 +266,18 @@ class _Cell:
         from mergekit_vl.model import Mixture
 
         members = {"tuned": tuned} | ({"merged": merged} if hasattr(merged, "text_features") else {})
-        legs = [("zero-shot", "tuned")] + ([("zero-shot", "merged"), ("merged", "tuned")] if "merged" in members else [])
+        legs = [("zero-shot", "tuned")] + (
+            [("zero-shot", "merged"), ("merged", "tuned")] if "merged" in members else []
+        )
         members["zero-shot"] = self.inputs.base
         points = []
         for start, end in legs:
             for i in range(PATH_POINTS):
                 alpha = i / (PATH_POINTS - 1)
                 mix = Mixture((members[start], members[end]), (1 - alpha, alpha))  # type: ignore[arg-type]
-                accs = {test: evaluate(mix, classes, split, self.inputs.features)[0].acc1 for test, classes, split in self.task.tests}
+                accs = {
+                    test: evaluate(mix, classes, split, self.inputs.features)[0].acc1
+                    for test, classes, split in self.task.tests
+                }
                 points.append({"leg": f"{start} -> {end}", "alpha": alpha, **accs})
         return points

@@ -46,7 +46,12 @@ class FeatureStore:
     def features(self, path: ImagePath, split: Split) -> Tensor:
         """Test-time features [N, D] of the split's rows."""
         key = self._key(path, split.key, "test")
-        return self._stored(key, lambda: self._encode(path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"))
+        return self._stored(
+            key,
+            lambda: self._encode(
+                path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"
+            ),
+        )
 
     def views(self, path: ImagePath, split: Split, *, epochs: int, seed: int, augment: Augment) -> Tensor:
         """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).

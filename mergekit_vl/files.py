@@ -26,7 +26,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(path), mend="choose another --out, or mend its permissions") from None
+        raise UserError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            mend="choose another --out, or mend its permissions",
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

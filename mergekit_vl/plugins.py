@@ -38,7 +38,9 @@ class Entry:
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.name} ({self.target}) of plugin {self.owner} cannot be imported: {error}") from error
+            raise UserError(
+                f"{self.name} ({self.target}) of plugin {self.owner} cannot be imported: {error}"
+            ) from error
 
 
 @dataclass
@@ -50,7 +52,12 @@ class Registry:
 
     def find(self, kind: str, name: str, *, where: str = "") -> Entry:
         if name not in self.entries[kind]:
-            raise unknown(kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1], name, self.entries[kind], where=where)
+            raise unknown(
+                kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1],
+                name,
+                self.entries[kind],
+                where=where,
+            )
         return self.entries[kind][name]
 
     def owners(self) -> tuple[str, ...]:
@@ -73,7 +80,9 @@ def load_plugins(directory: Path | None = None) -> Registry:
     directory = directory or (Path(found) if (found := os.environ.get("MERGEKIT_VL_PLUGINS")) else None)
     if directory is not None:
         if not directory.is_dir():
-            raise UserError("no such plugins directory", where=str(directory), mend="give an existing folder to --plugins-dir")
+            raise UserError(
+                "no such plugins directory", where=str(directory), mend="give an existing folder to --plugins-dir"
+            )
         for path in sorted(directory.glob("*.py")):
             _admit(registry, path.stem, lambda path=path: _import_file(path))
     return registry
@@ -116,6 +125,7 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
         held = registry.entries[entry.kind].get(entry.name)
         if held is not None:
             raise UserError(
-                f"{entry.kind}: {entry.name!r} is registered twice, by {held.owner} and by {owner}", mend="rename one, or uninstall a plugin"
+                f"{entry.kind}: {entry.name!r} is registered twice, by {held.owner} and by {owner}",
+                mend="rename one, or uninstall a plugin",
             )
         registry.entries[entry.kind][entry.name] = entry

@@ -97,18 +97,26 @@ def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"broken YAML{place}: {getattr(error, 'problem', None) or error}", where=where, mend="mend the line") from None
+        raise UserError(
+            f"broken YAML{place}: {getattr(error, 'problem', None) or error}", where=where, mend="mend the line"
+        ) from None
     if not OmegaConf.is_dict(config):
         raise UserError("a recipe is a mapping of keys", where=where, mend=f"use {', '.join(KEYS)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2")
+            raise UserError(
+                f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2"
+            )
         try:
             OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{override!r} cannot be applied: {first}", where="command line", mend="list items are written tuned.0.tuner.epochs=5") from None
+            raise UserError(
+                f"{override!r} cannot be applied: {first}",
+                where="command line",
+                mend="list items are written tuned.0.tuner.epochs=5",
+            ) from None
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -130,7 +138,12 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
     def spec(value: Any, key: str) -> Spec:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
-        return Spec(value["name"], {k: v for k, v in value.items() if k not in ("name", "label")}, f"{where}: {key} {value['name']}", str(value.get("label", value["name"])))
+        return Spec(
+            value["name"],
+            {k: v for k, v in value.items() if k not in ("name", "label")},
+            f"{where}: {key} {value['name']}",
+            str(value.get("label", value["name"])),
+        )
 
     def specs(value: Any, key: str) -> tuple[Spec, ...]:
         values = value if isinstance(value, list) else [value]
@@ -143,8 +156,16 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         raise UserError("tuned is a list of anchors", where=where, mend="write tuned: [{tuner: {name: coop}}]")
     for i, item in enumerate(plain["tuned"]):
         if not isinstance(item, Mapping) or set(item) not in ({"tuner"}, {"checkpoint"}):
-            raise UserError(f"tuned.{i} needs either a tuner or a checkpoint", where=where, mend="write {tuner: {name: coop}} or {checkpoint: file}")
-        tuned.append(TunedSpec(checkpoint=str(item["checkpoint"])) if "checkpoint" in item else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner")))
+            raise UserError(
+                f"tuned.{i} needs either a tuner or a checkpoint",
+                where=where,
+                mend="write {tuner: {name: coop}} or {checkpoint: file}",
+            )
+        tuned.append(
+            TunedSpec(checkpoint=str(item["checkpoint"]))
+            if "checkpoint" in item
+            else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner"))
+        )
     seeds = plain["seed"] if isinstance(plain["seed"], list) else [plain["seed"]]
     if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
         raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")

@@ -22,7 +22,9 @@ FORGETTING = 0.04
 """A tuned anchor forgets where its novel accuracy lies this much below zero-shot's."""
 
 
-def write(experiment: Experiment, cells: list[dict[str, Any]], out: Path, *, device: str, seconds: float) -> dict[str, Any]:
+def write(
+    experiment: Experiment, cells: list[dict[str, Any]], out: Path, *, device: str, seconds: float
+) -> dict[str, Any]:
     """Write every file of a finished run; report.json comes last and marks it as done."""
     import torch
 
@@ -52,13 +54,21 @@ def write(experiment: Experiment, cells: list[dict[str, Any]], out: Path, *, dev
     }
     write_text(out / "recipe.yaml", _yaml(recipe.plain))
     scores = [
-        {"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], "hm": r["hm"], "tests": r["tests"]} for c in cells for r in c["rows"]
+        {"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], "hm": r["hm"], "tests": r["tests"]}
+        for c in cells
+        for r in c["rows"]
     ]
     write_json(out / "scores.json", scores)
-    write_json(out / "cost.json", [{"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], **r["cost"]} for c in cells for r in c["rows"]])
+    write_json(
+        out / "cost.json",
+        [{"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], **r["cost"]} for c in cells for r in c["rows"]],
+    )
     for cell in cells:
         for row in cell["rows"]:
-            write_json(out / "results" / f"{cell['dataset']}-seed{cell['seed']}-{row['row'].replace(' ', '_')}.json", _clip_benchmark(experiment, cell, row))
+            write_json(
+                out / "results" / f"{cell['dataset']}-seed{cell['seed']}-{row['row'].replace(' ', '_')}.json",
+                _clip_benchmark(experiment, cell, row),
+            )
     first = out / "state" / f"{cells[0]['dataset']}-seed{cells[0]['seed']}" / f"{main.replace(' ', '_')}.safetensors"
     if first.exists():
         write_bytes(out / "merged.safetensors", first.read_bytes())
@@ -112,7 +122,16 @@ def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
         else:
             a, b = ([_hits(cell["rows"][j], test) for test in ("base", "novel") for cell in cells] for j in (ours, i))
             d, over = over_images(a, b), "test images"
-        out.append({"minus": name, "mean": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high, "verdict": d.verdict, "over": over})
+        out.append(
+            {
+                "minus": name,
+                "mean": 100 * d.mean,
+                "low": 100 * d.low,
+                "high": 100 * d.high,
+                "verdict": d.verdict,
+                "over": over,
+            }
+        )
     return out
 
 
@@ -135,7 +154,10 @@ def _hits(row: dict[str, Any], test: str) -> np.ndarray:
 
 def _mean_path(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {**point, **{test: 100 * float(np.mean([cell["path"][i][test] for cell in cells])) for test in ("base", "novel")}}
+        {
+            **point,
+            **{test: 100 * float(np.mean([cell["path"][i][test] for cell in cells])) for test in ("base", "novel")},
+        }
         for i, point in enumerate(cells[0]["path"])
     ]
 
@@ -174,14 +196,26 @@ def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str,
 def gain(report: dict[str, Any]) -> str:
     """The last word of a run: the gain over the tuned anchor with its interval."""
     d = next(d for d in report["differences"] if d["minus"] == report["anchor"])
-    seen = "" if d["verdict"] == "above" else f" ({d['verdict']}: the interval {'lies below' if d['verdict'] == 'below' else 'contains'} 0)"
+    seen = (
+        ""
+        if d["verdict"] == "above"
+        else f" ({d['verdict']}: the interval {'lies below' if d['verdict'] == 'below' else 'contains'} 0)"
+    )
     return f"{report['main']} against {report['anchor']}: {d['mean']:+.1f} HM, 95% interval {d['low']:+.1f} to {d['high']:+.1f} over {d['over']}{seen}"
 
 
 def _card(experiment: Experiment, report: dict[str, Any], *, merged: bool) -> str:
-    lines = [f"# {report['recipe']}: {report['main']}", "", f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.", ""]
+    lines = [
+        f"# {report['recipe']}: {report['main']}",
+        "",
+        f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
+        "",
+    ]
     lines += ["| row | base | novel | HM | forwards a sample |", "|---|---|---|---|---|"]
-    lines += [f"| {r['row']} | {r['base']:.1f} | {r['novel']:.1f} | {r['hm']:.1f} | {r['forwards']} |" for r in report["summary"]]
+    lines += [
+        f"| {r['row']} | {r['base']:.1f} | {r['novel']:.1f} | {r['hm']:.1f} | {r['forwards']} |"
+        for r in report["summary"]
+    ]
     lines += ["", gain(report) + ".", ""]
     if merged:
         lines += [
@@ -202,7 +236,10 @@ def _card(experiment: Experiment, report: dict[str, Any], *, merged: bool) -> st
 def _backbone_lines(experiment: Experiment) -> list[str]:
     kind = type(experiment.backbone)
     arguments = ", ".join(f"{k}={v!r}" for k, v in experiment.recipe.backbone.options.items())
-    return [f"from {kind.__module__} import {kind.__name__}", f'backbone = {kind.__name__}({arguments}).build("cpu")  # backbone.model is an open_clip CLIP']
+    return [
+        f"from {kind.__module__} import {kind.__name__}",
+        f'backbone = {kind.__name__}({arguments}).build("cpu")  # backbone.model is an open_clip CLIP',
+    ]
 
 
 def plot(report: dict[str, Any]) -> dict[str, Any]:
@@ -219,25 +256,72 @@ def plot(report: dict[str, Any]) -> dict[str, Any]:
     xs = [min(bases) - 4, max(bases) + 8]
     ys = [min(novels) - 4, max(novels) + 4]
     grid_x, grid_y = np.meshgrid(np.linspace(*xs, 80), np.linspace(*ys, 80))
-    lines = left.contour(grid_x, grid_y, 2 * grid_x * grid_y / (grid_x + grid_y), levels=8, colors="#cccccc", linewidths=0.8)
+    lines = left.contour(
+        grid_x, grid_y, 2 * grid_x * grid_y / (grid_x + grid_y), levels=8, colors="#cccccc", linewidths=0.8
+    )
     left.clabel(lines, fmt="HM %.0f", fontsize=7)
-    styles = {"zero-shot": ("#555555", "s"), "tuned": ("#d9534f", "o"), "control": ("#f0ad4e", "v"), "merged": ("#4a90d9", "D")}
-    for path, colour in (("zero-shot -> tuned", "#bbbbbb"), ("zero-shot -> merged", "#4a90d9"), ("merged -> tuned", "#4a90d9")):
+    styles = {
+        "zero-shot": ("#555555", "s"),
+        "tuned": ("#d9534f", "o"),
+        "control": ("#f0ad4e", "v"),
+        "merged": ("#4a90d9", "D"),
+    }
+    for path, colour in (
+        ("zero-shot -> tuned", "#bbbbbb"),
+        ("zero-shot -> merged", "#4a90d9"),
+        ("merged -> tuned", "#4a90d9"),
+    ):
         leg = [p for p in report["path"] if p["leg"] == path]
         left.plot([p["base"] for p in leg], [p["novel"] for p in leg], "-", color=colour, lw=1.2, zorder=1)
     for r in rows:
         colour, marker = styles[r["kind"]]
         big = r["row"] == report["main"]
-        left.scatter(r["base"], r["novel"], c=colour, marker=marker, s=90 if big else 40, zorder=3, edgecolors="black" if big else "none")
-        left.annotate(r["row"], (r["base"], r["novel"]), xytext=(6, 4), textcoords="offset points", fontsize=8, weight="bold" if big else "normal")
-    left.set(xlim=xs, ylim=ys, xlabel="base accuracy (%)", ylabel="novel accuracy (%)", title="What each method keeps and gains")
+        left.scatter(
+            r["base"],
+            r["novel"],
+            c=colour,
+            marker=marker,
+            s=90 if big else 40,
+            zorder=3,
+            edgecolors="black" if big else "none",
+        )
+        left.annotate(
+            r["row"],
+            (r["base"], r["novel"]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
+            weight="bold" if big else "normal",
+        )
+    left.set(
+        xlim=xs,
+        ylim=ys,
+        xlabel="base accuracy (%)",
+        ylabel="novel accuracy (%)",
+        title="What each method keeps and gains",
+    )
     offset = {"zero-shot -> merged": 0.0, "merged -> tuned": 1.0}
     through = [p for p in report["path"] if p["leg"] in offset]
     for test, colour in (("base", "#d9534f"), ("novel", "#4a90d9")):
         if through:
-            right.plot([offset[p["leg"]] + p["alpha"] for p in through], [p[test] for p in through], "-o", ms=3, color=colour, label=f"{test}, through {report['main']}")
+            right.plot(
+                [offset[p["leg"]] + p["alpha"] for p in through],
+                [p[test] for p in through],
+                "-o",
+                ms=3,
+                color=colour,
+                label=f"{test}, through {report['main']}",
+            )
         straight = [p for p in report["path"] if p["leg"] == "zero-shot -> tuned"]
-        right.plot([2 * p["alpha"] for p in straight], [p[test] for p in straight], "--", lw=1, color=colour, alpha=0.7, label=f"{test}, straight (WiSE-FT)")
+        right.plot(
+            [2 * p["alpha"] for p in straight],
+            [p[test] for p in straight],
+            "--",
+            lw=1,
+            color=colour,
+            alpha=0.7,
+            label=f"{test}, straight (WiSE-FT)",
+        )
     right.set_xticks([0, 1, 2], ["zero-shot", f"{report['main']} / middle", report["anchor"]])
     right.set(ylabel="accuracy (%)", title="The path zero-shot → merged → fine-tuned")
     right.legend(fontsize=8, frameon=False)
@@ -256,12 +340,17 @@ def html(report: dict[str, Any], svg: str) -> str:
 
     def table(header: list[str], rows: list[list[str]], strong: str = "") -> str:
         head = "".join(f"<th>{escape(h)}</th>" for h in header)
-        body = "".join(f"<tr{' class=main' if row[0] == strong else ''}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        body = "".join(
+            f"<tr{' class=main' if row[0] == strong else ''}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
+            for row in rows
+        )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def number(r: dict[str, Any], test: str) -> str:
         text = f"{r[test]:.1f}"
-        return text + (f" [{r[f'{test}_interval'][0]:.1f}, {r[f'{test}_interval'][1]:.1f}]" if f"{test}_interval" in r else "")
+        return text + (
+            f" [{r[f'{test}_interval'][0]:.1f}, {r[f'{test}_interval'][1]:.1f}]" if f"{test}_interval" in r else ""
+        )
 
     def quality(rows):
         return table(
@@ -282,7 +371,11 @@ def html(report: dict[str, Any], svg: str) -> str:
 
     cells = report["cells"]
     counts = cells[0]["counts"]
-    where = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"{len({c['dataset'] for c in cells})} tasks, {len({c['seed'] for c in cells})} seeds"
+    where = (
+        f"{cells[0]['dataset']}, seed {cells[0]['seed']}"
+        if len(cells) == 1
+        else f"{len({c['dataset'] for c in cells})} tasks, {len({c['seed'] for c in cells})} seeds"
+    )
     parts = [
         f"<h1>{escape(report['recipe'])}</h1>",
         f"<p class=lead>{escape(gain(report))}.</p>",
@@ -308,10 +401,22 @@ def html(report: dict[str, Any], svg: str) -> str:
     if len(cells) > 1:
         names = [r["row"] for r in cells[0]["rows"]]
         tasks = list(dict.fromkeys(c["dataset"] for c in cells))
-        rows = [[t, *(f"{100 * np.mean([c['rows'][i]['hm'] for c in cells if c['dataset'] == t]):.1f}" for i in range(len(names)))] for t in tasks]
+        rows = [
+            [
+                t,
+                *(
+                    f"{100 * np.mean([c['rows'][i]['hm'] for c in cells if c['dataset'] == t]):.1f}"
+                    for i in range(len(names))
+                ),
+            ]
+            for t in tasks
+        ]
         parts += ["<h2>HM by task</h2>", table(["task", *names], rows)]
     environment = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
-    parts += ["<h2>Repeat it</h2>", f"<pre>mergekit-vl run recipe.yaml</pre><p>{escape(environment)}; {report['seconds']:.0f} s.</p>"]
+    parts += [
+        "<h2>Repeat it</h2>",
+        f"<pre>mergekit-vl run recipe.yaml</pre><p>{escape(environment)}; {report['seconds']:.0f} s.</p>",
+    ]
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
         ".lead{font-size:1.15rem;background:#eef5fc;padding:.6rem 1rem;border-left:4px solid #4a90d9}"

@@ -20,7 +20,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """"above" and "below" only where the interval excludes 0."""
+        """ "above" and "below" only where the interval excludes 0."""
         return "above" if self.low > 0 else "below" if self.high < 0 else "not shown"
 
 

@@ -26,7 +26,10 @@ def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
             if shapes[0] != shapes[1]:
                 differing.append(f"{key}: {shapes[0]} against {shapes[1]}")
         if differing:
-            raise UserError(f"{names[0]} and {name} differ in {'; '.join(differing[:3])}", mend="merge models of one architecture and one adapter")
+            raise UserError(
+                f"{names[0]} and {name} differ in {'; '.join(differing[:3])}",
+                mend="merge models of one architecture and one adapter",
+            )
 
 
 def linear_sum(models: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -52,14 +55,21 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
         raise UserError("there is no fine-tuned model to merge", mend="name at least one under `tuned`")
     for model in tuned:
         if not isinstance(model, Single):
-            raise UserError(f"a {type(model).__name__.lower()} has no tensors of its own to merge", mend="merge its members")
+            raise UserError(
+                f"a {type(model).__name__.lower()} has no tensors of its own to merge", mend="merge its members"
+            )
     first = tuned[0]
     assert isinstance(first, Single)
     start = first.adapter.anchor(first.backbone)
     spaces = [m.adapter.space for m in tuned]  # type: ignore[attr-defined]
     if len(set(spaces)) > 1:
-        raise UserError(f"models of different spaces cannot be merged: {', '.join(spaces)}", mend="merge in the space `features`, or ensemble them")
-    check_aligned([start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))])  # type: ignore[attr-defined]
+        raise UserError(
+            f"models of different spaces cannot be merged: {', '.join(spaces)}",
+            mend="merge in the space `features`, or ensemble them",
+        )
+    check_aligned(
+        [start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))]
+    )  # type: ignore[attr-defined]
     return Single(first.backbone, start), tuned  # type: ignore[return-value]
 
 

@@ -1,6 +1,6 @@
 """Print the zero-shot accuracy of every microworld task, and check that `ADMITTED` follows from it alone.
 
-    python scripts/admit_tasks.py
+python scripts/admit_tasks.py
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ def main() -> None:
     admitted = []
     for name in TASKS:
         dataset = Microworld(name).load()
-        runs = [[evaluate(model, c, split, store)[0].acc1 for _, c, split in BaseToNovel().task(dataset, seed).tests] for seed in (1, 2, 3)]
+        runs = [
+            [evaluate(model, c, split, store)[0].acc1 for _, c, split in BaseToNovel().task(dataset, seed).tests]
+            for seed in (1, 2, 3)
+        ]
         base, novel = (100 * sum(column) / 3 for column in zip(*runs))
         hm = harmonic_mean(base, novel)
         admitted += [name] if name in CANDIDATES and 50 <= hm <= 80 else []
-        print(f"{name:28s} base {base:5.1f}  novel {novel:5.1f}  HM {hm:5.1f}", "" if name in CANDIDATES else "(development)")
+        print(
+            f"{name:28s} base {base:5.1f}  novel {novel:5.1f}  HM {hm:5.1f}",
+            "" if name in CANDIDATES else "(development)",
+        )
     assert tuple(admitted) == ADMITTED, admitted
     print(len(admitted), "tasks admitted, as the package says")
 

@@ -55,7 +55,9 @@ def polygon(points: list[tuple[float, float]]) -> Image.Image:
     """Points in -1..1, y downwards."""
     side = SIZE * OVER
     canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    ImageDraw.Draw(canvas).polygon([((x * 0.95 + 1) * side / 2, (y * 0.95 + 1) * side / 2) for x, y in points], fill="white")
+    ImageDraw.Draw(canvas).polygon(
+        [((x * 0.95 + 1) * side / 2, (y * 0.95 + 1) * side / 2) for x, y in points], fill="white"
+    )
     return canvas.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
@@ -99,7 +101,10 @@ def shapes() -> dict[str, Image.Image]:
         "trapezoid": [(-0.5, -0.7), (0.5, -0.7), (1, 0.7), (-1, 0.7)],
         "drop": drop,
         "flower shape": around(180, radius=lambda a: 0.72 + 0.28 * math.cos(5 * a + math.pi / 2)),
-        "wedge": [(-0.8, 0.9), *[(-0.8 + 1.75 * math.cos(a), 0.9 - 1.75 * math.sin(a)) for a in [math.pi / 2 * i / 60 for i in range(61)]]],
+        "wedge": [
+            (-0.8, 0.9),
+            *[(-0.8 + 1.75 * math.cos(a), 0.9 - 1.75 * math.sin(a)) for a in [math.pi / 2 * i / 60 for i in range(61)]],
+        ],
         "bar": [(-1, -0.22), (1, -0.22), (1, 0.22), (-1, 0.22)],
     }
     points["half disc"].sort(key=lambda p: math.atan2(p[1] - 0.2, p[0]))

@@ -1,6 +1,6 @@
 """Pretrain the embedded micro CLIP on the microworld (CPU, resumable) and write it into the package.
 
-    python scripts/pretrain_micro.py --steps 2500 --state /tmp/micro.pt
+python scripts/pretrain_micro.py --steps 2500 --state /tmp/micro.pt
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     model = micro.untrained().to(memory_format=torch.channels_last).train()
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+    )
     start = 0
     if args.state.exists():
         saved = torch.load(args.state, weights_only=True)
@@ -65,7 +67,10 @@ def main() -> None:
         running += loss.item()
         if (step + 1) % 50 == 0:
             acc = (logits.argmax(1) == target).float().mean().item()
-            print(f"step {step + 1} loss {running / 50:.3f} batch accuracy {acc:.3f} scale {model.logit_scale.exp().item():.1f} {(time.time() - began) / (step + 1 - start):.2f} s/step", flush=True)
+            print(
+                f"step {step + 1} loss {running / 50:.3f} batch accuracy {acc:.3f} scale {model.logit_scale.exp().item():.1f} {(time.time() - began) / (step + 1 - start):.2f} s/step",
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
             temporary = args.state.with_suffix(".tmp")

@@ -37,23 +37,47 @@ BAD = {
     "no strategy": (["run", "short.yaml"], "short.yaml: 'strategy' is missing"),
     "unknown key": (["run", COOP, "strateg.0=x"], "unknown key 'strateg' (did you mean 'strategy'?)"),
     "unknown option": (["run", COOP, "strategy.0.lamda=3"], "unknown key 'lamda' (did you mean 'lambda'?)"),
-    "unknown strategy": (["run", COOP, "strategy.0.name=mergetun"], "unknown strategy 'mergetun' (did you mean 'mergetune'?)"),
+    "unknown strategy": (
+        ["run", COOP, "strategy.0.name=mergetun"],
+        "unknown strategy 'mergetun' (did you mean 'mergetune'?)",
+    ),
     "unknown backbone": (["run", COOP, "backbone.name=mikro"], "unknown backbone 'mikro' (did you mean 'micro'?)"),
     "unknown dataset": (["run", COOP, "dataset.name=folders"], "unknown dataset 'folders' (did you mean 'folder'?)"),
-    "unknown task": (["run", COOP, "dataset.task=animal_emboss"], "unknown microworld task 'animal_emboss' (did you mean 'animals_emboss'?)"),
+    "unknown task": (
+        ["run", COOP, "dataset.task=animal_emboss"],
+        "unknown microworld task 'animal_emboss' (did you mean 'animals_emboss'?)",
+    ),
     "wrong type": (["run", COOP, "protocol.shots=many"], "shots='many': Input should be a valid integer"),
     "negative shots": (["run", COOP, "protocol.shots=-1"], "shots=-1 (it must be positive)"),
     "zero shots": (["run", COOP, "protocol.shots=0"], "shots=0 (it must be positive)"),
-    "more shots than images": (["run", COOP, "protocol.shots=30"], "class 0 has 20 images, 30 shots were asked for (lower protocol.shots)"),
+    "more shots than images": (
+        ["run", COOP, "protocol.shots=30"],
+        "class 0 has 20 images, 30 shots were asked for (lower protocol.shots)",
+    ),
     "not an override": (["run", COOP, "seed"], "'seed' is not an override (write key=value, for instance seed=2)"),
-    "list index": (["run", COOP, "tuned.3.tuner.epochs=2"], "list index out of range (list items are written tuned.0.tuner.epochs=5)"),
+    "list index": (
+        ["run", COOP, "tuned.3.tuner.epochs=2"],
+        "list index out of range (list items are written tuned.0.tuner.epochs=5)",
+    ),
     "same label twice": (["run", COOP, "strategy.1.label=mergetune"], "two rows are called 'mergetune'"),
     "missing folder": (["run", "folder_coop", "dataset.path=nowhere"], "no such folder"),
     "one class": (["run", "folder_coop", "dataset.path=one"], "one class"),
-    "missing checkpoint": (["run", COOP, "tuned=[{checkpoint: gone.safetensors}]"], "gone.safetensors: no such checkpoint"),
-    "truncated checkpoint": (["run", COOP, "tuned=[{checkpoint: cut.safetensors}]"], "cut.safetensors: damaged or truncated safetensors"),
-    "foreign checkpoint": (["run", COOP, "tuned=[{checkpoint: foreign.safetensors}]"], "foreign.safetensors: this is not a prompt"),
-    "NaN": (["run", COOP, "tuned=[{checkpoint: nan.safetensors}]"], "nan.safetensors: ctx has values that are not finite"),
+    "missing checkpoint": (
+        ["run", COOP, "tuned=[{checkpoint: gone.safetensors}]"],
+        "gone.safetensors: no such checkpoint",
+    ),
+    "truncated checkpoint": (
+        ["run", COOP, "tuned=[{checkpoint: cut.safetensors}]"],
+        "cut.safetensors: damaged or truncated safetensors",
+    ),
+    "foreign checkpoint": (
+        ["run", COOP, "tuned=[{checkpoint: foreign.safetensors}]"],
+        "foreign.safetensors: this is not a prompt",
+    ),
+    "NaN": (
+        ["run", COOP, "tuned=[{checkpoint: nan.safetensors}]"],
+        "nan.safetensors: ctx has values that are not finite",
+    ),
     "other width": (["run", COOP, "tuned=[{checkpoint: wide.safetensors}]"], "the prompt is 7 wide, micro needs 128"),
     "foreign folder": (["run", COOP, "--out", "taken"], "taken: this folder belongs to another recipe"),
     "a file": (["run", COOP, "--out", "short.yaml"], "short.yaml: is a file (choose another --out)"),
@@ -123,7 +147,10 @@ def test_show_tells_options_and_source(monkeypatch, capsys):
 
 def test_list_names_every_builtin(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "list")
-    assert all(name in out for name in ("mergetune", "wise_ft", "kgcoop", "micro", "base_to_novel", "folder", "mergetune_suite"))
+    assert all(
+        name in out
+        for name in ("mergetune", "wise_ft", "kgcoop", "micro", "base_to_novel", "folder", "mergetune_suite")
+    )
 
 
 def test_ctrl_c(monkeypatch, capsys):

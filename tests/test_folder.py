@@ -57,7 +57,9 @@ def test_three_folders(tmp_path):
     assert [len(s) for s in (data.train, data.val, data.test)] == [8, 4, 6]
     for split in ("train", "val", "test"):
         labels = getattr(data, split).labels
-        assert [file.split("/")[:2] for file in files(data, split)] == [[split, ("red_kite", "t-shirt")[i]] for i in labels]
+        assert [file.split("/")[:2] for file in files(data, split)] == [
+            [split, ("red_kite", "t-shirt")[i]] for i in labels
+        ]
     assert data.train.rows.dtype == data.train.labels.dtype == np.int64
     few_shot(data.train, 2, 1, name=data.name)
 
@@ -162,8 +164,13 @@ def test_home_and_templates(tmp_path, monkeypatch):
     single(tmp_path / "pets")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build(Folder, {"path": "~/pets", "template": "{}!"}, where="dataset").load().templates == ("{}!",)
-    assert build(Folder, {"path": "~/pets", "templates": ["{}", "my {}"]}, where="dataset").load().templates == ("{}", "my {}")
-    refused("dataset.template: no {} in 'a photo' (put {} where the class name goes)", tmp_path / "pets", template="a photo")
+    assert build(Folder, {"path": "~/pets", "templates": ["{}", "my {}"]}, where="dataset").load().templates == (
+        "{}",
+        "my {}",
+    )
+    refused(
+        "dataset.template: no {} in 'a photo' (put {} where the class name goes)", tmp_path / "pets", template="a photo"
+    )
 
 
 def test_classes_file(tmp_path):
@@ -243,7 +250,10 @@ def test_classes_in_one_split_only(tmp_path, folder, message):
 
 def test_half_of_the_split_folders(tmp_path):
     shutil.rmtree(three(tmp_path) / "test")
-    refused(f"{tmp_path}: a train folder but no test folder (add test, or set dataset.path={tmp_path}/train to split that one)", tmp_path)
+    refused(
+        f"{tmp_path}: a train folder but no test folder (add test, or set dataset.path={tmp_path}/train to split that one)",
+        tmp_path,
+    )
 
 
 def test_empty_val(tmp_path):
@@ -311,7 +321,9 @@ def test_class_of_corrupt_images_only(tmp_path):
 def test_file_gone_after_loading(tmp_path):
     source = Folder(str(single(tmp_path))).load().train.source
     (tmp_path / "a" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"a/0.png: cannot be read any more: .*\(restore it, or load the dataset again\)$"):
+    with pytest.raises(
+        UserError, match=r"a/0.png: cannot be read any more: .*\(restore it, or load the dataset again\)$"
+    ):
         source.load(0)
 
 

@@ -23,7 +23,9 @@ def test_imports_point_upwards_only():
     for file in files:
         own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
         assert own in rank, f"{own} has no layer: add it to LAYERS"
-        for node in ast.parse(file.read_text()).body:  # the module's own imports; those inside functions and TYPE_CHECKING are late
+        for node in ast.parse(
+            file.read_text()
+        ).body:  # the module's own imports; those inside functions and TYPE_CHECKING are late
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mergekit_vl."):
                 other = node.module.split(".")[1]
                 assert rank[other] <= rank[own], f"{file.name} imports {node.module}, which lies below it"

@@ -77,7 +77,9 @@ def test_objective_and_gradient_match_the_formula(points, surrogate):
     ours.backward()
 
     def literal(matrix):
-        return literal_objective(7.0, matrix, points["w1"], points["w2"], points["images"], points["labels"], 8.0, 0.5, surrogate)
+        return literal_objective(
+            7.0, matrix, points["w1"], points["w2"], points["images"], points["labels"], 8.0, 0.5, surrogate
+        )
 
     assert ours.item() == pytest.approx(literal(points["w"]), abs=1e-9)
     step = 1e-6
@@ -138,7 +140,10 @@ def test_the_loss_of_a_step(task, monkeypatch, surrogate, path):
     (ctx, text, images), ours = seen.arguments[0], seen.values[0].item()
 
     model = task.base.backbone.model
-    words = {phrase: model.token_embedding(micro.tokenizer()([phrase]))[0, 1:5] for phrase in ("a photo of a", "a sketch of a")}
+    words = {
+        phrase: model.token_embedding(micro.tokenizer()([phrase]))[0, 1:5]
+        for phrase in ("a photo of a", "a sketch of a")
+    }
     ctx1, ctx2 = words["a photo of a"], words["a sketch of a"]
     torch.testing.assert_close(ctx, 0.75 * ctx1 + 0.25 * ctx2)
 
@@ -203,5 +208,7 @@ def test_a_strong_pull_ends_at_zero_shot(task):
     free = MergeTune(lambda_=0.0, beta=0.0, tau=1.0, epochs=40, batch=9, lr=2e-5).merge(task)
     classes = task.data[0].classes
     zero = task.base.text_features(classes)
-    cosine = [torch.nn.functional.cosine_similarity(m.text_features(classes), zero).mean().item() for m in (pulled, free)]
+    cosine = [
+        torch.nn.functional.cosine_similarity(m.text_features(classes), zero).mean().item() for m in (pulled, free)
+    ]
     assert cosine[0] > cosine[1] + 0.01

@@ -38,8 +38,13 @@ def test_the_micro_clip_knows_its_world():
     images, captions = sample_batch(np.random.default_rng((12345, 0)))
     with torch.no_grad():
         features = F.normalize(model.encode_image(micro.normalise(images)), dim=-1)
-        text = F.normalize(model.encode_text(micro.tokenizer()([f"a photo of a {name}" for name in GLYPH_NAMES])), dim=-1)
-    named = [next((i for i, name in enumerate(GLYPH_NAMES) if f" {name} " in f" {c.rstrip('.')} "), None) for c in captions[:170]]
+        text = F.normalize(
+            model.encode_text(micro.tokenizer()([f"a photo of a {name}" for name in GLYPH_NAMES])), dim=-1
+        )
+    named = [
+        next((i for i, name in enumerate(GLYPH_NAMES) if f" {name} " in f" {c.rstrip('.')} "), None)
+        for c in captions[:170]
+    ]
     hits = [int((features[row] @ text.T).argmax()) == want for row, want in enumerate(named) if want is not None]
     assert len(hits) > 100 and np.mean(hits) > 0.4, np.mean(hits)  # chance is 0.002
 

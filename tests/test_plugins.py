@@ -21,7 +21,14 @@ BUILTINS = {
     "datasets": ["microworld", "folder"],
     "protocols": ["base_to_novel"],
 }
-METHODS = {"backbones": "build", "adapters": "anchor", "tuners": "tune", "strategies": "merge", "datasets": "load", "protocols": "task"}
+METHODS = {
+    "backbones": "build",
+    "adapters": "anchor",
+    "tuners": "tune",
+    "strategies": "merge",
+    "datasets": "load",
+    "protocols": "task",
+}
 
 GOOD = """
 from dataclasses import dataclass
@@ -156,7 +163,10 @@ def test_the_environment_names_the_plugins_directory(tmp_path, monkeypatch):
 def test_an_installed_entry_point(tmp_path, monkeypatch):
     folder(tmp_path, some_distribution=GOOD)
     monkeypatch.syspath_prepend(tmp_path)
-    points = (EntryPoint("gone", "no_such_module", "mergekit_vl"), EntryPoint("theirs", "some_distribution", "mergekit_vl"))
+    points = (
+        EntryPoint("gone", "no_such_module", "mergekit_vl"),
+        EntryPoint("theirs", "some_distribution", "mergekit_vl"),
+    )
     monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "mergekit_vl" else ())
     try:
         registry = load_plugins()
@@ -167,7 +177,9 @@ def test_an_installed_entry_point(tmp_path, monkeypatch):
 
 
 def test_a_plugin_that_raises_is_named_and_the_rest_goes_on(tmp_path):
-    registry = load_plugins(folder(tmp_path, a_raises=RAISES, b_hook_raises=HOOK_RAISES, c_syntax="def :\n", z_good=GOOD))
+    registry = load_plugins(
+        folder(tmp_path, a_raises=RAISES, b_hook_raises=HOOK_RAISES, c_syntax="def :\n", z_good=GOOD)
+    )
     assert registry.failures["a_raises"] == "RuntimeError: the licence server is down"
     assert registry.failures["b_hook_raises"] == "LookupError: after one name"
     assert registry.failures["c_syntax"].startswith("SyntaxError: ")
@@ -186,7 +198,10 @@ def test_a_misspelt_hook_is_reported(tmp_path):
 
 @pytest.mark.parametrize(
     "files, name, owners",
-    [({"mine": TAKEN}, "linear", ("mergekit_vl.builtins", "mine")), ({"first": GOOD, "second": GOOD}, "halfway", ("first", "second"))],
+    [
+        ({"mine": TAKEN}, "linear", ("mergekit_vl.builtins", "mine")),
+        ({"first": GOOD, "second": GOOD}, "halfway", ("first", "second")),
+    ],
 )
 def test_a_name_registered_twice_is_fatal(tmp_path, files, name, owners):
     with pytest.raises(UserError) as caught:
@@ -208,5 +223,7 @@ def test_a_builtin_that_fails_is_fatal(monkeypatch):
 def test_a_target_that_cannot_be_imported_names_its_plugin(tmp_path):
     source = HOOK_RAISES.replace('    raise LookupError("after one name")\n', "")
     entry = load_plugins(folder(tmp_path, mine=source)).find("strategies", "never")
-    with pytest.raises(UserError, match=r"never \(nowhere:Never\) of plugin mine cannot be imported: No module named 'nowhere'"):
+    with pytest.raises(
+        UserError, match=r"never \(nowhere:Never\) of plugin mine cannot be imported: No module named 'nowhere'"
+    ):
         entry.resolve()

@@ -15,7 +15,13 @@ SMALL = ["tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=4"]
 
 def mergekit_vl(*arguments, cwd, cache, prelude=""):
     code = f"{prelude}\nimport sys; sys.argv = {['mergekit-vl', *map(str, arguments)]!r}\nfrom mergekit_vl.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "MERGEKIT_VL_CACHE": str(cache)}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "MERGEKIT_VL_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,10 @@ def test_what_a_run_leaves(finished):
     }  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
-    assert list(rows)[:5] == ["zero-shot", "coop", "continued", "CE only", "mergetune"] and rows["ensemble"]["forwards"] == 2
+    assert (
+        list(rows)[:5] == ["zero-shot", "coop", "continued", "CE only", "mergetune"]
+        and rows["ensemble"]["forwards"] == 2
+    )
     assert rows["zero-shot"]["parameters"] == 0 and rows["coop"]["parameters"] == 4 * 128
     for row in rows.values():
         assert row["hm"] == pytest.approx(2 / (1 / row["base"] + 1 / row["novel"]))
@@ -44,16 +53,27 @@ def test_what_a_run_leaves(finished):
     assert {"dataset", "model", "pretrained", "task", "metrics", "language"} <= result.keys()
     assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"} and 0 < result["metrics"]["acc1"] <= 1
     page = (run / "report.html").read_text()
-    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
-    assert out.strip().splitlines()[-3].startswith("mergetune against coop: ") and str(Path("first") / "report.html") in out
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+    assert (
+        out.strip().splitlines()[-3].startswith("mergetune against coop: ")
+        and str(Path("first") / "report.html") in out
+    )
 
 
 def test_the_path_ends_where_its_models_stand(finished):
     report = json.loads((finished[0] / "first" / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
     ends = {(p["leg"], p["alpha"]): p for p in report["path"]}
-    for leg, alpha, row in (("zero-shot -> tuned", 0.0, "zero-shot"), ("zero-shot -> tuned", 1.0, "coop"), ("merged -> tuned", 0.0, "mergetune")):
-        assert ends[leg, alpha]["base"] == pytest.approx(rows[row]["base"]) and ends[leg, alpha]["novel"] == pytest.approx(rows[row]["novel"])
+    for leg, alpha, row in (
+        ("zero-shot -> tuned", 0.0, "zero-shot"),
+        ("zero-shot -> tuned", 1.0, "coop"),
+        ("merged -> tuned", 0.0, "mergetune"),
+    ):
+        assert ends[leg, alpha]["base"] == pytest.approx(rows[row]["base"]) and ends[leg, alpha][
+            "novel"
+        ] == pytest.approx(rows[row]["novel"])
 
 
 def test_the_same_command_says_already_done_and_force_repeats_the_same_bytes(finished):
@@ -62,7 +82,9 @@ def test_the_same_command_says_already_done_and_force_repeats_the_same_bytes(fin
     assert again.returncode == 0 and again.stdout.startswith("already done: ")
     names = ("merged.safetensors", "recipe.yaml", "scores.json")
     before = [(place / "first" / name).read_bytes() for name in names]
-    forced = mergekit_vl("run", "mergetune_coop", *SMALL, "--out", "first", "--force", "--json", cwd=place, cache=place / "other-cache")
+    forced = mergekit_vl(
+        "run", "mergetune_coop", *SMALL, "--out", "first", "--force", "--json", cwd=place, cache=place / "other-cache"
+    )
     assert json.loads(forced.stdout)["main"] == "mergetune"
     assert [(place / "first" / name).read_bytes() for name in names] == before
 
@@ -74,16 +96,34 @@ def test_killed_at_a_write_the_same_command_goes_on(finished, write):
     kill = f"import os\nreal, left = os.replace, [{write}]\ndef replace(a, b):\n    left[0] -= 1\n    if not left[0]: os.kill(os.getpid(), 9)\n    real(a, b)\nos.replace = replace"
     killed = mergekit_vl("run", "mergetune_coop", *SMALL, "--out", out, cwd=place, cache=place / "cache", prelude=kill)
     assert killed.returncode == -9 and not (place / out / "report.json").exists()
-    assert mergekit_vl("run", "mergetune_coop", *SMALL, "--out", out, "--quiet", cwd=place, cache=place / "cache").returncode == 0
+    assert (
+        mergekit_vl(
+            "run", "mergetune_coop", *SMALL, "--out", out, "--quiet", cwd=place, cache=place / "cache"
+        ).returncode
+        == 0
+    )
     assert (place / out / "scores.json").read_bytes() == (place / "first" / "scores.json").read_bytes()
 
 
 def test_a_checkpoint_takes_the_tuners_place(finished):
     place, _ = finished
     file = place / "first" / "state" / "animals_emboss-seed1" / "coop.safetensors"
-    done = mergekit_vl("run", "mergetune_coop", *SMALL[1:], f"tuned=[{{checkpoint: {file}}}]", "--json", "--out", "from", cwd=place, cache=place / "cache")
+    done = mergekit_vl(
+        "run",
+        "mergetune_coop",
+        *SMALL[1:],
+        f"tuned=[{{checkpoint: {file}}}]",
+        "--json",
+        "--out",
+        "from",
+        cwd=place,
+        cache=place / "cache",
+    )
     assert done.returncode == 0, done.stderr
-    ours, theirs = json.loads(done.stdout)["summary"], json.loads((place / "first" / "report.json").read_text())["summary"]
+    ours, theirs = (
+        json.loads(done.stdout)["summary"],
+        json.loads((place / "first" / "report.json").read_text())["summary"],
+    )
     assert [(r["base"], r["novel"]) for r in ours] == [(r["base"], r["novel"]) for r in theirs]
 
 
@@ -93,8 +133,12 @@ def test_a_folder_of_pictures(finished, tmp_path):
     for name in ("dog", "quokka", "apple", "car"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(8):
-            Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "pets" / name / f"{i}.jpg")
-    done = mergekit_vl("run", "folder_coop", "dataset.path=pets", *SMALL[:2], "protocol.shots=2", cwd=tmp_path, cache=place / "cache")
+            Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(
+                tmp_path / "pets" / name / f"{i}.jpg"
+            )
+    done = mergekit_vl(
+        "run", "folder_coop", "dataset.path=pets", *SMALL[:2], "protocol.shots=2", cwd=tmp_path, cache=place / "cache"
+    )
     assert done.returncode == 0, done.stderr
     assert "micro was never trained on these words of pets: quokka" in done.stderr
     assert "halves: sorted labels" in done.stdout

@@ -30,7 +30,9 @@ class Prompt:
     space = "ctx"
 
     @classmethod
-    def start(cls, backbone: Backbone, *, init: str | None, n_context: int, seed: int, names: tuple[str, ...] = ()) -> Prompt:
+    def start(
+        cls, backbone: Backbone, *, init: str | None, n_context: int, seed: int, names: tuple[str, ...] = ()
+    ) -> Prompt:
         """From words (`init`), or at random with standard deviation 0.02; class-specific where `names` are given."""
         import torch
 
@@ -53,7 +55,10 @@ class Prompt:
     def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
         if self.names and self.names != classes.names:
             novel = [name for name in classes.names if name not in self.names]
-            raise UserError(f"a class-specific prompt knows nothing of {novel[0] if novel else 'this order of classes'!r}", mend="tune with class_specific=false")
+            raise UserError(
+                f"a class-specific prompt knows nothing of {novel[0] if novel else 'this order of classes'!r}",
+                mend="tune with class_specific=false",
+            )
         self.check(backbone)
         prompts = backbone.tokenize([f"{name}." for name in classes.names], self.ctx.shape[-2])
         return backbone.encode_prompts(prompts, self.ctx)
@@ -61,22 +66,33 @@ class Prompt:
     def check(self, backbone: Backbone) -> None:
         """Raise UserError unless the prompt is as wide as the backbone's tokens."""
         if self.ctx.shape[-1] != backbone.token_width:
-            raise UserError(f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}", mend="use the backbone it was tuned on")
+            raise UserError(
+                f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}",
+                mend="use the backbone it was tuned on",
+            )
 
     def anchor(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""
         if not self.init:
-            raise UserError("a prompt that started at random has no zero-shot point in context space", mend="tune with init: a photo of a")
+            raise UserError(
+                "a prompt that started at random has no zero-shot point in context space",
+                mend="tune with init: a photo of a",
+            )
         ctx = backbone.embed(self.init)
         if ctx.shape[0] != self.ctx.shape[-2]:
-            raise UserError(f"{self.init!r} is {ctx.shape[0]} tokens, the prompt has {self.ctx.shape[-2]}", mend="give the words it started from")
+            raise UserError(
+                f"{self.init!r} is {ctx.shape[0]} tokens, the prompt has {self.ctx.shape[-2]}",
+                mend="give the words it started from",
+            )
         return replace(self, ctx=ctx.expand_as(self.ctx).clone())
 
     def save(self, path: Path, *, backbone: str) -> None:
         from safetensors.torch import save
 
         # one metadata key with canonical JSON: several keys come out in any order
-        meta = json.dumps({"adapter": "prompt", "backbone": backbone, "init": self.init, "names": list(self.names)}, sort_keys=True)
+        meta = json.dumps(
+            {"adapter": "prompt", "backbone": backbone, "init": self.init, "names": list(self.names)}, sort_keys=True
+        )
         from mergekit_vl.files import write_bytes
 
         write_bytes(path, save({"ctx": self.ctx.detach().cpu().contiguous()}, metadata={METADATA_KEY: meta}))
@@ -92,10 +108,18 @@ class Prompt:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
                 if meta.get("adapter") != "prompt" or "ctx" not in file.keys():  # noqa: SIM118
-                    raise UserError("this is not a prompt written by mergekit-vl", where=str(path), mend="give the merged.safetensors or a tuned anchor of a run")
+                    raise UserError(
+                        "this is not a prompt written by mergekit-vl",
+                        where=str(path),
+                        mend="give the merged.safetensors or a tuned anchor of a run",
+                    )
                 ctx = file.get_tensor("ctx").float().to(device)
         except SafetensorError as error:
-            raise UserError(f"damaged or truncated safetensors: {error}", where=str(path), mend="copy the file again") from None
+            raise UserError(
+                f"damaged or truncated safetensors: {error}", where=str(path), mend="copy the file again"
+            ) from None
         if not ctx.isfinite().all():
-            raise UserError("ctx has values that are not finite", where=str(path), mend="tune again with a lower learning rate")
+            raise UserError(
+                "ctx has values that are not finite", where=str(path), mend="tune again with a lower learning rate"
+            )
         return cls(ctx, meta["init"], tuple(meta["names"]))

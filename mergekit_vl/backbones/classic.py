@@ -42,13 +42,22 @@ class Backbone:
 
     def __post_init__(self) -> None:
         model = self.model
-        if not hasattr(model, "token_embedding") or getattr(model, "attn_mask", None) is None or getattr(model, "text_pool_type", "argmax") != "argmax":
-            raise UserError(f"{self.spec}: only CLIP's classic text tower (causal, pooled at the end token) is supported so far", mend="choose another arch")
+        if (
+            not hasattr(model, "token_embedding")
+            or getattr(model, "attn_mask", None) is None
+            or getattr(model, "text_pool_type", "argmax") != "argmax"
+        ):
+            raise UserError(
+                f"{self.spec}: only CLIP's classic text tower (causal, pooled at the end token) is supported so far",
+                mend="choose another arch",
+            )
         model.to(self.device).eval().requires_grad_(False)
         digest = hashlib.sha256(self.spec.encode())
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise UserError(f"{name} has values that are not finite", where=self.spec, mend="use an undamaged checkpoint")
+                raise UserError(
+                    f"{name} has values that are not finite", where=self.spec, mend="use an undamaged checkpoint"
+                )
             if name != "token_embedding.weight" or tensor.numel() < 1 << 24:
                 digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         object.__setattr__(self, "_key", digest.hexdigest()[:16])
@@ -90,7 +99,10 @@ class Backbone:
             if int(end) <= 1 + n_context:
                 raise UserError(f"the tokenizer maps {text!r} to nothing", mend="give the class a name in words")
             if int(end) == ids.shape[1] - 1 and len(self.tokenizer.encode(f"{filler} {text}")) > ids.shape[1] - 2:
-                raise UserError(f"{text!r} is longer than the {ids.shape[1]} tokens of {self.spec}", mend="shorten the class name or the context")
+                raise UserError(
+                    f"{text!r} is longer than the {ids.shape[1]} tokens of {self.spec}",
+                    mend="shorten the class name or the context",
+                )
             del row
         length = int(ends.max()) + 1
         return Prompts(ids[:, :length].to(self.device), ends.to(self.device), n_context)

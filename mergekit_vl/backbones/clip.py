@@ -36,11 +36,19 @@ class Clip:
         except Exception as error:  # open_clip, torch and the hub raise many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"cannot be loaded: {first}", where=where, mend="give a tag of `open_clip.list_pretrained()` or a local file to backbone.pretrained"
+                f"cannot be loaded: {first}",
+                where=where,
+                mend="give a tag of `open_clip.list_pretrained()` or a local file to backbone.pretrained",
             ) from error
         visual = model.visual
         size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
         config = getattr(visual, "preprocess_cfg", {})
         mean = config.get("mean", open_clip.OPENAI_DATASET_MEAN)
         std = config.get("std", open_clip.OPENAI_DATASET_STD)
-        return Backbone(model, tokenizer, {"image_size": size, "mean": tuple(mean), "std": tuple(std)}, f"clip:{self.arch}:{self.pretrained}", device)
+        return Backbone(
+            model,
+            tokenizer,
+            {"image_size": size, "mean": tuple(mean), "std": tuple(std)},
+            f"clip:{self.arch}:{self.pretrained}",
+            device,
+        )

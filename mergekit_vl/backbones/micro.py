@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from open_clip import CLIP, SimpleTokenizer
+    from torch import Tensor, nn
 
     from mergekit_vl.backbones.classic import Backbone
 
@@ -25,7 +24,12 @@ IMAGE_SIZE = 48
 CONTEXT = 24
 CONFIG = {
     "embed_dim": 128,
-    "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "avg", "timm_proj": "linear", "image_size": IMAGE_SIZE},
+    "vision_cfg": {
+        "timm_model_name": "convnext_atto",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": IMAGE_SIZE,
+    },
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
 MEAN = (0.5, 0.5, 0.5)
@@ -91,7 +95,9 @@ def load() -> CLIP:
         state = {k: v.float() if v.is_floating_point() else v.long() for k, v in load_file(path).items()}
     ids, rows = state.pop("token_ids"), state["token_embedding.weight"]
     generator = torch.Generator().manual_seed(0)
-    table = torch.randn(CONFIG["text_cfg"]["vocab_size"], rows.shape[1], generator=generator) * rows.std(0) + rows.mean(0)
+    table = torch.randn(CONFIG["text_cfg"]["vocab_size"], rows.shape[1], generator=generator) * rows.std(0) + rows.mean(
+        0
+    )
     table[ids] = rows
     state["token_embedding.weight"] = table
     model = untrained()
@@ -115,4 +121,6 @@ class Micro:
     def build(self, device: str) -> Backbone:
         from mergekit_vl.backbones.classic import Backbone
 
-        return Backbone(load(), tokenizer(), {"image_size": IMAGE_SIZE, "mean": MEAN, "std": STD}, "micro", device, unknown_words)
+        return Backbone(
+            load(), tokenizer(), {"image_size": IMAGE_SIZE, "mean": MEAN, "std": STD}, "micro", device, unknown_words
+        )

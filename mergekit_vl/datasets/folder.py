@@ -50,7 +50,9 @@ class FolderImages:
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders raise nearly anything
-            raise UserError(f"cannot be read any more: {error}", where=str(file), mend="restore it, or load the dataset again") from None
+            raise UserError(
+                f"cannot be read any more: {error}", where=str(file), mend="restore it, or load the dataset again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Folder:
     """
 
     path: str = option(help="the folder of images")
-    classes_file: str | None = option(None, "class names, one a line in the order of the sorted folders, or lines 'folder<TAB>name'")
+    classes_file: str | None = option(
+        None, "class names, one a line in the order of the sorted folders, or lines 'folder<TAB>name'"
+    )
     template: str = option("a photo of a {}.", "the prompt around a class name")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
     val_share: float = option(0.1, "share of each class that becomes val where there is no val folder")
@@ -75,13 +79,17 @@ class Folder:
         templates = self._checked_templates()
         root = Path(self.path).expanduser().resolve()
         if not root.is_dir():
-            raise UserError("not a folder" if root.exists() else "no such folder", where=str(root), mend="check dataset.path")
+            raise UserError(
+                "not a folder" if root.exists() else "no such folder", where=str(root), mend="check dataset.path"
+            )
         found = _scan(root)
         self._check_shares(single="" in found)
         folders = self._check(root, found)
         names = self._names(folders)
 
-        source, corrupt = _verified(root, sorted(file for classes in found.values() for files in classes.values() for file in files))
+        source, corrupt = _verified(
+            root, sorted(file for classes in found.values() for files in classes.values() for file in files)
+        )
         if corrupt:
             if not self.skip_corrupt:
                 raise UserError(
@@ -89,16 +97,23 @@ class Folder:
                     where=str(root),
                     mend="remove it, or set dataset.skip_corrupt=true",
                 )
-            warnings.warn(f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2)
+            warnings.warn(
+                f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2
+            )
             gone = set(corrupt)
-            found = {split: {f: [x for x in files if x not in gone] for f, files in classes.items()} for split, classes in found.items()}
+            found = {
+                split: {f: [x for x in files if x not in gone] for f, files in classes.items()}
+                for split, classes in found.items()
+            }
             self._check(root, found)
 
         row = {file: i for i, file in enumerate(source.files)}
         parts = self._parts(root, found)
         splits = []
         for part in ("train", "val", "test"):
-            pairs = sorted((row[file], label) for label, folder in enumerate(folders) for file in parts[part].get(folder, ()))
+            pairs = sorted(
+                (row[file], label) for label, folder in enumerate(folders) for file in parts[part].get(folder, ())
+            )
             rows, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
             splits.append(Split(source, rows.copy(), labels.copy()))
         return Dataset(root.name, names, templates, *splits)
@@ -107,13 +122,17 @@ class Folder:
         templates = tuple(self.templates) or (self.template,)
         for template in templates:
             if "{}" not in template:
-                raise UserError(f"no {{}} in {template!r}", where="dataset.template", mend="put {} where the class name goes")
+                raise UserError(
+                    f"no {{}} in {template!r}", where="dataset.template", mend="put {} where the class name goes"
+                )
         return templates
 
     def _check_shares(self, *, single: bool) -> None:
         for key in ("val_share", "test_share"):
             if not 0 < getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}", where=f"dataset.{key}", mend="between 0 and 1, both excluded")
+                raise UserError(
+                    f"{key}={getattr(self, key)}", where=f"dataset.{key}", mend="between 0 and 1, both excluded"
+                )
         if single and self.val_share + self.test_share >= 1:
             raise UserError(
                 f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on",
@@ -125,26 +144,42 @@ class Folder:
         """The sorted class folders, once each split has what it must."""
         where = str(root)
         if not any(files for classes in found.values() for files in classes.values()):
-            raise UserError("no class folder holds an image", where=where, mend="put the images into one folder per class")
+            raise UserError(
+                "no class folder holds an image", where=where, mend="put the images into one folder per class"
+            )
         for split, classes in found.items():
             if split == "val":
                 if not any(classes.values()):
-                    raise UserError("the val folder holds no images", where=where, mend="fill it, or remove it to take a share of train")
+                    raise UserError(
+                        "the val folder holds no images",
+                        where=where,
+                        mend="fill it, or remove it to take a share of train",
+                    )
                 continue
             if empty := [f"{split}/{folder}".lstrip("/") for folder in sorted(classes) if not classes[folder]]:
-                raise UserError(f"{_count(empty, 'class folder')} without images: {_some(empty)}", where=where, mend="fill or remove it")
+                raise UserError(
+                    f"{_count(empty, 'class folder')} without images: {_some(empty)}",
+                    where=where,
+                    mend="fill or remove it",
+                )
         train = found.get("train", found.get("", {}))
         for split, classes in found.items():
             if alone := sorted(folder for folder in classes if folder not in train):
                 raise UserError(
-                    f"{_count(alone, 'class', 'classes')} in {split} but not in train: {_some(alone)}", where=where, mend="add it to train"
+                    f"{_count(alone, 'class', 'classes')} in {split} but not in train: {_some(alone)}",
+                    where=where,
+                    mend="add it to train",
                 )
             if split == "test" and (alone := sorted(folder for folder in train if folder not in classes)):
                 raise UserError(
-                    f"{_count(alone, 'class', 'classes')} in train but not in test: {_some(alone)}", where=where, mend="add it to test"
+                    f"{_count(alone, 'class', 'classes')} in train but not in test: {_some(alone)}",
+                    where=where,
+                    mend="add it to test",
                 )
         if len(train) < 2:
-            raise UserError(f"only one class, {next(iter(train))!r}", where=where, mend="at least two class folders are needed")
+            raise UserError(
+                f"only one class, {next(iter(train))!r}", where=where, mend="at least two class folders are needed"
+            )
         return sorted(train)
 
     def _names(self, folders: Sequence[str]) -> tuple[str, ...]:
@@ -155,7 +190,9 @@ class Folder:
             names = _names_in(Path(self.classes_file).expanduser(), folders)
             where, mend = self.classes_file, "give each class a name of its own"
         if twice := sorted(name for name, n in Counter(names).items() if n > 1):
-            raise UserError(f"{_count(twice, 'class name')} used more than once: {_some(twice)}", where=where, mend=mend)
+            raise UserError(
+                f"{_count(twice, 'class name')} used more than once: {_some(twice)}", where=where, mend=mend
+            )
         return names
 
     def _parts(self, root: Path, found: dict[str, Classes]) -> dict[str, Classes]:
@@ -173,7 +210,9 @@ class Folder:
         parts: dict[str, Classes] = {"train": {}, "val": {}, "test": dict(found.get("test", {}))}
         for folder, files in pool.items():
             files = sorted(files)
-            random.Random(f"{self.split_seed}:{folder}").shuffle(files)  # by class: another class's images change nothing here
+            random.Random(f"{self.split_seed}:{folder}").shuffle(
+                files
+            )  # by class: another class's images change nothing here
             n = len(files)
             n_test = min(max(1, round(n * self.test_share)), n - 2) if least == 3 else 0
             n_val = min(max(1, round(n * self.val_share)), n - 1 - n_test)
@@ -194,7 +233,9 @@ def _scan(root: Path) -> dict[str, Classes]:
         return {split: _classes_in(folder, root) for split, folder in folders.items()}
     found = _classes_in(root, root)
     for split, other in (("train", "test"), ("test", "train")):
-        if (root / split).is_dir() and not found.get(split):  # one that holds images itself is a class: trains are vehicles
+        if (root / split).is_dir() and not found.get(
+            split
+        ):  # one that holds images itself is a class: trains are vehicles
             raise UserError(
                 f"a {split} folder but no {other} folder",
                 where=str(root),
@@ -216,7 +257,9 @@ def _classes_in(folder: Path, root: Path) -> Classes:
     for at, below, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(at)
         real = here.resolve()
-        below[:] = sorted(d for d in below if not d.startswith(".") and not real.is_relative_to((here / d).resolve()))  # no link loops
+        below[:] = sorted(
+            d for d in below if not d.startswith(".") and not real.is_relative_to((here / d).resolve())
+        )  # no link loops
         images = sorted(f for f in files if not f.startswith(".") and Path(f).suffix.lower() in readable)
         if here != folder and (images or not below):
             classes[here.relative_to(folder).as_posix()] = [(here / f).relative_to(root).as_posix() for f in images]
@@ -285,22 +328,32 @@ def _names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
         raise UserError("not UTF-8", where=where, mend="save it as UTF-8") from None
     if any("\t" in line for line in lines):
         last = Counter(folder.split("/")[-1] for folder in folders)
-        known = {folder.split("/")[-1]: folder for folder in folders if last[folder.split("/")[-1]] == 1} | {f: f for f in folders}
+        known = {folder.split("/")[-1]: folder for folder in folders if last[folder.split("/")[-1]] == 1} | {
+            f: f for f in folders
+        }
         named: dict[str, str] = {}
         for line in lines:
             given, tab, name = (part.strip() for part in line.partition("\t"))
             if not (given and name):
-                raise UserError(f"no tab in {line!r}", where=where, mend="either every line is 'folder<TAB>name' or none is")
+                raise UserError(
+                    f"no tab in {line!r}", where=where, mend="either every line is 'folder<TAB>name' or none is"
+                )
             if given not in known:
                 raise unknown("class folder", given, known, where=where)
             if known[given] in named:
                 raise UserError(f"class folder {given!r} twice", where=where, mend="remove one of the lines")
             named[known[given]] = name
         if missing := [folder for folder in folders if folder not in named]:
-            raise UserError(f"{_count(missing, 'class folder')} without a name: {_some(missing)}", where=where, mend="add a line for it")
+            raise UserError(
+                f"{_count(missing, 'class folder')} without a name: {_some(missing)}",
+                where=where,
+                mend="add a line for it",
+            )
         return tuple(named[folder] for folder in folders)
     if len(lines) != len(folders):
-        raise UserError(f"{len(lines)} names for {len(folders)} class folders", where=where, mend="one per folder, in sorted order")
+        raise UserError(
+            f"{len(lines)} names for {len(folders)} class folders", where=where, mend="one per folder, in sorted order"
+        )
     return tuple(lines)
 
 

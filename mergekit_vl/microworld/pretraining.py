@@ -31,7 +31,9 @@ def jitter(colours: np.ndarray, rng: np.random.Generator, amount: float = 0.08) 
     return np.clip(colours + rng.normal(0, amount, colours.shape), 0, 1).astype(np.float32)
 
 
-def sample_batch(rng: np.random.Generator, glyphs: int = 170, pairs: int = 60, letters: int = 26) -> tuple[Tensor, list[str]]:
+def sample_batch(
+    rng: np.random.Generator, glyphs: int = 170, pairs: int = 60, letters: int = 26
+) -> tuple[Tensor, list[str]]:
     """Images float [N, 3, 48, 48] and N captions; within a batch no concept occurs twice, so every other row is a negative."""
     n = glyphs + pairs + letters
     glyph_ids = rng.choice(len(GLYPH_NAMES), glyphs, replace=False)
@@ -72,9 +74,16 @@ def sample_batch(rng: np.random.Generator, glyphs: int = 170, pairs: int = 60, l
             nouns.append(words + (f"{face} " if rng.random() < 0.3 else "") + letter_name(letter))
     flat = fill > 0
     clash = flat & (background_colour == colour)
-    background_colour = np.where(clash, (colour + 1 + rng.integers(0, len(COLOURS) - 1, n)) % len(COLOURS), background_colour)
+    background_colour = np.where(
+        clash, (colour + 1 + rng.integers(0, len(COLOURS) - 1, n)) % len(COLOURS), background_colour
+    )
 
-    captions = [_caption(nouns[i], style[i], background[i], background_colour[i], background_texture[i], scale[i], offset[i], rng) for i in range(n)]
+    captions = [
+        _caption(
+            nouns[i], style[i], background[i], background_colour[i], background_texture[i], scale[i], offset[i], rng
+        )
+        for i in range(n)
+    ]
     first = PALETTE[colour]
     second = np.where(first.mean(1, keepdims=True) > 0.5, first * 0.45, 0.55 + first * 0.45)
     back = PALETTE[background_colour]
@@ -118,6 +127,14 @@ def _caption(noun, style, background, colour, texture, scale, offset, rng) -> st
 
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can contain."""
-    phrases = [*GLYPH_NAMES, *SHAPES, *COLOURS, *TEXTURES, *LETTER_FACES, *(letter_name(x) for x in LETTERS), *PLACE_WORDS]
+    phrases = [
+        *GLYPH_NAMES,
+        *SHAPES,
+        *COLOURS,
+        *TEXTURES,
+        *LETTER_FACES,
+        *(letter_name(x) for x in LETTERS),
+        *PLACE_WORDS,
+    ]
     phrases += [word for words in STYLE_WORDS for word in words] + ["small", "large", "on a background", "."]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))

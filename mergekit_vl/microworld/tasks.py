@@ -76,7 +76,9 @@ class MicroTask:
             fill_colours=jitter(np.stack([first, other], 1), rng, 0.04),
             background=np.where(at_home, 2, rng.choice(3, n, p=[0.4, 0.3, 0.3])),
             background_texture=np.where(at_home, home_texture, rng.integers(1, len(TEXTURES), n)),
-            background_colours=jitter(PALETTE[back] * [[[1.0], [0.6]]] + np.array([0.0, 0.4])[None, :, None] * PALETTE[back[:, :1]], rng),
+            background_colours=jitter(
+                PALETTE[back] * [[[1.0], [0.6]]] + np.array([0.0, 0.4])[None, :, None] * PALETTE[back[:, :1]], rng
+            ),
             scale=scale,
             angle=rng.normal(0, 0.2, n),
             offset=rng.uniform(-0.35, 0.35, (n, 2)) * (1.3 - scale)[:, None],

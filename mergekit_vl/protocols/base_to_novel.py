@@ -43,6 +43,11 @@ class BaseToNovel:
         base, novel = tuple(sorted(order[:half])), tuple(sorted(order[half:]))
         classes = Classes(dataset.classes, dataset.templates)
         train = few_shot(dataset.train, self.shots, seed, name=dataset.name).of_classes(base)
-        val = few_shot(dataset.val, min(self.shots, 4), seed, name=f"{dataset.name} (validation)", at_most=True).of_classes(base)
-        tests = tuple((name, classes.subset(half), dataset.test.of_classes(half)) for name, half in (("base", base), ("novel", novel)))
+        val = few_shot(
+            dataset.val, min(self.shots, 4), seed, name=f"{dataset.name} (validation)", at_most=True
+        ).of_classes(base)
+        tests = tuple(
+            (name, classes.subset(half), dataset.test.of_classes(half))
+            for name, half in (("base", base), ("novel", novel))
+        )
         return Task(TaskData(classes.subset(base), train, val), tests, base, novel)

@@ -20,7 +20,15 @@ class OutputEnsemble:
         members = (inputs.base, *inputs.tuned)
         weights = self.weights or (1.0,) * len(members)
         if len(weights) != len(members):
-            raise UserError(f"{len(weights)} weights for {len(members)} models", where="strategy ensemble", mend="zero-shot first, then one per tuned model")
+            raise UserError(
+                f"{len(weights)} weights for {len(members)} models",
+                where="strategy ensemble",
+                mend="zero-shot first, then one per tuned model",
+            )
         if min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(f"weights {weights} are not a mixture", where="strategy ensemble", mend="use weights >= 0 with a positive sum")
+            raise UserError(
+                f"weights {weights} are not a mixture",
+                where="strategy ensemble",
+                mend="use weights >= 0 with a positive sum",
+            )
         return Ensemble(members, tuple(w / sum(weights) for w in weights))

@@ -28,11 +28,17 @@ class Linear:
         base, tuned = anchors(inputs)
         weights = self.weights or (1.0,) * (1 + len(tuned))
         if len(weights) != 1 + len(tuned):
-            raise UserError(f"{len(weights)} weights for {1 + len(tuned)} models", where="strategy linear", mend="zero-shot first, then one per tuned model")
+            raise UserError(
+                f"{len(weights)} weights for {1 + len(tuned)} models",
+                where="strategy linear",
+                mend="zero-shot first, then one per tuned model",
+            )
         if self.normalise:
             total = sum(weights)
             if total == 0:
-                raise UserError("the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false")
+                raise UserError(
+                    "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
+                )
             weights = tuple(w / total for w in weights)
         if self.space == "features":
             return Mixture((inputs.base, *tuned), weights)

@@ -30,8 +30,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_vl.errors import UserError
 from mergekit_vl.data import Augment
+from mergekit_vl.errors import UserError
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
@@ -49,7 +49,9 @@ class MergeTune:
     lambda_: float = option(8.0, "weight of the path to zero-shot")
     beta: float = option(0.5, "weight of the path to the fine-tuned model")
     tau: float = option(0.3, "start: 0 at zero-shot, 1 at the fine-tuned model")
-    alphas: tuple[float, ...] = option((0.1, 0.3, 0.5, 0.7, 0.9), "points of the path; empty: drawn uniformly each step")
+    alphas: tuple[float, ...] = option(
+        (0.1, 0.3, 0.5, 0.7, 0.9), "points of the path; empty: drawn uniformly each step"
+    )
     n_alpha: int = option(5, "points a step where alphas is empty")
     surrogate: Literal["l2", "cosine"] = option("cosine", "distance to zero-shot")
     path: Literal["features", "weights"] = option("features", "interpolate classifiers or context vectors")
@@ -63,14 +65,20 @@ class MergeTune:
     def merge(self, inputs: MergeInputs) -> Model:
         zero_shot, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(f"one tuned model, not {len(tuned)}", where="strategy mergetune", mend="merge several with linear or task_arithmetic first")
+            raise UserError(
+                f"one tuned model, not {len(tuned)}",
+                where="strategy mergetune",
+                mend="merge several with linear or task_arithmetic first",
+            )
         if not self.alphas and self.n_alpha < 1:
             raise UserError(f"n_alpha={self.n_alpha}", where="strategy mergetune", mend="at least 1")
         backbone, classes = zero_shot.backbone, inputs.data[0].classes
         ctx1, ctx2 = zero_shot.adapter.tensors["ctx"], tuned[0].adapter.tensors["ctx"]
         text1 = (inputs.base if self.anchor == "template" else zero_shot).text_features(classes)
         text2 = tuned[0].text_features(classes)
-        start = as_model(tuned[0], linear_sum([zero_shot.adapter.tensors, tuned[0].adapter.tensors], (1 - self.tau, self.tau)))
+        start = as_model(
+            tuned[0], linear_sum([zero_shot.adapter.tensors, tuned[0].adapter.tensors], (1 - self.tau, self.tau))
+        )
         assert isinstance(start, Single)
         prompts = backbone.tokenize([f"{name}." for name in classes.names], ctx2.shape[-2])
         draw = _alpha_generator(inputs.seed)
@@ -92,7 +100,12 @@ class MergeTune:
             return total
 
         schedule = Schedule(self.epochs, self.batch, self.lr)
-        return Single(backbone, fit_context(backbone, start.adapter, inputs, schedule, Augment(self.crop, self.flip), loss, what="mergetune"))  # type: ignore[arg-type]
+        return Single(
+            backbone,
+            fit_context(
+                backbone, start.adapter, inputs, schedule, Augment(self.crop, self.flip), loss, what="mergetune"
+            ),
+        )  # type: ignore[arg-type]
 
     def _alphas(self, draw) -> Tensor:
         import torch

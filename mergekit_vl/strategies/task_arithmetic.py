@@ -22,6 +22,10 @@ class TaskArithmetic:
         base, tuned = anchors(inputs)
         scales = self.scales or (self.scale,) * len(tuned)
         if len(scales) != len(tuned):
-            raise UserError(f"{len(scales)} scales for {len(tuned)} tuned models", where="strategy task_arithmetic", mend="one each, in recipe order")
+            raise UserError(
+                f"{len(scales)} scales for {len(tuned)} tuned models",
+                where="strategy task_arithmetic",
+                mend="one each, in recipe order",
+            )
         weights = (1 - sum(scales), *scales)
         return as_model(base, linear_sum([m.adapter.tensors for m in (base, *tuned)], weights))

@@ -22,7 +22,9 @@ class WiseFT:
     def merge(self, inputs: MergeInputs) -> Model:
         base, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(f"one tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several")
+            raise UserError(
+                f"one tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several"
+            )
         weights = (1 - self.alpha, self.alpha)
         if self.space == "features":
             return Mixture((inputs.base, tuned[0]), weights)

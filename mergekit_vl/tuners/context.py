@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import UserError
 from mergekit_vl.data import Augment
+from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,16 @@ class Schedule:
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
 
 
-def fit_context(backbone: Backbone, start: Prompt, inputs: MergeInputs, schedule: Schedule, augment: Augment, loss: Loss, *, what: str) -> Prompt:
+def fit_context(
+    backbone: Backbone,
+    start: Prompt,
+    inputs: MergeInputs,
+    schedule: Schedule,
+    augment: Augment,
+    loss: Loss,
+    *,
+    what: str,
+) -> Prompt:
     """Minimise `loss` over the context, from `start`, on the few-shot images of the first task of `inputs`.
 
     Raises UserError if the loss stops being finite.
@@ -57,7 +66,9 @@ def fit_context(backbone: Backbone, start: Prompt, inputs: MergeInputs, schedule
     from mergekit_vl.model import ImagePath
 
     data = inputs.data[0]
-    views = inputs.features.views(ImagePath(backbone), data.train, epochs=schedule.epochs, seed=inputs.seed, augment=augment)
+    views = inputs.features.views(
+        ImagePath(backbone), data.train, epochs=schedule.epochs, seed=inputs.seed, augment=augment
+    )
     views = F.normalize(views, dim=-1).to(backbone.device)
     labels = torch.from_numpy(data.train.labels).to(backbone.device)
     n = len(labels)
@@ -73,7 +84,11 @@ def fit_context(backbone: Backbone, start: Prompt, inputs: MergeInputs, schedule
             text = backbone.encode_prompts(prompts, ctx)
             value = loss(text, ctx, views[epoch, rows], labels[rows])
             if not torch.isfinite(value):
-                raise UserError(f"the loss of {what} is {value.item()} in epoch {epoch + 1}", where=what, mend=f"lower lr (now {schedule.lr})")
+                raise UserError(
+                    f"the loss of {what} is {value.item()} in epoch {epoch + 1}",
+                    where=what,
+                    mend=f"lower lr (now {schedule.lr})",
+                )
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

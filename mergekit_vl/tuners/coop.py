@@ -34,4 +34,6 @@ class CoOp:
         def loss(text, ctx, images, labels):
             return cross_entropy(backbone.scale, text, images, labels)
 
-        return Single(backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="coop"))
+        return Single(
+            backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="coop")
+        )

@@ -40,4 +40,6 @@ class KgCoOp:
             guide = 1 - F.cosine_similarity(text, zero_shot, dim=-1).mean()
             return cross_entropy(backbone.scale, text, images, labels) + self.guide * guide
 
-        return Single(backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="kgcoop"))
+        return Single(
+            backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="kgcoop")
+        )

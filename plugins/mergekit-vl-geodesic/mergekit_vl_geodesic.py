@@ -25,7 +25,9 @@ class Geodesic:
 
         base, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(f"one tuned model, not {len(tuned)}", where="strategy geodesic", mend="use linear for several")
+            raise UserError(
+                f"one tuned model, not {len(tuned)}", where="strategy geodesic", mend="use linear for several"
+            )
         merged = {}
         for name, start in base.adapter.tensors.items():
             end = tuned[0].adapter.tensors[name]

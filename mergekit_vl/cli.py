@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
 RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
+ALL_CELLS = "all cells"
 SHOWN = (*plugins.KINDS, "recipes", "plugins")
 
 
@@ -42,15 +43,12 @@ def root(
         Path | None, typer.Option(help="load the *.py plugins of this folder too (or set MERGEKIT_VL_PLUGINS)")
     ] = None,
 ) -> None:
-    if plugins_dir is not None:
-        os.environ["MERGEKIT_VL_PLUGINS"] = str(plugins_dir)
+    """`plugins_dir` is read by `main`, since a plugin may bring commands."""
 
 
+@lru_cache(maxsize=1)
 def _registry() -> plugins.Registry:
-    registry = plugins.load_plugins()
-    for owner, reason in registry.failures.items():
-        typer.echo(f"warning: plugin {owner} was not loaded: {reason}", err=True)
-    return registry
+    return plugins.load_plugins()
 
 
 @app.command()
@@ -146,44 +144,35 @@ def _device(name: str) -> str:
 
 
 class _Progress:
-    """One rich progress line with the time left, shown once something takes longer than two seconds."""
+    """Rich progress on stderr: what is done now, and above it all cells where there are several, each with the time left."""
 
     def __init__(self, show: bool) -> None:
-        self.show, self.began, self.bar, self.task = show, time.monotonic(), None, None
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+        self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Progress:
+        self.bar.start()
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        if not self.show or (self.bar is None and time.monotonic() - self.began < 2):
-            return
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self.bar.start()
-            self.task = None
-        if self.task is None or self.bar.tasks[0].description != what:
-            if self.task is not None:
-                self.bar.remove_task(self.task)
-            self.task = self.bar.add_task(what, total=total)
-        self.bar.update(self.task, completed=done, total=total)
+        if what not in self.tasks:
+            for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
+                self.bar.remove_task(self.tasks.pop(old))
+            self.tasks[what] = self.bar.add_task(what, total=total or None)
+        self.bar.update(self.tasks[what], completed=done, total=total or None)
 
     def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
 
 def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
     import shlex
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -192,15 +181,29 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     console = Console()
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
-    table = Table(title=f"{report['recipe']}: {title} (halves: {report['halves']})", title_justify="left")
+    table = Table(
+        title=f"{report['recipe']}: {title} (halves: {report['halves']})",
+        caption=f"± half of the 95% interval; n = {report['summary'][0]['base_n']} base, "
+        f"{report['summary'][0]['novel_n']} novel",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for header in ("row", "base", "novel", "HM", f"{report['main']} minus it", "heads"):
         table.add_column(header, justify="left" if header == "row" else "right", no_wrap=True)
     minus = {d["minus"]: d for d in report["differences"]}
     for row in report["summary"]:
         d = minus.get(row["row"])
         text = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if d else ""
-        cellsof = [f"{row[k]:.1f}" for k in ("base", "novel", "hm")]
-        table.add_row(row["row"], *cellsof, text, str(row["forwards"]), style="bold" if d is None else "")
+        accuracies = []
+        for test in ("base", "novel"):
+            low, high = row[f"{test}_interval"]
+            accuracies.append(f"{row[test]:.1f} ±{(high - low) / 2:.1f}")
+        hm = f"{row['hm']:.1f}"
+        table.add_row(row["row"], *accuracies, hm, text, str(row["forwards"]), style="bold" if d is None else "")
     console.print(table)
     for line in _recorded_suite(plan):
         console.print(line, highlight=False)
@@ -309,10 +312,14 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
 def main() -> None:
     """The console script: one line and exit code 2 for every UserError."""
     try:
-        if "--help" not in sys.argv:
-            registry = plugins.load_plugins() if len(sys.argv) > 1 else None
-            if registry is not None:
-                registry.manager.hook.register_commands(app=app)
+        for i, word in enumerate(sys.argv):  # before Typer reads the words: plugins may bring commands
+            if word.split("=")[0] == "--plugins-dir":
+                folder = word.partition("=")[2] or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
+                os.environ["MERGEKIT_VL_PLUGINS"] = folder
+        registry = _registry()
+        registry.add_commands(app)
+        for owner, reason in registry.failures.items():
+            _warn(f"plugin {owner} was not loaded: {reason}")
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +14,13 @@ from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Progress = Callable[[int, int, str], None]
+"""(done, total, what): called as work goes on; a total of 0 means that nobody knows how much there is."""
+
+
+def silent(done: int, total: int, what: str) -> None: ...
 
 
 class ImageSource(Protocol):

@@ -84,7 +84,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
     return total
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95% Wilson score interval of hits out of n."""
     p, z2 = hits / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)

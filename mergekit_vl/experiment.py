@@ -5,8 +5,11 @@ A cell is one (dataset, seed). Each row of a cell is written as soon as it is do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
+from mergekit_vl.data import Progress
 from mergekit_vl.errors import UserError
-from mergekit_vl.files import write_json, write_text
+from mergekit_vl.files import slug, write_json
+from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
 from mergekit_vl.recipe import Recipe
 
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from mergekit_vl.protocols.base_to_novel import Task
     from mergekit_vl.strategy import MergeInputs
 
-ReportProgress = Callable[[int, int, str], None]
 PATH_POINTS = 11
 
 
@@ -92,7 +96,8 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
         tuned_labels=tuple(labels),
         strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
     )
-    twice = [row for row in experiment.rows if experiment.rows.count(row) > 1]
+    files = [slug(row) for row in experiment.rows]
+    twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
     if twice:
         raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, mend="give one of them a label")
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
@@ -112,10 +117,14 @@ def run(
     *,
     device: str,
     store: FeatureStore,
-    progress: ReportProgress,
+    progress: Progress,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run every cell into `out` and return the report as plain data (also written there)."""
+    """Run every cell into `out` and return the report as plain data (also written there).
+
+    All data are read, and all shots drawn, before anything is trained: bad input ends a run at its start.
+    """
+    progress(0, 0, "loading torch and the backbone")
     import torch
 
     from mergekit_vl import report
@@ -129,35 +138,50 @@ def run(
     backbone = experiment.backbone.build(device)
     base = Single(backbone, ZeroShot())
     experiment = dataclasses.replace(experiment, tuners=tuple(_loaded(tuner, backbone) for tuner in experiment.tuners))
+    tasks = []
+    for dataset in _datasets(experiment, progress):
+        base.text_features(
+            Classes(dataset.classes, dataset.templates)
+        )  # names that no tokenizer knows end the run here
+        _warn_of_unknown_words(backbone, dataset, warn)
+        tasks += [(dataset, seed, experiment.protocol.task(dataset, seed)) for seed in experiment.recipe.seeds]
     cells = []
-    total = len(experiment.datasets) * len(experiment.recipe.seeds)
-    for spec in experiment.datasets:
-        dataset: Dataset = spec.load()
-        unknown_words = backbone.warn(dataset.classes)
-        if unknown_words:
-            shown = ", ".join(unknown_words[:8]) + (
-                f" and {len(unknown_words) - 8} more" if len(unknown_words) > 8 else ""
-            )
-            warn(
-                f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy"
-            )
-        for seed in experiment.recipe.seeds:
-            where = f"[{len(cells) + 1}/{total}] {dataset.name} seed {seed}"
-            task = experiment.protocol.task(dataset, seed)
-            inputs = MergeInputs(
-                base,
-                (),
-                (task.train,),
-                store,
-                seed,
-                device,
-                lambda done, n, what, where=where: progress(done, n, f"{where}: {what}"),
-            )
-            store.report = inputs.progress
-            cells.append(
-                _Cell(experiment, task, inputs, out / "state" / f"{dataset.name}-seed{seed}").run(dataset, seed)
-            )
+    for number, (dataset, seed, task) in enumerate(tasks, 1):
+        if len(tasks) > 1:
+            progress(number - 1, len(tasks), "all cells")
+        where = f"[{number}/{len(tasks)}] {dataset.name} seed {seed}"
+        told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
+        store.report = told
+        inputs = MergeInputs(base, (), (task.train,), store, seed, device, told)
+        cell = _Cell(experiment, task, inputs, out / "state" / report.cell_name(dataset.name, seed))
+        cells.append(cell.run(dataset, seed, warn))
+    progress(0, 0, "writing the report")
     return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
+
+
+def _datasets(experiment: Experiment, progress: Progress) -> list[Dataset]:
+    """The datasets, under their recipe's labels where it gives some."""
+    out: list[Dataset] = []
+    for spec, made in zip(experiment.recipe.datasets, experiment.datasets):
+        progress(0, 0, f"reading {spec.options.get('path') or spec.options.get('task') or spec.name}")
+        dataset = made.load(progress)
+        if spec.label != spec.name:
+            dataset = dataclasses.replace(dataset, name=spec.label)
+        if dataset.name in [other.name for other in out]:
+            raise UserError(
+                f"two datasets are called {dataset.name!r}", where=spec.where, mend="give one of them a label"
+            )
+        out.append(dataset)
+    return out
+
+
+def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[[str], None]) -> None:
+    words = backbone.warn(dataset.classes)
+    if words:
+        shown = ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
+        warn(
+            f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy"
+        )
 
 
 def _loaded(tuner: Any, backbone: Backbone) -> Any:
@@ -179,19 +203,9 @@ class _Cell:
     inputs: MergeInputs
     folder: Path
 
-    def run(self, dataset: Dataset, seed: int) -> dict[str, Any]:
-        write_text(
-            self.folder / "shots.json",
-            json.dumps(
-                {
-                    "seed": seed,
-                    "base": list(self.task.base),
-                    "novel": list(self.task.novel),
-                    "train_rows": self.task.train.train.rows.tolist(),
-                }
-            )
-            + "\n",
-        )
+    def run(self, dataset: Dataset, seed: int, warn: Callable[[str], None]) -> dict[str, Any]:
+        self._claim(warn)
+        write_json(self.folder / "shots.json", self._shots(dataset, seed))
         rows = [self._row("zero-shot", "zero-shot", lambda: self.inputs.base)[1]]
         tuned = []
         for label, tuner in zip(self.experiment.tuned_labels, self.experiment.tuners):
@@ -216,8 +230,34 @@ class _Cell:
                 **{name: len(split) for name, _, split in self.task.tests},
             },
             "rows": rows,
-            "path": self._path(tuned[0], merged[0]),
+            "path": self._path(inputs, merged[0]),
         }
+
+    def _claim(self, warn: Callable[[str], None]) -> None:
+        """Forget stored rows that were made with other images, weights or checkpoints than these."""
+        key = {
+            "backbone": self.inputs.base.backbone.key,
+            "images": [split.key for split in (self.task.train.train, *(split for _, _, split in self.task.tests))],
+            "checkpoints": [_digest(t) for t in self.experiment.tuners if not hasattr(t, "tune")],
+        }
+        file = self.folder / "key.json"
+        if file.exists() and json.loads(file.read_text()) != key:
+            warn(f"{self.folder}: images, weights or checkpoints have changed since; this cell starts again")
+            shutil.rmtree(self.folder)
+        write_json(file, key)
+
+    def _shots(self, dataset: Dataset, seed: int) -> dict[str, Any]:
+        """The few-shot selection: rows of each split, and the files they are where there are files."""
+        out: dict[str, Any] = {"dataset": dataset.name, "seed": seed}
+        for name, part in (("base", self.task.base), ("novel", self.task.novel)):
+            out[name] = [dataset.classes[i] for i in part]
+        for name, split in (("train", self.task.train.train), ("val", self.task.train.val)):
+            files = getattr(split.source, "files", None)
+            out[name] = [
+                {"row": row, "class": self.task.train.classes.names[label]} | ({"file": files[row]} if files else {})
+                for row, label in zip(split.rows.tolist(), split.labels.tolist())
+            ]
+        return out
 
     def _tune(self, tuner: Any) -> Model:
         return tuner.tune(self.inputs) if hasattr(tuner, "tune") else tuner
@@ -228,8 +268,7 @@ class _Cell:
         from mergekit_vl.evaluate import evaluate, harmonic_mean
         from mergekit_vl.model import Single
 
-        name = label.replace(" ", "_").replace("/", "_")
-        result_file, weights_file = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
+        result_file, weights_file = (self.folder / f"{slug(label)}.{kind}" for kind in ("json", "safetensors"))
         backbone = self.inputs.base.backbone
         began = time.time()
         stored = json.loads(result_file.read_text()) if result_file.exists() else None
@@ -260,24 +299,38 @@ class _Cell:
         write_json(result_file, row)
         return model, row
 
-    def _path(self, tuned: Model, merged: Model) -> list[dict[str, Any]]:
-        """Accuracy along zero-shot -> tuned, and zero-shot -> merged -> tuned, between classifiers (space `features`)."""
+    def _path(self, inputs: MergeInputs, merged: Model) -> list[dict[str, Any]]:
+        """Accuracy along straight lines: zero-shot to tuned between contexts and between classifiers (WiSE-FT's sweep), and by
+        way of the merged model between classifiers.
+        """
         from mergekit_vl.evaluate import evaluate
         from mergekit_vl.model import Mixture
+        from mergekit_vl.strategies.wise_ft import WiseFT
 
-        members = {"tuned": tuned} | ({"merged": merged} if hasattr(merged, "text_features") else {})
-        legs = [("zero-shot", "tuned")] + (
-            [("zero-shot", "merged"), ("merged", "tuned")] if "merged" in members else []
-        )
-        members["zero-shot"] = self.inputs.base
+        first = dataclasses.replace(inputs, tuned=inputs.tuned[:1])
+        ends = {"zero-shot": inputs.base, "tuned": first.tuned[0]}
+        legs = [("zero-shot", "tuned")]
+        if hasattr(merged, "text_features"):
+            ends["merged"] = merged
+            legs += [("zero-shot", "merged"), ("merged", "tuned")]
         points = []
-        for start, end in legs:
-            for i in range(PATH_POINTS):
-                alpha = i / (PATH_POINTS - 1)
-                mix = Mixture((members[start], members[end]), (1 - alpha, alpha))  # type: ignore[arg-type]
-                accs = {
-                    test: evaluate(mix, classes, split, self.inputs.features)[0].acc1
-                    for test, classes, split in self.task.tests
-                }
-                points.append({"leg": f"{start} -> {end}", "alpha": alpha, **accs})
+
+        def add(leg: str, space: str, alpha: float, model: Model) -> None:
+            accs = {
+                t: evaluate(model, classes, split, inputs.features)[0].acc1 for t, classes, split in self.task.tests
+            }
+            points.append({"leg": leg, "space": space, "alpha": alpha, **accs})
+
+        for i in range(PATH_POINTS):
+            alpha = i / (PATH_POINTS - 1)
+            for start, end in legs:
+                mix = Mixture((ends[start], ends[end]), (1 - alpha, alpha))  # type: ignore[arg-type]
+                add(f"{start} -> {end}", "classifiers", alpha, mix)
+            with contextlib.suppress(UserError):  # a prompt that started at random has no zero-shot context
+                add("zero-shot -> tuned", "contexts", alpha, WiseFT(alpha).merge(first))
         return points
+
+
+def _digest(model: Model) -> str:
+    tensors = model.adapter.tensors  # type: ignore[attr-defined]
+    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors.values())).hexdigest()[:16]

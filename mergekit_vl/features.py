@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergekit_vl.data import Progress, silent
 from mergekit_vl.errors import UserError
 from mergekit_vl.files import write_bytes
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mergekit_vl.model import ImagePath
 
 CHUNK = 1024  # images decoded before they are encoded: memory stays flat in the number of images
-Report = Callable[[int, int, str], None]
 
 
 def default_folder() -> Path:
@@ -38,7 +38,7 @@ class FeatureStore:
     """Features by (image path, images, transform). Features are raw float32 [N, D]."""
 
     folder: Path = field(default_factory=default_folder)
-    report: Report = lambda done, total, what: None
+    report: Progress = silent
     encoded: int = 0
     """Images that went through a tower so far."""
     memory: dict[str, Tensor] = field(default_factory=dict)

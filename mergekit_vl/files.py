@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from mergekit_vl.errors import UserError
+
+
+def slug(label: str) -> str:
+    """A label as part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "_", label)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -32,7 +32,7 @@ def register_adapters(register: Register) -> None:
 
 @hookspec
 def register_tuners(register: Register) -> None:
-    """Frozen dataclasses with `tune(task: TuneInputs) -> Model`."""
+    """Frozen dataclasses with `tune(inputs: MergeInputs) -> Single`."""
 
 
 @hookspec
@@ -42,7 +42,7 @@ def register_strategies(register: Register) -> None:
 
 @hookspec
 def register_datasets(register: Register) -> None:
-    """Frozen dataclasses with `load() -> Dataset`."""
+    """Frozen dataclasses with `load(progress) -> Dataset`."""
 
 
 @hookspec

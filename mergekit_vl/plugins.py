@@ -60,8 +60,25 @@ class Registry:
             )
         return self.entries[kind][name]
 
+    def add_commands(self, app: Any) -> None:
+        """Let plugins add commands to the Typer application; one that raises is named in `failures`."""
+        for owner, plugin in self.manager.list_name_plugin():
+            taken = {_command_name(c): c for c in app.registered_commands}
+            others = [p for p in self.manager.get_plugins() if p is not plugin]
+            try:
+                self.manager.subset_hook_caller("register_commands", remove_plugins=others)(app=app)
+            except (Exception, SystemExit) as error:
+                self.failures[owner] = f"{type(error).__name__}: {error}"
+            added = [c for c in app.registered_commands if c not in taken.values()]
+            if clash := [name for c in added if (name := _command_name(c)) in taken]:
+                raise UserError(f"plugin {owner} brings a command {clash[0]!r}, which is taken", mend="rename it")
+
     def owners(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.manager.list_name_plugin())
+
+
+def _command_name(command: Any) -> str:
+    return command.name or command.callback.__name__.replace("_", "-")
 
 
 def load_plugins(directory: Path | None = None) -> Registry:

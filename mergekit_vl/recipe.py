@@ -102,6 +102,12 @@ def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     if not OmegaConf.is_dict(config):
         raise UserError("a recipe is a mapping of keys", where=where, mend=f"use {', '.join(KEYS)}")
+    for (
+        key,
+        value,
+    ) in DEFAULTS.items():  # before the overrides: protocol.shots=4 finds the protocol of a recipe without one
+        if key not in config:
+            config[key] = value
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -36,18 +36,22 @@ def clustered(differences: Sequence[float], clusters: Sequence[str], *, seed: in
     return Difference(float(values.mean()), float(low), float(high))
 
 
-def over_images(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, seed: int = 0) -> Difference:
-    """Bootstrap over test images of the difference in harmonic mean; each argument holds one 0/1 array per test, paired by image."""
+def over_images(rows: Sequence[Sequence[Sequence[np.ndarray]]], *, seed: int = 0) -> Difference:
+    """Bootstrap over test images of the difference in harmonic mean of two rows: rows[row][cell][test] is a 0/1 array,
+    paired by image. Cells (the seeds of one task) share images, so their intervals are averaged, not narrowed.
+    """
     rng = np.random.default_rng(seed)
-    rates = []
-    for a, b in zip(ours, theirs):
-        # only three kinds of image matter (ours right, theirs right, both...): draw their counts instead of the images
-        kinds = np.bincount(2 * a.astype(int) + b.astype(int), minlength=4)
-        counts = rng.multinomial(len(a), kinds / len(a), size=DRAWS) / len(a)
-        rates.append((counts[:, 2] + counts[:, 3], counts[:, 1] + counts[:, 3]))
-    low, high = np.quantile(_hm([r[0] for r in rates]) - _hm([r[1] for r in rates]), [0.025, 0.975])
-    mean = _hm([a.mean() for a in ours]) - _hm([b.mean() for b in theirs])
-    return Difference(float(mean), float(low), float(high))
+    cells = []
+    for ours, theirs in zip(*rows):
+        rates = []
+        for a, b in zip(ours, theirs):
+            # only four kinds of image matter (ours right, theirs right, both, none): draw their counts, not the images
+            kinds = np.bincount(2 * a.astype(int) + b.astype(int), minlength=4)
+            counts = rng.multinomial(len(a), kinds / len(a), size=DRAWS) / len(a)
+            rates.append((counts[:, 2] + counts[:, 3], counts[:, 1] + counts[:, 3]))
+        low, high = np.quantile(_hm([r[0] for r in rates]) - _hm([r[1] for r in rates]), [0.025, 0.975])
+        cells.append((_hm([a.mean() for a in ours]) - _hm([b.mean() for b in theirs]), low, high))
+    return Difference(*(float(x) for x in np.mean(cells, 0)))
 
 
 def _hm(rates):

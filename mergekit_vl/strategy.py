@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from mergekit_vl.data import Progress, silent
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Split
@@ -31,7 +32,7 @@ class MergeInputs:
     features: FeatureStore
     seed: int = 0
     device: str = "cpu"
-    progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+    progress: Progress = silent
 
 
 class Strategy(Protocol):

@@ -73,7 +73,7 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
     return Single(first.backbone, start), tuned  # type: ignore[return-value]
 
 
-def as_model(like: Model, tensors: Tensors) -> Model:
+def as_model(like: Model, tensors: Tensors) -> Single:
     """A model like `like`, with other tensors."""
     from mergekit_vl.model import Single
 

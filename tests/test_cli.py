@@ -153,6 +153,35 @@ def test_list_names_every_builtin(monkeypatch, capsys):
     )
 
 
+COMMAND = """
+from mergekit_vl.hookspecs import hookimpl
+
+@hookimpl
+def register_commands(app):
+    @app.command()
+    def NAME():
+        "Greet."
+        print("hello")
+"""
+
+
+def test_a_plugin_brings_a_command(tmp_path):
+    def mergekit_vl(*arguments):
+        words = [sys.executable, "-m", "mergekit_vl.cli", *arguments]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    (tmp_path / "greeter.py").write_text(COMMAND.replace("NAME", "greet"))
+    assert mergekit_vl("--plugins-dir", str(tmp_path), "greet").stdout == "hello\n"
+    assert "Greet." in mergekit_vl(f"--plugins-dir={tmp_path}", "--help").stdout
+    (tmp_path / "greeter.py").write_text(COMMAND.replace("NAME", "run"))
+    taken = mergekit_vl("--plugins-dir", str(tmp_path), "list")
+    assert taken.returncode == 2 and "plugin greeter brings a command 'run', which is taken" in taken.stderr
+    (tmp_path / "greeter.py").write_text(COMMAND.replace("@app", "1 / 0\n    @app"))
+    failed = mergekit_vl("--plugins-dir", str(tmp_path), "list", "tuners")
+    assert failed.returncode == 0 and "coop" in failed.stdout
+    assert failed.stderr == "warning: plugin greeter was not loaded: ZeroDivisionError: division by zero\n"
+
+
 def test_ctrl_c(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

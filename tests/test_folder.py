@@ -169,7 +169,9 @@ def test_home_and_templates(tmp_path, monkeypatch):
         "my {}",
     )
     refused(
-        "dataset.template: no {} in 'a photo' (put {} where the class name goes)", tmp_path / "pets", template="a photo"
+        "dataset.template: no {} in 'a photo' (put {} or {c} where the class name goes)",
+        tmp_path / "pets",
+        template="a photo",
     )
 
 

@@ -11,7 +11,7 @@ LAYERS = (
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),
     ("strategies",),
-    ("experiment", "report"),
+    ("experiment", "report", "page", "card"),
     ("cli",),
 )
 

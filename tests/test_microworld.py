@@ -1,13 +1,18 @@
 """The pretraining world and the embedded micro CLIP."""
 
+import inspect
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mergekit_vl.backbones import micro
-from mergekit_vl.microworld.concepts import GLYPH_NAMES, SHAPES
+from mergekit_vl.microworld import pretraining
+from mergekit_vl.microworld.concepts import GLYPH_NAMES, SHAPES, TASK_FACES
 from mergekit_vl.microworld.pretraining import COLOUR_NAMES, held_out, sample_batch, vocabulary
+from mergekit_vl.microworld.shifts import SHIFTS
 from mergekit_vl.microworld.sprites import KEYS, load_sprites
+from mergekit_vl.microworld.tasks import ADMITTED, CANDIDATES, DEVELOPMENT, PER_CLASS, SEED, TASKS
 
 
 def test_every_sprite_is_drawn():
@@ -58,3 +63,32 @@ def test_short_texts_are_encoded_exactly():
 
 def test_unknown_words_are_named():
     assert micro.unknown_words(("dog", "granny smith apple")) == ("granny", "smith")
+
+
+def test_the_suite_is_large_enough_and_apart_from_what_settings_were_chosen_on():
+    assert len(ADMITTED) >= 8 and set(ADMITTED) <= set(CANDIDATES) and len(DEVELOPMENT) >= 3
+    assert not {task.group for task in DEVELOPMENT.values()} & {task.group for task in CANDIDATES.values()}
+    for task in TASKS.values():
+        names = [name for name, _, _ in task.members]
+        assert len(names) == len(set(names)) >= 16
+        assert not micro.unknown_words(tuple(names))  # novel to the tuner, not to the pretrained model
+
+
+def test_shifts_seeds_and_pairs_of_the_tasks_stay_out_of_pretraining():
+    source = inspect.getsource(pretraining)
+    assert "shifts" not in source and not any(f"{name}(" in source for name in SHIFTS)
+    assert all(task.shifts or task.swap for task in TASKS.values())
+    assert not any(f"{face}:" in source for face in TASK_FACES)
+    shown = {f"{COLOUR_NAMES[c]} {SHAPES[s]}" for c, s in pretraining.PAIRS}
+    assert not shown & {name for name, _, _ in TASKS["pairs_hue"].members}
+    # pretraining draws from (0, step), tasks from (SEED, name, split): no stream is shared
+    first = np.random.default_rng((0, 0)).random(4)
+    assert SEED > 10**6 and not np.array_equal(first, np.random.default_rng((SEED, 0, 0)).random(4))
+
+
+def test_splits_of_a_task_share_no_image_and_repeat():
+    splits = {name: TASKS["animals_emboss"].images(name) for name in PER_CLASS}
+    seen = [image.tobytes() for images, _ in splits.values() for image in images]
+    assert len(set(seen)) == len(seen) == 20 * sum(PER_CLASS.values())
+    assert np.array_equal(TASKS["animals_emboss"].images("val")[0], splits["val"][0])
+    assert np.bincount(splits["test"][1]).tolist() == [PER_CLASS["test"]] * 20

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SMALL = ["tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=4"]
@@ -76,6 +77,34 @@ def test_the_path_ends_where_its_models_stand(finished):
         ] == pytest.approx(rows[row]["novel"])
 
 
+def test_the_coefficients_are_those_of_wise_ft_in_both_spaces(finished):
+    report = json.loads((finished[0] / "first" / "report.json").read_text())
+    rows = {row["row"]: row for row in report["summary"]}
+    middle = {p["space"]: p for p in report["path"] if p["leg"] == "zero-shot -> tuned" and p["alpha"] == 0.5}
+    for space, row in (("contexts", "average"), ("classifiers", "average of classifiers")):
+        assert middle[space]["base"] == pytest.approx(rows[row]["base"])
+        assert middle[space]["novel"] == pytest.approx(rows[row]["novel"])
+
+
+def test_the_cards_lines_use_the_merged_prompt_in_plain_open_clip(finished, monkeypatch):
+    from mergekit_vl.adapters.prompt import Prompt
+    from mergekit_vl.backbones.micro import Micro
+    from mergekit_vl.model import Classes, Single
+
+    monkeypatch.chdir(finished[0] / "first")
+    scope: dict = {}
+    exec(Path("README.md").read_text().split("```python")[1].split("```")[0], scope)  # noqa: S102
+    model = Single(Micro().build("cpu"), Prompt.load(Path("merged.safetensors")))
+    ours = torch.nn.functional.normalize(model.text_features(Classes(("dog", "cat"))), dim=-1)
+    torch.testing.assert_close(scope["text"], ours, atol=1e-5, rtol=0)
+
+
+def test_the_shots_are_kept(finished):
+    shots = json.loads((finished[0] / "first" / "state" / "animals_emboss-seed1" / "shots.json").read_text())
+    assert len(shots["base"]) == len(shots["novel"]) == 10 and not set(shots["base"]) & set(shots["novel"])
+    assert [shot["class"] for shot in shots["train"]] == [name for name in shots["base"] for _ in range(4)]
+
+
 def test_the_same_command_says_already_done_and_force_repeats_the_same_bytes(finished):
     place, _ = finished
     again = mergekit_vl("run", "mergetune_coop", *SMALL, "--out", "first", cwd=place, cache=place / "cache")
@@ -125,6 +154,23 @@ def test_a_checkpoint_takes_the_tuners_place(finished):
         json.loads((place / "first" / "report.json").read_text())["summary"],
     )
     assert [(r["base"], r["novel"]) for r in ours] == [(r["base"], r["novel"]) for r in theirs]
+
+
+def test_another_checkpoint_under_the_same_name_starts_its_cell_again(finished, tmp_path):
+    place, _ = finished
+    state = place / "first" / "state" / "animals_emboss-seed1"
+    file, arguments = (
+        tmp_path / "w2.safetensors",
+        ["tuned=[{checkpoint: w2.safetensors}]", "protocol.shots=4", "--out", "out"],
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("dataset: {name: microworld, task: animals_emboss}\nstrategy: {name: wise_ft}\n")
+    file.write_bytes((state / "coop.safetensors").read_bytes())
+    assert mergekit_vl("run", "r.yaml", *arguments, cwd=tmp_path, cache=place / "cache").returncode == 0
+    (tmp_path / "out" / "report.json").unlink()
+    file.write_bytes((state / "mergetune.safetensors").read_bytes())
+    done = mergekit_vl("run", "r.yaml", *arguments, cwd=tmp_path, cache=place / "cache")
+    assert done.returncode == 0 and "this cell starts again" in done.stderr
 
 
 def test_a_folder_of_pictures(finished, tmp_path):

@@ -148,6 +148,9 @@ def test_intervals_resample_tasks_not_seeds():
     assert clustered([-1.0, 2.0], ["a", "b"]).verdict == "not shown"
     right, wrong = np.ones(50, dtype=int), np.zeros(50, dtype=int)
     right[0] = 0
-    d = over_images([right, right], [right, right])
+    d = over_images([[[right, right]], [[right, right]]])
     assert d.mean == d.low == d.high == 0.0
-    assert over_images([right, right], [wrong, right]).verdict == "above"
+    one = over_images([[[right, right]], [[wrong, right]]])
+    assert one.verdict == "above"
+    two = over_images([[[right, right]] * 2, [[wrong, right]] * 2])  # a second seed of the same task narrows nothing
+    assert two.high - two.low == pytest.approx(one.high - one.low, rel=0.2)

@@ -13,7 +13,7 @@ from mergekit_vl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.classic import Backbone, Prompts
     from mergekit_vl.model import Classes
 
 METADATA_KEY = "mergekit_vl"
@@ -60,8 +60,11 @@ class Prompt:
                 mend="tune with class_specific=false",
             )
         self.check(backbone)
-        prompts = backbone.tokenize([f"{name}." for name in classes.names], self.ctx.shape[-2])
-        return backbone.encode_prompts(prompts, self.ctx)
+        return backbone.encode_prompts(self.tokenize(backbone, classes), self.ctx)
+
+    def tokenize(self, backbone: Backbone, classes: Classes) -> Prompts:
+        """`ctx class.`: no template, as the field tests prompts."""
+        return backbone.tokenize([f"{name}." for name in classes.names], self.ctx.shape[-2])
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError unless the prompt is as wide as the backbone's tokens."""

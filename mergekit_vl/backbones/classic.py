@@ -95,7 +95,7 @@ class Backbone:
         filler = " ".join(["x"] * n_context)
         ids = self.tokenizer([f"{filler} {text}".strip() for text in texts])
         ends = ids.argmax(-1)
-        for text, row, end in zip(texts, ids, ends):
+        for text, end in zip(texts, ends):
             if int(end) <= 1 + n_context:
                 raise UserError(f"the tokenizer maps {text!r} to nothing", mend="give the class a name in words")
             if int(end) == ids.shape[1] - 1 and len(self.tokenizer.encode(f"{filler} {text}")) > ids.shape[1] - 2:
@@ -103,7 +103,6 @@ class Backbone:
                     f"{text!r} is longer than the {ids.shape[1]} tokens of {self.spec}",
                     mend="shorten the class name or the context",
                 )
-            del row
         length = int(ends.max()) + 1
         return Prompts(ids[:, :length].to(self.device), ends.to(self.device), n_context)
 
@@ -117,7 +116,9 @@ class Backbone:
         return self.model.token_embedding.weight.shape[1]
 
     def encode_prompts(self, prompts: Prompts, context: Tensor | None) -> Tensor:
-        """Prompts with context [M, W] or [K, M, W] in their slots -> raw text features [K, D].
+        """Prompts with context [M, W] (shared) or [K, M, W] (per class) in their slots -> raw text features [K, D].
+
+        A leading sweep dimension, [S, K, M, W], gives [S, K, D] in one forward.
 
         Cutting at the longest prompt is exact here: the tower is causal and reads its answer at the end token, so what
         follows cannot change it; positions and mask are sliced.
@@ -125,12 +126,18 @@ class Backbone:
         model = self.model
         length = prompts.ids.shape[1]
         x = model.token_embedding(prompts.ids)  # [K, L, W]
+        ends, sweep = prompts.ends, ()
         if context is not None:
-            m = prompts.n_context
-            rows = context if context.ndim == 3 else context.expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], rows, x[:, 1 + m :]], 1)
+            sweep = context.shape[:-3]
+            x = x.expand(*sweep, *x.shape)
+            context = context.expand(*x.shape[:-2], *context.shape[-2:])
+            x = torch.cat([x[..., :1, :], context, x[..., 1 + prompts.n_context :, :]], -2).flatten(
+                0, -3
+            )  # [S*K, L, W]
+            ends = ends.repeat(len(x) // len(ends))
         x = x + model.positional_embedding[:length]
         x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-        x = model.ln_final(x)[torch.arange(len(x), device=x.device), prompts.ends]
+        x = model.ln_final(x)[torch.arange(len(x), device=x.device), ends]
         projection = model.text_projection
-        return projection(x) if isinstance(projection, nn.Module) else x @ projection
+        x = projection(x) if isinstance(projection, nn.Module) else x @ projection
+        return x.unflatten(0, (*sweep, -1)) if sweep else x

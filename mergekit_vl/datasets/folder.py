@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.data import Dataset, Split
+from mergekit_vl.data import Dataset, Progress, Split, silent
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 
@@ -74,7 +74,7 @@ class Folder:
     split_seed: int = option(0, "draws the shares")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, with a warning, instead of stopping")
 
-    def load(self) -> Dataset:
+    def load(self, progress: Progress = silent) -> Dataset:
         """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
         templates = self._checked_templates()
         root = Path(self.path).expanduser().resolve()
@@ -88,7 +88,7 @@ class Folder:
         names = self._names(folders)
 
         source, corrupt = _verified(
-            root, sorted(file for classes in found.values() for files in classes.values() for file in files)
+            progress, root, sorted(file for classes in found.values() for files in classes.values() for file in files)
         )
         if corrupt:
             if not self.skip_corrupt:
@@ -121,9 +121,9 @@ class Folder:
     def _checked_templates(self) -> tuple[str, ...]:
         templates = tuple(self.templates) or (self.template,)
         for template in templates:
-            if "{}" not in template:
+            if "{}" not in template and "{c}" not in template:
                 raise UserError(
-                    f"no {{}} in {template!r}", where="dataset.template", mend="put {} where the class name goes"
+                    f"no {{}} in {template!r}", where="dataset.template", mend="put {} or {c} where the class name goes"
                 )
         return templates
 
@@ -266,7 +266,7 @@ def _classes_in(folder: Path, root: Path) -> Classes:
     return classes
 
 
-def _verified(root: Path, files: Sequence[str]) -> tuple[FolderImages, list[str]]:
+def _verified(progress: Progress, root: Path, files: Sequence[str]) -> tuple[FolderImages, list[str]]:
     """The source of the files that decode, and the names of those that do not."""
 
     def look(file: str) -> str | None:
@@ -280,7 +280,10 @@ def _verified(root: Path, files: Sequence[str]) -> tuple[FolderImages, list[str]
         return f"{file}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
 
     with ThreadPoolExecutor(THREADS) as pool:
-        lines = list(pool.map(look, files))
+        lines = []
+        for line in pool.map(look, files):
+            lines.append(line)
+            progress(len(lines), len(files), f"reading the images of {root.name}")
     good = tuple(file for file, line in zip(files, lines) if line)
     key = hashlib.sha256("".join(line for line in lines if line).encode(errors="surrogateescape")).hexdigest()
     return FolderImages(root, good, key), [file for file, line in zip(files, lines) if not line]

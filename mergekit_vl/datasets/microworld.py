@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.data import Dataset, Split
+from mergekit_vl.data import Dataset, Progress, Split, silent
 from mergekit_vl.errors import unknown
 from mergekit_vl.microworld.tasks import TASKS
 from mergekit_vl.options import option
@@ -41,7 +41,7 @@ class Microworld:
         if self.task not in TASKS:
             raise unknown("microworld task", self.task, TASKS, where="dataset.task")
 
-    def load(self) -> Dataset:
+    def load(self, progress: Progress = silent) -> Dataset:
         spec = TASKS[self.task]
         splits = []
         for name in ("train", "val", "test"):

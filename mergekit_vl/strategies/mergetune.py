@@ -16,9 +16,11 @@ What "w" means for a prompt:
 | weights  | cosine    | context vectors [M, W]                     | mean over M of 1 - cos                     | initial words' context  |
 | weights  | l2        | context vectors [M, W]                     | sum over M, W of squared differences       | initial words' context  |
 
-`tau` mixes context vectors in every row, w1 being the embeddings of the initial words. Interpolated features are normalised
-after the interpolation, as the classifier does. `anchor=template` compares with the features of the dataset's hand-written
-template, `anchor=context` with those of the initial words.
+`tau` mixes context vectors in every row, w1 being the embeddings of the initial words. Interpolated features are
+normalised after the interpolation, as the classifier does. `anchor=template` compares with the features of the dataset's
+hand-written template, `anchor=context` with those of the initial words. In `features` a step is one text forward of K
+texts; in `weights` it is one of (1 + N_alpha) K texts, since every point of that path is another context. A context per
+class, [K, M, W], works alike, its rows being K M.
 
 Paper and released code differ (the paper's values are known to us second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in
 the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100 epochs in the code. The defaults are the
@@ -41,6 +43,8 @@ from mergekit_vl.weights import anchors, as_model, linear_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_vl.tuners.context import Encode, Loss
+
 
 @dataclass(frozen=True)
 class MergeTune:
@@ -62,7 +66,28 @@ class MergeTune:
     crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
     flip: bool = option(True, "flip half of the images")
 
+    def __post_init__(self) -> None:
+        for name, valid, mend in (
+            ("lambda_", self.lambda_ >= 0, "0 or more"),
+            ("beta", self.beta >= 0, "0 or more"),
+            ("tau", 0 <= self.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
+            ("alphas", all(0 <= alpha <= 1 for alpha in self.alphas), "points between 0 and 1"),
+            ("n_alpha", self.n_alpha >= 1, "at least 1"),
+        ):
+            if not valid:
+                value = getattr(self, name)
+                raise UserError(f"{name.rstrip('_')}={value}", where="strategy mergetune", mend=mend)
+
     def merge(self, inputs: MergeInputs) -> Model:
+        start, loss = self.objective(inputs)
+        schedule, augment = Schedule(self.epochs, self.batch, self.lr), Augment(self.crop, self.flip)
+        prompt = fit_context(start.backbone, start.adapter, inputs, schedule, augment, loss, what="mergetune")
+        return Single(start.backbone, prompt)
+
+    def objective(self, inputs: MergeInputs) -> tuple[Single, Loss]:
+        """w0 = (1 - tau) w1 + tau w2, and L as a function of (encode, context, images [B, D] normalised, labels [B])."""
+        import torch
+
         zero_shot, tuned = anchors(inputs)
         if len(tuned) != 1:
             raise UserError(
@@ -70,47 +95,29 @@ class MergeTune:
                 where="strategy mergetune",
                 mend="merge several with linear or task_arithmetic first",
             )
-        if not self.alphas and self.n_alpha < 1:
-            raise UserError(f"n_alpha={self.n_alpha}", where="strategy mergetune", mend="at least 1")
-        backbone, classes = zero_shot.backbone, inputs.data[0].classes
+        classes, scale = inputs.data[0].classes, zero_shot.backbone.scale
         ctx1, ctx2 = zero_shot.adapter.tensors["ctx"], tuned[0].adapter.tensors["ctx"]
-        text1 = (inputs.base if self.anchor == "template" else zero_shot).text_features(classes)
+        text1 = (inputs.base if self.anchor == "template" else zero_shot).text_features(classes)  # [K, D]
         text2 = tuned[0].text_features(classes)
-        start = as_model(
-            tuned[0], linear_sum([zero_shot.adapter.tensors, tuned[0].adapter.tensors], (1 - self.tau, self.tau))
-        )
-        assert isinstance(start, Single)
-        prompts = backbone.tokenize([f"{name}." for name in classes.names], ctx2.shape[-2])
-        draw = _alpha_generator(inputs.seed)
+        draw = torch.Generator().manual_seed(inputs.seed + 1)
 
-        def loss(text: Tensor, ctx: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            total = cross_entropy(backbone.scale, text, images, labels)
-            if self.beta:
-                alphas = self._alphas(draw).to(text)
-                if self.path == "features":
-                    points = interpolate(text, text2, alphas)  # [A, K, D]
-                else:
-                    import torch
+        def loss(encode: Encode, ctx: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+            alphas = torch.tensor(self.alphas) if self.alphas else torch.rand(self.n_alpha, generator=draw)
+            alphas = alphas.to(ctx)
+            if self.path == "features":
+                text = encode(ctx)  # [K, D]
+                points = interpolate(text, text2, alphas)  # [A, K, D]
+                pull = distance(text, text1, self.surrogate, mean_rows=True)
+            else:
+                contexts = torch.cat([ctx[None], interpolate(ctx, ctx2, alphas)])  # [1 + A, M, W] or [1 + A, K, M, W]
+                text, *points = encode(contexts if ctx.ndim == 3 else contexts[:, None])
+                points = torch.stack(points)
+                pull = distance(ctx, ctx1, self.surrogate, mean_rows=False)
+            task = cross_entropy(scale, text, images, labels)
+            return task + self.beta * cross_entropy(scale, points, images, labels) + self.lambda_ * pull
 
-                    points = torch.stack([backbone.encode_prompts(prompts, c) for c in interpolate(ctx, ctx2, alphas)])
-                total = total + self.beta * cross_entropy(backbone.scale, points, images, labels)
-            if self.lambda_:
-                w, w1 = (text, text1) if self.path == "features" else (ctx, ctx1)
-                total = total + self.lambda_ * distance(w, w1, self.surrogate, mean_rows=self.path == "features")
-            return total
-
-        schedule = Schedule(self.epochs, self.batch, self.lr)
-        return Single(
-            backbone,
-            fit_context(
-                backbone, start.adapter, inputs, schedule, Augment(self.crop, self.flip), loss, what="mergetune"
-            ),
-        )  # type: ignore[arg-type]
-
-    def _alphas(self, draw) -> Tensor:
-        import torch
-
-        return torch.tensor(self.alphas) if self.alphas else torch.rand(self.n_alpha, generator=draw)
+        mixed = linear_sum([zero_shot.adapter.tensors, tuned[0].adapter.tensors], (1 - self.tau, self.tau))
+        return as_model(tuned[0], mixed), loss
 
 
 def interpolate(w: Tensor, w2: Tensor, alphas: Tensor) -> Tensor:
@@ -126,9 +133,3 @@ def distance(w: Tensor, w1: Tensor, surrogate: str, *, mean_rows: bool) -> Tenso
         return (1 - F.cosine_similarity(w, w1, dim=-1)).mean()
     squared = (w - w1).square().sum(-1)
     return squared.mean() if mean_rows else squared.sum()
-
-
-def _alpha_generator(seed: int):
-    import torch
-
-    return torch.Generator().manual_seed(seed + 1)

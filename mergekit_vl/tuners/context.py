@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
     from mergekit_vl.adapters.prompt import Prompt
     from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.model import Classes
     from mergekit_vl.strategy import MergeInputs
 
-    Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(text [K, D] raw, context, images [B, D] normalised, labels [B]) -> scalar."""
+    Encode = Callable[[Tensor], Tensor]
+    """Context [M, W], [K, M, W] or [S, K, M, W] -> raw text features [K, D] or [S, K, D] of the task's classes."""
+    Loss = Callable[[Encode, Tensor, Tensor, Tensor], Tensor]
+    """(encode, context, images [B, D] normalised, labels [B]) -> scalar. It calls `encode` once: a step is one text forward."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def fit_context(
     views = F.normalize(views, dim=-1).to(backbone.device)
     labels = torch.from_numpy(data.train.labels).to(backbone.device)
     n = len(labels)
-    prompts = backbone.tokenize([f"{name}." for name in data.classes.names], start.ctx.shape[-2])
+    encode = encoder(backbone, data.classes, start)
     ctx = start.ctx.detach().clone().requires_grad_(True)
     optimizer = torch.optim.SGD([ctx], lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
     shuffle = torch.Generator().manual_seed(inputs.seed)
@@ -81,8 +84,7 @@ def fit_context(
         for rows in torch.randperm(n, generator=shuffle).to(backbone.device).split(schedule.batch):
             if len(rows) < schedule.batch <= n:
                 continue  # the field drops the last batch, except where it is the only one
-            text = backbone.encode_prompts(prompts, ctx)
-            value = loss(text, ctx, views[epoch, rows], labels[rows])
+            value = loss(encode, ctx, views[epoch, rows], labels[rows])
             if not torch.isfinite(value):
                 raise UserError(
                     f"the loss of {what} is {value.item()} in epoch {epoch + 1}",
@@ -94,6 +96,12 @@ def fit_context(
             optimizer.step()
         inputs.progress(epoch + 1, schedule.epochs, what)
     return replace(start, ctx=ctx.detach())
+
+
+def encoder(backbone: Backbone, classes: Classes, prompt: Prompt) -> Encode:
+    """The text tower as a function of the context alone: class names are tokenised once."""
+    prompts = prompt.tokenize(backbone, classes)
+    return lambda context: backbone.encode_prompts(prompts, context)
 
 
 def cross_entropy(scale: Tensor, text: Tensor, images: Tensor, labels: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class CoOp:
         start = Prompt.start(backbone, init=self.init, n_context=self.n_context, seed=inputs.seed, names=names)
         schedule = Schedule(self.epochs, self.batch, self.lr)
 
-        def loss(text, ctx, images, labels):
-            return cross_entropy(backbone.scale, text, images, labels)
+        def loss(encode, ctx, images, labels):
+            return cross_entropy(backbone.scale, encode(ctx), images, labels)
 
         return Single(
             backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="coop")

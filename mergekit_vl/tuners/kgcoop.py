@@ -36,7 +36,8 @@ class KgCoOp:
         zero_shot = inputs.base.text_features(inputs.data[0].classes)
         schedule = Schedule(self.epochs, self.batch, self.lr)
 
-        def loss(text, ctx, images, labels):
+        def loss(encode, ctx, images, labels):
+            text = encode(ctx)
             guide = 1 - F.cosine_similarity(text, zero_shot, dim=-1).mean()
             return cross_entropy(backbone.scale, text, images, labels) + self.guide * guide
 

@@ -1,0 +1,73 @@
+"""The model card of a run: the table, the gain, and the few lines that use the merged prompt in plain open_clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+USE = """
+ctx = load_file("merged.safetensors")["ctx"]  # [M, W]
+
+
+def classifier(names):
+    \"\"\"Class names to normalised text features [K, D].\"\"\"
+    ids = tokenizer([" ".join(["x"] * len(ctx)) + f" {name}." for name in names])
+
+    def insert(module, arguments, words):  # the learnt context takes the place of the x's
+        return torch.cat([words[:, :1], ctx.expand(len(words), -1, -1), words[:, 1 + len(ctx) :]], 1)
+
+    hook = model.token_embedding.register_forward_hook(insert)
+    with torch.no_grad():
+        text = model.encode_text(ids, normalize=True)
+    hook.remove()
+    return text
+
+
+text = classifier(["dog", "cat"])
+# logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ text.T
+"""
+
+
+def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, *, prompt: bool) -> str:
+    """Markdown; `backbone` is the recipe's mapping, `prompt` says whether merged.safetensors holds a shared context."""
+    lines = [
+        f"# {report['recipe']}: {report['main']}",
+        "",
+        f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
+        "",
+        "| row | base | novel | HM | heads a sample |",
+        "|---|---|---|---|---|",
+    ]
+    for r in report["summary"]:
+        lines.append(f"| {r['row']} | {r['base']:.1f} | {r['novel']:.1f} | {r['hm']:.1f} | {r['forwards']} |")
+    lines += ["", f"{gain}.", ""]
+    if prompt:
+        lines += [
+            f"`merged.safetensors` holds the context vectors that `{report['main']}` made in the first cell. "
+            "They go before a class name:",
+            "",
+            "```python",
+            "import torch",
+            *_loading(backbone),
+            "from safetensors.torch import load_file",
+            USE.rstrip(),
+            "```",
+        ]
+    else:
+        lines += [f"`{report['main']}` makes a model that is not one prompt, so there is no merged.safetensors."]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(backbone: Mapping[str, Any]) -> list[str]:
+    if backbone["name"] == "micro":
+        return ["from mergekit_vl.backbones import micro", "model, tokenizer = micro.load(), micro.tokenizer()"]
+    arch, pretrained = backbone.get("arch"), backbone.get("pretrained")
+    return [
+        "import open_clip",
+        f"model, _, preprocess = open_clip.create_model_and_transforms({arch!r}, pretrained={pretrained!r})",
+        f"model, tokenizer = model.eval(), open_clip.get_tokenizer({arch!r})",
+    ]

@@ -1,0 +1,45 @@
+"""Docs say what the code does: the reference is generated, hooks and files are named, links lead somewhere."""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+from mergekit_vl import hookspecs
+from mergekit_vl.recipe import installed_recipes
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "plugins").glob("*/README.md"))]
+
+
+def test_the_reference_is_what_the_code_declares():
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "scripts" / "make_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text() == module.reference(), "run python scripts/make_reference.py"
+
+
+def test_every_hook_is_documented_with_its_arguments():
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("register_") and callable(f)}
+    assert len(hooks) == 7
+    for name, hook in hooks.items():
+        assert f"`{name}({', '.join(inspect.signature(hook).parameters)})`" in page
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_design_page_names_every_module():
+    page = (ROOT / "docs" / "design.md").read_text()
+    for path in (ROOT / "mergekit_vl").iterdir():
+        if path.name not in ("__init__.py", "__pycache__", "assets"):
+            assert f"`{path.name}/`" in page or f"`{path.name}`" in page, path.name
+
+
+def test_every_recipe_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert all(name in readme for name in installed_recipes())

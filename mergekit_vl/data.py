@@ -81,7 +81,9 @@ class Augment:
     flip: bool = True
 
 
-def few_shot(split: Split, shots: int, seed: int, *, name: str, at_most: bool = False) -> Split:
+def few_shot(
+    split: Split, shots: int, seed: int, *, name: str, classes: Sequence[str] = (), at_most: bool = False
+) -> Split:
     """`shots` images per class as the field draws them (CoOp): `random.seed(seed)`, then `random.sample` class by class in label order.
 
     Raises UserError for a class with fewer images, unless `at_most` lets it give what it has.
@@ -94,7 +96,7 @@ def few_shot(split: Split, shots: int, seed: int, *, name: str, at_most: bool = 
         of_class = np.flatnonzero(split.labels == label).tolist()
         if len(of_class) < shots and not at_most:
             raise UserError(
-                f"class {label} has {len(of_class)} images, {shots} shots were asked for",
+                f"class {repr(classes[label]) if classes else label} has {len(of_class)} images, {shots} shots were asked for",
                 where=name,
                 mend="lower protocol.shots",
             )

@@ -140,9 +140,8 @@ def run(
     experiment = dataclasses.replace(experiment, tuners=tuple(_loaded(tuner, backbone) for tuner in experiment.tuners))
     tasks = []
     for dataset in _datasets(experiment, progress):
-        base.text_features(
-            Classes(dataset.classes, dataset.templates)
-        )  # names that no tokenizer knows end the run here
+        for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
+            backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
         _warn_of_unknown_words(backbone, dataset, warn)
         tasks += [(dataset, seed, experiment.protocol.task(dataset, seed)) for seed in experiment.recipe.seeds]
     cells = []

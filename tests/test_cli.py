@@ -52,7 +52,7 @@ BAD = {
     "zero shots": (["run", COOP, "protocol.shots=0"], "shots=0 (it must be positive)"),
     "more shots than images": (
         ["run", COOP, "protocol.shots=30"],
-        "class 0 has 20 images, 30 shots were asked for (lower protocol.shots)",
+        "class 'dog' has 20 images, 30 shots were asked for (lower protocol.shots)",
     ),
     "not an override": (["run", COOP, "seed"], "'seed' is not an override (write key=value, for instance seed=2)"),
     "list index": (
@@ -62,6 +62,10 @@ BAD = {
     "same label twice": (["run", COOP, "strategy.1.label=mergetune"], "two rows are called 'mergetune'"),
     "missing folder": (["run", "folder_coop", "dataset.path=nowhere"], "no such folder"),
     "one class": (["run", "folder_coop", "dataset.path=one"], "one class"),
+    "nameless class": (
+        ["run", "folder_coop", "dataset.path=nameless", "protocol.shots=1"],
+        "the tokenizer maps ' ' to nothing (give the class a name in words)",
+    ),
     "missing checkpoint": (
         ["run", COOP, "tuned=[{checkpoint: gone.safetensors}]"],
         "gone.safetensors: no such checkpoint",
@@ -100,6 +104,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
     Path("one/dog").mkdir(parents=True)
     for i in range(4):
         Image.new("RGB", (9, 9), (i, 0, 0)).save(f"one/dog/{i}.png")
+    for name in ("_", "dog"):
+        Path("nameless", name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (9, 9), (i, 0, 0)).save(f"nameless/{name}/{i}.png")
     Path("cut.safetensors").write_bytes(b"x")
     meta = {"mergekit_vl": json.dumps({"adapter": "prompt", "init": "a photo of a", "names": []})}
     save_file({"x": torch.zeros(1)}, "foreign.safetensors")

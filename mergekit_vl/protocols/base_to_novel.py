@@ -42,7 +42,7 @@ class BaseToNovel:
         half = (n + 1) // 2
         base, novel = tuple(sorted(order[:half])), tuple(sorted(order[half:]))
         classes = Classes(dataset.classes, dataset.templates)
-        train = few_shot(dataset.train, self.shots, seed, name=dataset.name).of_classes(base)
+        train = few_shot(dataset.train, self.shots, seed, name=dataset.name, classes=dataset.classes).of_classes(base)
         val = few_shot(
             dataset.val, min(self.shots, 4), seed, name=f"{dataset.name} (validation)", at_most=True
         ).of_classes(base)

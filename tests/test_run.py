@@ -100,7 +100,7 @@ def test_the_cards_lines_use_the_merged_prompt_in_plain_open_clip(finished, monk
 
 
 def test_the_shots_are_kept(finished):
-    shots = json.loads((finished[0] / "first" / "state" / "animals_emboss-seed1" / "shots.json").read_text())
+    shots = json.loads((finished[0] / "first" / "state" / "sea_and_sky_emboss-seed1" / "shots.json").read_text())
     assert len(shots["base"]) == len(shots["novel"]) == 10 and not set(shots["base"]) & set(shots["novel"])
     assert [shot["class"] for shot in shots["train"]] == [name for name in shots["base"] for _ in range(4)]
 
@@ -136,7 +136,7 @@ def test_killed_at_a_write_the_same_command_goes_on(finished, write):
 
 def test_a_checkpoint_takes_the_tuners_place(finished):
     place, _ = finished
-    file = place / "first" / "state" / "animals_emboss-seed1" / "coop.safetensors"
+    file = place / "first" / "state" / "sea_and_sky_emboss-seed1" / "coop.safetensors"
     done = mergekit_vl(
         "run",
         "mergetune_coop",
@@ -158,13 +158,13 @@ def test_a_checkpoint_takes_the_tuners_place(finished):
 
 def test_another_checkpoint_under_the_same_name_starts_its_cell_again(finished, tmp_path):
     place, _ = finished
-    state = place / "first" / "state" / "animals_emboss-seed1"
+    state = place / "first" / "state" / "sea_and_sky_emboss-seed1"
     file, arguments = (
         tmp_path / "w2.safetensors",
         ["tuned=[{checkpoint: w2.safetensors}]", "protocol.shots=4", "--out", "out"],
     )
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("dataset: {name: microworld, task: animals_emboss}\nstrategy: {name: wise_ft}\n")
+    recipe.write_text("dataset: {name: microworld, task: sea_and_sky_emboss}\nstrategy: {name: wise_ft}\n")
     file.write_bytes((state / "coop.safetensors").read_bytes())
     assert mergekit_vl("run", "r.yaml", *arguments, cwd=tmp_path, cache=place / "cache").returncode == 0
     (tmp_path / "out" / "report.json").unlink()
@@ -188,3 +188,11 @@ def test_a_folder_of_pictures(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "micro was never trained on these words of pets: quokka" in done.stderr
     assert "halves: sorted labels" in done.stdout
+
+
+def test_the_recorded_suite_is_that_of_the_recipe():
+    """The means printed beside a demo belong to the recipe that ships."""
+    from mergekit_vl.recipe import load_recipe
+
+    suite = json.loads((Path(__file__).parent.parent / "mergekit_vl" / "assets" / "suite.json").read_text())
+    assert suite["recipe_hash"] == load_recipe("mergetune_suite").hash

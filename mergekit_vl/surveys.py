@@ -6,6 +6,7 @@ on the number of threads: counts are integers, and sums run over fixed blocks in
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,6 +144,27 @@ def products(models: Models, vectors: Callable[[Piece], list[Array]], run: Run, 
     for name, part in run(job, segments):
         grams[name] = grams[name] + part if name in grams else part
     return {name: upper + np.triu(upper, 1).T for name, upper in grams.items()}
+
+
+def absolute_sums(
+    models: Models, vectors: Callable[[Piece], list[Array]], run: Run, chunk: int, form: str = "elementwise"
+) -> dict[str, Array]:
+    """By tensor name, sum |x| of each vector that `vectors` gives for a piece, in float64.
+
+    Summed over fixed stretches (blocks, or the rows of the form "rows") and then exactly, so the pieces' size does not matter.
+    """
+
+    def job(piece: Piece) -> tuple[str, Array]:
+        unit = (piece.tensor.row if form == "rows" else BLOCK) or 1
+        starts = np.arange(0, piece.size, unit)
+        return piece.tensor.name, np.array(
+            [np.add.reduceat(np.abs(v.astype(np.float64)), starts) for v in vectors(piece)]
+        )
+
+    parts: dict[str, list[Array]] = {}
+    for name, sums in run(job, models.pieces(form, chunk)):
+        parts.setdefault(name, []).append(sums)
+    return {name: np.array([math.fsum(row) for row in np.concatenate(found, 1)]) for name, found in parts.items()}
 
 
 def _dot(x: Array, y: Array, total: float) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.pieces import Piece
+from mergekit_vl.errors import UserError
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.surveys import absolute_sums
 
 DRAWS = 8
 """32-bit draws in one step of the counter of Philox 4x64; pieces start at multiples of it."""
@@ -79,3 +82,46 @@ def keep_at_random(piece: Piece, model: int, density: float) -> Array:
     if density >= 1:
         return np.ones(piece.size, bool)
     return draw(piece, model) < np.uint32(min(round(density * 2**32), 2**32 - 1))
+
+
+Thin = Callable[[Piece, int], Array]
+"""The sparse task vector of model i in a piece."""
+
+
+def l1_ratios(models: Models, thin: Thin, run: Run, chunk: int, form: str) -> dict[str, Array]:
+    """By tensor name, for each model, the factor that gives its sparse task vector the L1 norm of the dense one."""
+    n = len(models.tuned)
+
+    def both(piece: Piece) -> list[Array]:
+        return [vector for i in range(n) for vector in (piece.delta(i), thin(piece, i))]
+
+    ratios = {}
+    for name, sums in absolute_sums(models, both, run, chunk, form).items():
+        before, after = sums[0::2], sums[1::2]
+        small = (before < 1e-7) | (after < 1e-7)
+        ratios[name] = np.where(small, 1.0, before / np.where(small, 1.0, after))
+    return ratios
+
+
+def check_task_vectors(
+    method: str, models: Models, scale: Coefficient, weights: tuple[Coefficient, ...], shares: dict[str, Coefficient]
+) -> None:
+    """Raise UserError for a missing base, a wrong number of weights, or a share (a density) outside 0..1."""
+    models.check_count(method, base=True)
+    models.check_coefficient(method, scale, "scale")
+    models.check_weights(method, weights, models.labels, "weights")
+    for what, share in shares.items():
+        models.check_coefficient(method, share, what, 0, 1)
+
+
+def per_model(
+    one: Coefficient, each: tuple[Coefficient, ...], models: Models, method: str, what: str
+) -> list[Coefficient]:
+    """A share for every tuned model: `each` where it is given, else `one`."""
+    if each and len(each) != len(models.tuned):
+        raise UserError(
+            f"{len(each)} {what} for {len(models.tuned)} tuned models",
+            where=method,
+            mend=f"one each: {', '.join(models.labels)}",
+        )
+    return list(each) or [one] * len(models.tuned)

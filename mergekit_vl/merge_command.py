@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,7 @@ def merge(
     began = time.monotonic()
     asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep)
     _say(asked.notes, quiet)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         metadata = streaming.merge(
             asked.plan,
@@ -76,10 +78,16 @@ def merge(
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not quiet:
         inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
         typer.echo(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
         typer.echo(f"next: mergekit-vl verify {out}")
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def check(words: Sequence[str], *, base: str | None, strategy: str | None, out: Path | None = None) -> None:
@@ -128,14 +136,12 @@ def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) ->
 
 def estimates(opened: Opened) -> list[str]:
     from mergekit_vl import streaming
+    from mergekit_vl.memory import anonymous_memory
 
     plan, n = opened.plan, len(opened.tuned)
     threads = streaming.threads_available()
     passes = 1 + getattr(plan.method, "passes", 0)
-    memory = (
-        streaming.piece_memory(opened, threads, streaming.chunk_for(opened, threads, None))
-        + streaming.anonymous_memory()
-    )
+    memory = streaming.piece_memory(opened, threads, streaming.chunk_for(opened, threads, None)) + anonymous_memory()
     read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
     seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
     given = ", ".join(f"{key}={value}" for key, value in streaming.option_values(plan.method).items())
@@ -301,6 +307,10 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"broken YAML{place}", where=path, mend="mend the line") from None
+    if isinstance(content, Mapping) and "merge_method" in content:
+        from mergekit_vl.mergekit_yaml import translate
+
+        return translate(content, where=path)
     if not isinstance(content, Mapping) or not isinstance(content.get("weights"), Mapping):
         raise UserError("has no `weights:` section", where=path, mend="use `mergekit-vl run` for an experiment")
     section = content["weights"]

@@ -22,6 +22,7 @@ from mergekit_vl.closed_form import ClosedForm, apply, workers
 from mergekit_vl.coefficients import depths, matches
 from mergekit_vl.dtypes import FLOATS, NAMES, STORED, Array, float_code, narrow
 from mergekit_vl.errors import UserError
+from mergekit_vl.memory import anonymous_memory, reuse_freed_memory
 from mergekit_vl.output import METADATA_KEY, Output, Slot, check_target
 from mergekit_vl.pieces import BLOCK, CHUNK, Models, Piece, Tensor
 
@@ -166,15 +167,6 @@ def threads_available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that are no file's pages."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 120 << 20
-
-
 def piece_memory(opened: Opened, threads: int, chunk: int) -> int:
     """Bytes that the pieces take at most; each method tells how many arrays it holds."""
     method, n = opened.plan.method, len(opened.tuned)
@@ -217,6 +209,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge into the folder `out` and return the metadata that is written with it; on any failure `out` is as it was before."""
     check_target(out, force=force)
+    reuse_freed_memory()
     opened = open_plan(plan)
     try:
         _check_not_an_input(opened, out)
@@ -411,6 +404,7 @@ def verify(
     plan: MergePlan, metadata: Mapping[str, Any], merged: Checkpoint, *, threads: int | None = None
 ) -> list[str]:
     """Merge again and compare with `merged` piece by piece, writing nothing; the differences, none if every byte agrees."""
+    reuse_freed_memory()
     opened = open_plan(plan)
     threads = threads or threads_available()
     differing: dict[str, None] = {}
@@ -418,7 +412,7 @@ def verify(
         told = [m for m in (metadata["base"], *metadata["models"]) if m]
         for checkpoint, model in zip(opened.all, told):
             for file in checkpoint.files:
-                if checkpoint.hash(file) != model["sha256"].get(file.name):
+                if checkpoint.hash(file) not in model["sha256"].values():
                     raise UserError("is not the file that was merged: its SHA-256 differs", where=str(file))
         layout = [(s.name, s.code, s.shape) for s in opened.slots]
         if sorted(layout) != sorted((name, t.code, t.shape) for name, t in merged.tensors.items()):

@@ -47,6 +47,11 @@ def register_strategies(register: Register) -> None:
         "plain mean of the tuned models (Wortsman et al. 2022)",
     )
     register(
+        "greedy_soup",
+        "mergekit_vl.strategies.greedy_soup:GreedySoup",
+        "mean of the tuned models that help on validation images (Wortsman et al. 2022)",
+    )
+    register(
         "ema",
         "mergekit_vl.strategies.ema:Ema",
         "exponential moving average over the checkpoints of one run (Polyak & Juditsky 1992)",

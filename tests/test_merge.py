@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,16 +289,8 @@ def test_a_head_that_differs_can_be_kept(monkeypatch, capsys):
     assert merged["w"].tolist() == [2, 2, 2] and merged["head"].tolist() == [1, 1]
 
 
-RECIPE = """
-# Two fine-tuned models into the one they came from.
-weights:
-  base: ZS.safetensors
-  models:
-    - {path: A.safetensors, weight: 0.3}
-    - {path: B.safetensors, weight: 0.7, label: birds}
-  strategy: {name: ties, density: 0.5}
-  dtype: bfloat16
-"""
+PAGE = (Path(__file__).parent.parent / "docs" / "merging.md").read_text()
+RECIPE = next(block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S) if "weights:" in block)
 MERGEKIT = """
 merge_method: ties
 base_model: ZS.safetensors
@@ -319,7 +312,7 @@ def test_a_recipe_with_a_weights_section(monkeypatch, capsys):
     assert code == 0
     recipe, _ = streaming.read_metadata(Path("out"))
     assert recipe["options"]["weights"] == [0.3, 0.1] and recipe["options"]["density"] == 0.4
-    assert recipe["options"]["scale"] == 0.5 and recipe["dtype"] == "bfloat16"
+    assert recipe["options"]["scale"] == 0.5 and recipe["dtype"] == "float32"
     assert call(monkeypatch, capsys, "check", "r.yaml")[0] == 0
 
 

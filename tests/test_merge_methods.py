@@ -1,6 +1,9 @@
 """Closed-form methods on numbers worked by hand."""
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from mergekit_vl.closed_form import SERIAL, apply, workers
 from mergekit_vl.coefficients import depths
 from mergekit_vl.dtypes import narrow, widen
 from mergekit_vl.errors import UserError
-from mergekit_vl.pieces import BLOCK, Arrays, Models, Tensor
+from mergekit_vl.pieces import BLOCK, Arrays, Models, Piece, Tensor
 from mergekit_vl.plugins import DEFAULT_PLUGINS, load_plugins
 from mergekit_vl.strategies import della
 from mergekit_vl.strategies.breadcrumbs import Breadcrumbs
@@ -32,6 +35,7 @@ from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 from mergekit_vl.strategies.wise_ft import WiseFT
+from mergekit_vl.weights import merge_adapters
 
 DRAWN = [1717815503, 684245806, 2316997498]  # Philox 4x64 keyed by SHA-256 of [7, "w", 1]
 
@@ -384,3 +388,21 @@ def test_values_that_are_not_finite_name_model_and_tensor(method):
     bad[3] = np.nan
     with pytest.raises(UserError, match="B.*values that are not finite"):
         merged(method, models(np.ones(8) * 2, bad, base=np.zeros(8)))
+
+
+def test_the_method_in_the_docs_works():
+    page = (Path(__file__).parent.parent / "docs" / "merging.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class Median" in block)
+    names = {
+        "dataclass": dataclass,
+        "Models": Models,
+        "Piece": Piece,
+        "Any": Any,
+        "np": np,
+        "merge_adapters": merge_adapters,
+    }
+    exec("from __future__ import annotations\nArray = None\n" + code, names)
+    median = names["Median"]()
+    np.testing.assert_allclose(merged(median, models([1, 5], [2, 4], [9, 3])), [2, 4])
+    with pytest.raises(UserError, match="at least 3 tuned models, not 1"):
+        median.check(models([1]))

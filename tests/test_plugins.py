@@ -18,7 +18,7 @@ BUILTINS = {
     "adapters": ["zero_shot", "prompt"],
     "tuners": ["coop", "kgcoop"],
     "strategies": [
-        *("linear", "wise_ft", "uniform_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
+        *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
         *("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *("breadcrumbs", "breadcrumbs_ties", "model_stock", "ensemble", "mergetune"),
     ],

@@ -118,11 +118,21 @@ class Checkpoint:
                     self._open[file] = os.open(file, os.O_RDONLY)
         return self._open[file]
 
+    @property
+    def hashed(self) -> tuple[Path, ...]:
+        """What identifies it: its files, or where it has none the tensors themselves."""
+        return self.files or (Path(self.label, "tensors"),)
+
     def hash(self, file: Path) -> str:
-        """The SHA-256 of a file, as `sha256sum` prints it."""
+        """The SHA-256 of one of `hashed`: of a file as `sha256sum` prints it."""
         import hashlib
 
         digest, buffer, offset = hashlib.sha256(), bytearray(1 << 20), 0
+        if not self.files:
+            for name, array in sorted(self.arrays.items()):
+                digest.update(f"{name} {self.tensors[name].code} {self.tensors[name].shape}".encode())
+                digest.update(array.tobytes())
+            return digest.hexdigest()
         while got := os.preadv(self._descriptor(file), [buffer], offset):
             digest.update(memoryview(buffer)[:got])
             offset += got

@@ -25,7 +25,7 @@ import numpy as np
 
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
-from mergekit_vl.pieces import CHUNK, Models, Piece, Run
+from mergekit_vl.pieces import Models, Piece, Run
 
 BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
 
@@ -123,4 +123,3 @@ def workers(threads: int, progress: Callable[[int], None] = lambda elements: Non
 
 
 SERIAL = workers(1)
-DEFAULT_CHUNK = CHUNK

@@ -216,7 +216,7 @@ def merge(
         threads = threads or threads_available()
         chunk = chunk or chunk_for(opened, threads, max_ram)
         texts, stem = _companions(opened)
-        blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.files})
+        blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
         with_room = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
         try:
             _fill(opened, with_room.write, threads, chunk, warn, progress)
@@ -298,7 +298,7 @@ def _hashes(opened: Opened, threads: int, meanwhile: Callable[[], None]) -> dict
 
     disk = threading.Thread(target=sync)
     disk.start()
-    files = {file: c for c in opened.all for file in c.files}
+    files = {file: c for c in opened.all for file in c.hashed}
     try:
         found = workers(min(threads, len(files) or 1))(lambda item: item[1].hash(item[0]), files.items())
     finally:
@@ -339,7 +339,7 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
         return {
             "label": checkpoint.label,
             "path": given,
-            "sha256": {file.name: hashes[file] for file in checkpoint.files},
+            "sha256": {file.name: hashes[file] for file in checkpoint.hashed},
         }
 
     return {
@@ -411,7 +411,7 @@ def verify(
     try:
         told = [m for m in (metadata["base"], *metadata["models"]) if m]
         for checkpoint, model in zip(opened.all, told):
-            for file in checkpoint.files:
+            for file in checkpoint.hashed:
                 if checkpoint.hash(file) not in model["sha256"].values():
                     raise UserError("is not the file that was merged: its SHA-256 differs", where=str(file))
         layout = [(s.name, s.code, s.shape) for s in opened.slots]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import absolute_sums
 
@@ -59,7 +59,8 @@ def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, 
         if mean:
             share += weighted(agrees.astype(share.dtype), weight)
     if mean:
-        np.divide(total, share, out=total, where=share != 0)
+        share += share == 0  # nobody agrees: 0 / 1
+        total /= share
     return total
 
 
@@ -84,44 +85,45 @@ def keep_at_random(piece: Piece, model: int, density: float) -> Array:
     return draw(piece, model) < np.uint32(min(round(density * 2**32), 2**32 - 1))
 
 
-Thin = Callable[[Piece, int], Array]
-"""The sparse task vector of model i in a piece."""
+class TaskVectors(Protocol):
+    """The options that methods on sparse task vectors share."""
+
+    form: str
+    density: Coefficient
+    densities: tuple[Coefficient, ...]
+    weights: tuple[Coefficient, ...]
+    scale: Coefficient
 
 
-def l1_ratios(models: Models, thin: Thin, run: Run, chunk: int, form: str) -> dict[str, Array]:
+def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
+    """Raise UserError for a missing base, a number of weights or densities that is not the models', a density outside 0..1."""
+    models.check_count(where, base=True)
+    models.check_coefficient(where, method.scale, "scale")
+    models.check_weights(where, method.weights, models.labels, "weights")
+    models.check_weights(where, method.densities, models.labels, "densities")
+    for density in each_density(method, models):
+        models.check_coefficient(where, density, "density", 0, 1)
+
+
+def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:
+    """The density of every tuned model: `densities`, or `density` for all."""
+    return method.densities or (method.density,) * len(models.tuned)
+
+
+Thin = Callable[[TaskVectors, Piece, int], Array]
+"""The sparse task vector of model i in a piece, by the method's options."""
+
+
+def l1_ratios(models: Models, method: TaskVectors, thin: Thin, run: Run, chunk: int) -> dict[str, Array]:
     """By tensor name, for each model, the factor that gives its sparse task vector the L1 norm of the dense one."""
     n = len(models.tuned)
 
     def both(piece: Piece) -> list[Array]:
-        return [vector for i in range(n) for vector in (piece.delta(i), thin(piece, i))]
+        return [vector for i in range(n) for vector in (piece.delta(i), thin(method, piece, i))]
 
     ratios = {}
-    for name, sums in absolute_sums(models, both, run, chunk, form).items():
+    for name, sums in absolute_sums(models, both, run, chunk, method.form).items():
         before, after = sums[0::2], sums[1::2]
         small = (before < 1e-7) | (after < 1e-7)
         ratios[name] = np.where(small, 1.0, before / np.where(small, 1.0, after))
     return ratios
-
-
-def check_task_vectors(
-    method: str, models: Models, scale: Coefficient, weights: tuple[Coefficient, ...], shares: dict[str, Coefficient]
-) -> None:
-    """Raise UserError for a missing base, a wrong number of weights, or a share (a density) outside 0..1."""
-    models.check_count(method, base=True)
-    models.check_coefficient(method, scale, "scale")
-    models.check_weights(method, weights, models.labels, "weights")
-    for what, share in shares.items():
-        models.check_coefficient(method, share, what, 0, 1)
-
-
-def per_model(
-    one: Coefficient, each: tuple[Coefficient, ...], models: Models, method: str, what: str
-) -> list[Coefficient]:
-    """A share for every tuned model: `each` where it is given, else `one`."""
-    if each and len(each) != len(models.tuned):
-        raise UserError(
-            f"{len(each)} {what} for {len(models.tuned)} tuned models",
-            where=method,
-            mend=f"one each: {', '.join(models.labels)}",
-        )
-    return list(each) or [one] * len(models.tuned)

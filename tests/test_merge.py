@@ -246,6 +246,7 @@ def test_open_clip_names_go_through_its_own_loader(monkeypatch):
     assert asked == [("ViT-B-16", "openai"), ("hf-hub:org/name", None)]
     assert load_file("out/model.safetensors")["weight"].tolist() == [[2.0, 2.0]]
     assert [m["label"] for m in metadata["models"]] == ["ViT-B-16-openai", "org-name"]
+    assert all(len(m["sha256"]["tensors"]) == 64 for m in metadata["models"])  # there is no file to hash
 
 
 def test_dtypes_integers_and_tied_weights(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run, Tensor
 from mergekit_vl.surveys import delta, magnitude, tensor_ranks
-from mergekit_vl.task_vectors import add_to_base, check_task_vectors, per_model, weighted_sum
+from mergekit_vl.task_vectors import add_to_base, check_task_vectors, each_density, weighted_sum
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy breadcrumbs"
@@ -38,33 +38,36 @@ class Breadcrumbs:
         return n + 5
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {"gamma": self.gamma})
-        check_tails(WHERE, models, per_model(self.density, self.densities, models, WHERE, "densities"), self.gamma)
+        check_task_vectors(WHERE, self, models)
+        check_tails(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return tails(models, self.densities or (self.density,) * len(models.tuned), self.gamma, run, chunk)
+        return tails(self, models, run, chunk)
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
         vectors = [masked(piece, i, bounds) for i, bounds in enumerate(facts[piece.tensor.name])]
         return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))
 
 
-def check_tails(where: str, models: Models, densities: list[Coefficient], gamma: float) -> None:
-    for density in densities:
-        models.check_coefficient(where, density, "density", 0, 1)
+def check_tails(where: str, method: Any, models: Models) -> None:
+    models.check_coefficient(where, method.gamma, "gamma", 0, 1)
+    for density in each_density(method, models):
         for tensor in models.tensors:
-            if value_at(density, tensor.name, tensor.depth) + gamma > 1:
-                raise UserError(f"density + gamma exceed 1 at gamma={gamma:g}", where=where, mend="lower one of them")
+            if value_at(density, tensor.name, tensor.depth) + method.gamma > 1:
+                raise UserError(
+                    f"density + gamma exceed 1 at gamma={method.gamma:g}", where=where, mend="lower one of them"
+                )
 
 
-def tails(models: Models, densities: tuple[Coefficient, ...], gamma: float, run: Run, chunk: int) -> dict[str, Any]:
+def tails(method: Any, models: Models, run: Run, chunk: int) -> dict[str, Any]:
     """By tensor and model, the smallest and the largest magnitude that stay; none where nothing does."""
+    densities = each_density(method, models)
 
     def positions(tensor: Tensor, i: int) -> list[int]:
         kept = int(value_at(densities[i], tensor.name, tensor.depth) * tensor.size)
-        below = tensor.size - kept - int(gamma * tensor.size)
+        below = tensor.size - kept - int(method.gamma * tensor.size)
         return [below, below + kept - 1] if kept else []
 
     return tensor_ranks(models, delta, positions, run, chunk)

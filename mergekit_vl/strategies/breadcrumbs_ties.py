@@ -11,7 +11,7 @@ from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.breadcrumbs import check_tails, masked, tails
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, per_model
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy breadcrumbs_ties"
@@ -38,13 +38,13 @@ class BreadcrumbsTies:
         return 2 * n + 5
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {"gamma": self.gamma})
-        check_tails(WHERE, models, per_model(self.density, self.densities, models, WHERE, "densities"), self.gamma)
+        check_task_vectors(WHERE, self, models)
+        check_tails(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return tails(models, self.densities or (self.density,) * len(models.tuned), self.gamma, run, chunk)
+        return tails(self, models, run, chunk)
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
         vectors = [masked(piece, i, bounds) for i, bounds in enumerate(facts[piece.tensor.name])]

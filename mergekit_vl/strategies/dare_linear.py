@@ -9,7 +9,14 @@ from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.task_vectors import add_to_base, check_task_vectors, keep_at_random, l1_ratios, per_model, weighted_sum
+from mergekit_vl.task_vectors import (
+    add_to_base,
+    check_task_vectors,
+    each_density,
+    keep_at_random,
+    l1_ratios,
+    weighted_sum,
+)
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy dare_linear"
@@ -40,42 +47,31 @@ class DareLinear:
         return 2 * n + 4
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {})
-        for density in per_model(self.density, self.densities, models, WHERE, "densities"):
-            models.check_coefficient(WHERE, density, "density", 0, 1)
+        check_task_vectors(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self._dropped, run, chunk, self.form) if self.rescale == "l1" else None
-
-    def _dropped(self, piece: Piece, i: int) -> Array:
-        return drop(piece, i, self.densities[i] if self.densities else self.density)
+        return l1_ratios(models, self, dropped, run, chunk) if self.rescale == "l1" else None
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = dropped_and_rescaled(piece, self.densities, self.density, self.rescale, facts)
+        vectors = [dare(self, piece, i, facts) for i in range(len(piece.models.tuned))]
         return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))
 
 
-def drop(piece: Piece, i: int, density: Coefficient) -> Array:
+def dropped(method: Any, piece: Piece, i: int) -> Array:
     """The task vector of model i without the elements that its draws drop."""
     vector = piece.delta(i)
-    vector *= keep_at_random(piece, i, piece.at(density))
+    vector *= keep_at_random(piece, i, piece.at(each_density(method, piece.models)[i]))
     return vector
 
 
-def dropped_and_rescaled(
-    piece: Piece, densities: tuple[Coefficient, ...], density: Coefficient, rescale: Rescale, facts: Any
-) -> list[Array]:
-    """DARE of every model's task vector."""
-    vectors = []
-    for i in range(len(piece.models.tuned)):
-        kept = densities[i] if densities else density
-        vector = drop(piece, i, kept)
-        share = piece.at(kept)
-        if rescale == "density" and 0 < share < 1:
-            vector *= vector.dtype.type(1 / share)
-        elif rescale == "l1":
-            vector *= vector.dtype.type(facts[piece.tensor.name][i])
-        vectors.append(vector)
-    return vectors
+def dare(method: Any, piece: Piece, i: int, facts: Any) -> Array:
+    """The same, rescaled; `method` is this or `dare_ties`."""
+    vector = dropped(method, piece, i)
+    density = piece.at(each_density(method, piece.models)[i])
+    if method.rescale == "density" and 0 < density < 1:
+        vector *= vector.dtype.type(1 / density)
+    elif method.rescale == "l1":
+        vector *= vector.dtype.type(facts[piece.tensor.name][i])
+    return vector

@@ -9,8 +9,8 @@ from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.strategies.dare_linear import Rescale, drop, dropped_and_rescaled
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, l1_ratios, per_model
+from mergekit_vl.strategies.dare_linear import Rescale, dare, dropped
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, l1_ratios
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy dare_ties"
@@ -42,19 +42,14 @@ class DareTies:
         return 2 * n + 5
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {})
-        for density in per_model(self.density, self.densities, models, WHERE, "densities"):
-            models.check_coefficient(WHERE, density, "density", 0, 1)
+        check_task_vectors(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self._dropped, run, chunk, self.form) if self.rescale == "l1" else None
-
-    def _dropped(self, piece: Piece, i: int) -> Array:
-        return drop(piece, i, self.densities[i] if self.densities else self.density)
+        return l1_ratios(models, self, dropped, run, chunk) if self.rescale == "l1" else None
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = dropped_and_rescaled(piece, self.densities, self.density, self.rescale, facts)
+        vectors = [dare(self, piece, i, facts) for i in range(len(piece.models.tuned))]
         merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
         return add_to_base(piece, merged, piece.at(self.scale))

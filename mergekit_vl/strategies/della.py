@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.coefficients import Coefficient, value_at
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import magnitude
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, draw, l1_ratios, per_model
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, draw, each_density, l1_ratios
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy della"
@@ -50,42 +50,50 @@ class Della:
         return 2 * n + 9
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {})
-        check_window(WHERE, models, per_model(self.density, self.densities, models, WHERE, "densities"), self.epsilon)
+        check_task_vectors(WHERE, self, models)
+        check_window(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self._thin, run, chunk, self.form) if self.rescale == "l1" else None
-
-    def _thin(self, piece: Piece, i: int) -> Array:
-        return magprune(
-            piece, i, self.densities[i] if self.densities else self.density, self.epsilon, self.rescale, None
-        )
+        return l1_ratios(models, self, thinned, run, chunk) if self.rescale == "l1" else None
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [
-            magprune(piece, i, self.densities[i] if self.densities else self.density, self.epsilon, self.rescale, facts)
-            for i in range(len(piece.models.tuned))
-        ]
+        vectors = [magprune(self, piece, i, facts) for i in range(len(piece.models.tuned))]
         merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
         return add_to_base(piece, merged, piece.at(self.scale))
 
 
-def check_window(where: str, models: Models, densities: list[Coefficient], epsilon: float) -> None:
+def check_window(where: str, method: Any, models: Models) -> None:
     """Raise UserError unless every probability of the window lies in 0..1."""
-    for density in densities:
-        models.check_coefficient(where, density, "density", 0, 1)
-        try:
-            models.check_coefficient(where, density, "density", epsilon / 2, 1 - epsilon / 2)
-        except UserError:
-            raise UserError(
-                f"density +- epsilon/2 leaves 0 .. 1 at epsilon={epsilon:g}", where=where, mend="lower epsilon"
-            ) from None
+    half = method.epsilon / 2
+    for density in each_density(method, models):
+        for tensor in models.tensors:
+            if not half <= value_at(density, tensor.name, tensor.depth) <= 1 - half:
+                raise UserError(
+                    f"density +- epsilon/2 leaves 0 .. 1 at epsilon={method.epsilon:g}",
+                    where=where,
+                    mend="lower epsilon",
+                )
 
 
-def magprune(piece: Piece, i: int, density: Coefficient, epsilon: float, rescale: Rescale, facts: Any) -> Array:
-    """The task vector of model i in a piece of whole rows, thinned and rescaled."""
+def thinned(method: Any, piece: Piece, i: int) -> Array:
+    """The task vector of model i in a piece of whole rows, without the elements that MagPrune drops."""
+    return _thin(method, piece, i)[0]
+
+
+def magprune(method: Any, piece: Piece, i: int, facts: Any) -> Array:
+    """The same, rescaled; `method` is this or `della_linear`."""
+    vector, keep = _thin(method, piece, i)
+    if method.rescale == "probability":
+        vector /= np.where(keep > 0, keep, 1)
+    elif method.rescale == "l1":
+        vector *= vector.dtype.type(facts[piece.tensor.name][i])
+    return vector
+
+
+def _thin(method: Any, piece: Piece, i: int) -> tuple[Array, Array]:
+    """The thinned vector, and the probability with which each element was kept."""
     vector = piece.delta(i)
     n = piece.tensor.row
     keys = magnitude(vector).view(np.uint32).astype(np.uint64).reshape(-1, n)
@@ -94,13 +102,9 @@ def magprune(piece: Piece, i: int, density: Coefficient, epsilon: float, rescale
     keys.sort(axis=1)
     ranks = np.empty(keys.shape, np.float32)
     np.put_along_axis(ranks, (keys & np.uint64(2**32 - 1)).astype(np.int64), np.arange(n, dtype=np.float32), axis=1)
-    share = piece.at(density)
-    ranks *= np.float32(epsilon / max(1, n - 1))
-    ranks += np.float32(share - epsilon / 2 if n > 1 else share)
+    density = piece.at(each_density(method, piece.models)[i])
+    ranks *= np.float32(method.epsilon / max(1, n - 1))
+    ranks += np.float32(density - method.epsilon / 2 if n > 1 else density)
     keep = ranks.reshape(-1)
     vector *= draw(piece, i) < keep.astype(np.float64) * 2**32
-    if rescale == "probability":
-        np.divide(vector, keep, out=vector, where=keep > 0)
-    elif rescale == "l1" and facts is not None:
-        vector *= vector.dtype.type(facts[piece.tensor.name][i])
-    return vector
+    return vector, keep

@@ -9,8 +9,8 @@ from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.strategies.della import Rescale, check_window, magprune
-from mergekit_vl.task_vectors import add_to_base, check_task_vectors, l1_ratios, per_model, weighted_sum
+from mergekit_vl.strategies.della import Rescale, check_window, magprune, thinned
+from mergekit_vl.task_vectors import add_to_base, check_task_vectors, l1_ratios, weighted_sum
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy della_linear"
@@ -40,22 +40,14 @@ class DellaLinear:
         return 2 * n + 9
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {})
-        check_window(WHERE, models, per_model(self.density, self.densities, models, WHERE, "densities"), self.epsilon)
+        check_task_vectors(WHERE, self, models)
+        check_window(WHERE, self, models)
 
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self._thin, run, chunk, self.form) if self.rescale == "l1" else None
-
-    def _thin(self, piece: Piece, i: int) -> Array:
-        return magprune(
-            piece, i, self.densities[i] if self.densities else self.density, self.epsilon, self.rescale, None
-        )
+        return l1_ratios(models, self, thinned, run, chunk) if self.rescale == "l1" else None
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [
-            magprune(piece, i, self.densities[i] if self.densities else self.density, self.epsilon, self.rescale, facts)
-            for i in range(len(piece.models.tuned))
-        ]
+        vectors = [magprune(self, piece, i, facts) for i in range(len(piece.models.tuned))]
         return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))

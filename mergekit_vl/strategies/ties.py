@@ -13,7 +13,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run, Tensor
 from mergekit_vl.surveys import delta, magnitude, model_ranks, tensor_ranks
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, per_model
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, each_density
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy ties"
@@ -44,22 +44,19 @@ class Ties:
         return 2 * n + 5
 
     def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, models, self.scale, self.weights, {})
-        for density in self._densities(models):
+        check_task_vectors(WHERE, self, models)
+        for density in each_density(self, models):
             models.check_coefficient(WHERE, density, "density", 0, 1)
             if self.trim == "model" and not isinstance(density, float):
                 raise UserError(
                     "one density for the whole model", where=WHERE, mend="give a number, or set trim=tensor"
                 )
 
-    def _densities(self, models: Models) -> list[Coefficient]:
-        return per_model(self.density, self.densities, models, WHERE, "densities")
-
     merge = merge_adapters
 
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
         """The smallest magnitude that is kept: per model, or by tensor and model."""
-        densities = self._densities(models)
+        densities = each_density(self, models)
         if self.trim == "model":
             size = sum(t.size for t in models.tensors if not t.twin_of)
             found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk)  # type: ignore[arg-type]

@@ -105,7 +105,10 @@ class Checkpoint:
         view = memoryview(array.view(np.uint8))
         done = 0
         while done < len(view):
-            got = os.preadv(self._descriptor(file), [view[done:]], offset + done)
+            try:
+                got = os.preadv(self._descriptor(file), [view[done:]], offset + done)
+            except OSError as error:
+                raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
             if not got:
                 raise UserError("the file ended early: it was cut while it was read", where=str(file))
             done += got

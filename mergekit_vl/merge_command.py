@@ -81,6 +81,8 @@ def merge(
     finally:
         signal.signal(signal.SIGTERM, before)
     if not quiet:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
         inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
         typer.echo(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
         typer.echo(f"next: mergekit-vl verify {out}")
@@ -170,12 +172,12 @@ def verify(
     for label in moved:
         if label not in [m["label"] for m in models]:
             raise unknown("model", label, [m["label"] for m in models], where=str(folder))
-    paths = {m["label"]: moved.get(m["label"]) or _found(m["path"], folder) for m in models}
+    paths = [moved.get(m["label"]) or _found(m["path"], folder) for m in models]
     plan = streaming.MergePlan(
         metadata["strategy"],
         options.build(cls, metadata["options"], where=f"{folder}: options"),
-        tuple(paths[m["label"]] for m in metadata["models"]),
-        paths[metadata["base"]["label"]] if metadata["base"] else None,
+        tuple(paths[1:] if metadata["base"] else paths),
+        paths[0] if metadata["base"] else None,
         tuple(m["label"] for m in metadata["models"]),
         metadata["seed"],
         metadata["dtype"],
@@ -185,7 +187,7 @@ def verify(
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"is not what its inputs merge to: {', '.join(differing[:3])}{more} differ", where=str(folder))
-    typer.echo(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(paths)}")
+    typer.echo(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
 
 
 def _found(path: str, folder: Path) -> str:
@@ -234,6 +236,12 @@ def ask(
     chosen.pop("name", None)
     cls = closed_form(name, where=where)
     paths, labels, weights = [], [], {}
+    base = base or section.get("base")
+    if isinstance(base, Mapping):
+        if "weight" in base:
+            weights[label_of(base["path"])] = base["weight"]
+        base = base.get("path")
+    taken = [label_of(base)] if base else []
     for model in models:
         entry = model if isinstance(model, Mapping) else {"path": model}
         if unknown_key := next((key for key in entry if key not in ("path", "label", "weight")), None):
@@ -241,19 +249,14 @@ def ask(
         if not isinstance(entry.get("path"), str):
             raise UserError(f"{entry!r} is no model", where=where, mend="write {path: FILE, weight: 0.5}")
         label = str(entry.get("label") or label_of(entry["path"]))
-        while label in labels:
+        while label in (*taken, *labels):
             stem, _, number = label.rpartition("-")
             label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
         paths.append(entry["path"])
         labels.append(label)
         if "weight" in entry:
             weights[label] = entry["weight"]
-    base = base or section.get("base")
-    if isinstance(base, Mapping):
-        if "weight" in base:
-            weights[label_of(base["path"])] = base["weight"]
-        base = base.get("path")
-    weighed = [*([label_of(base)] if base and getattr(cls, "weighs_base", False) else []), *labels]
+    weighed = [*(taken if getattr(cls, "weighs_base", False) else []), *labels]
     known = _keys(cls)
     for word in settings:
         key, _, value = word.partition("=")

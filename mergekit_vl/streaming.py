@@ -27,6 +27,7 @@ from mergekit_vl.output import METADATA_KEY, Output, Slot, check_target
 from mergekit_vl.pieces import BLOCK, CHUNK, Models, Piece, Tensor
 
 NO_HASH = "0" * 64
+ADAPTER = ("adapter", "backbone", "init", "names")
 SPARE = 24 << 20
 """Bytes kept free of --max-ram for the interpreter's own growth."""
 AT_EASE = 64 << 20
@@ -217,19 +218,19 @@ def merge(
         chunk = chunk or chunk_for(opened, threads, max_ram)
         texts, stem = _companions(opened)
         blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
-        with_room = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
+        output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
         try:
-            _fill(opened, with_room.write, threads, chunk, warn, progress)
-            metadata = describe(opened, _hashes(opened, threads, meanwhile=with_room.flush))
+            _fill(opened, output.write, threads, chunk, warn, progress)
+            metadata = describe(opened, _hashes(opened, threads, meanwhile=output.flush))
             texts["README.md"] = model_card(opened, metadata)
-            with_room.finish(canonical(metadata), texts)
+            output.finish(canonical(metadata), texts)
         except OSError as error:
-            with_room.discard()
+            output.discard()
             raise UserError(
                 f"cannot be written: {error.strerror}", where=str(out), mend="make room, or choose another -o"
             ) from None
         except BaseException:
-            with_room.discard()
+            output.discard()
             raise
         return metadata
     finally:
@@ -342,7 +343,7 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
             "sha256": {file.name: hashes[file] for file in checkpoint.hashed},
         }
 
-    return {
+    return _adapter(opened) | {
         "version": __version__,
         "strategy": plan.strategy,
         "options": option_values(plan.method),
@@ -352,6 +353,20 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
         "dtype": plan.dtype,
         "keep": list(plan.keep),
     }
+
+
+def _adapter(opened: Opened) -> dict[str, Any]:
+    """What a run wrote into the files of an adapter (a prompt), so that the merge is one too; it must be the same in all."""
+    told = [json.loads(c.metadata.get(METADATA_KEY, "{}")) for c in opened.all]
+    adapters = [{key: each.get(key) for key in ADAPTER} if "adapter" in each else {} for each in told]
+    for checkpoint, adapter in zip(opened.all, adapters):
+        for key in adapter.keys() | adapters[0].keys():
+            if adapter.get(key) != adapters[0].get(key):
+                raise UserError(
+                    f"{opened.reference.label} and {checkpoint.label} are adapters of different {key}",
+                    mend="merge adapters that were tuned in the same way",
+                )
+    return adapters[0]
 
 
 def option_values(method: Any) -> dict[str, Any]:

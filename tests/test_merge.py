@@ -279,6 +279,44 @@ def test_dtypes_integers_and_tied_weights(monkeypatch, capsys):
     assert {str(t.dtype) for t in merged.values()} == {"torch.float16", "torch.int64"}
 
 
+def test_prompts_of_a_run_stay_prompts(monkeypatch, capsys):
+    for i, name in enumerate(("A", "B", "C")):
+        Prompt(torch.full((4, 2), float(i)), "a photo of a").save(
+            Path(f"{name}.safetensors"), backbone="micro" if i < 2 else "clip"
+        )
+    assert (
+        call(monkeypatch, capsys, *("merge", "A.safetensors", "B.safetensors", "--strategy", "linear", "-o", "out"))[0]
+        == 0
+    )
+    merged = Prompt.load(Path("out/model.safetensors"))
+    assert merged.init == "a photo of a" and merged.ctx.unique().tolist() == [0.5]
+    code, _, err = call(
+        monkeypatch, capsys, *("merge", "A.safetensors", "C.safetensors", "--strategy", "linear", "-o", "new")
+    )
+    assert code == 2 and "A and C are adapters of different backbone" in err and not Path("new").exists()
+
+
+def test_models_of_one_name_get_labels_of_their_own(monkeypatch, capsys):
+    for i, folder in enumerate(("x", "y", "z")):
+        Path(folder).mkdir()
+        save_file({"w": np.full(2, i, np.float32)}, f"{folder}/m.safetensors")
+    words = (
+        "merge",
+        "y/m.safetensors",
+        "z/m.safetensors",
+        "--base",
+        "x/m.safetensors",
+        "--strategy",
+        "ties",
+        "-o",
+        "out",
+    )
+    assert call(monkeypatch, capsys, *words, "density=1", "m-2=1", "m-3=0")[0] == 0
+    recipe = streaming.read_metadata(Path("out"))[0]
+    assert [m["label"] for m in (recipe["base"], *recipe["models"])] == ["m", "m-2", "m-3"]
+    assert call(monkeypatch, capsys, "verify", "out")[0] == 0
+
+
 def test_a_head_that_differs_can_be_kept(monkeypatch, capsys):
     save_file({"w": np.ones(3, np.float32), "head": np.ones(2, np.float32)}, "A.safetensors")
     save_file({"w": np.full(3, 3, np.float32), "head": np.ones(5, np.float32)}, "B.safetensors")

@@ -92,7 +92,7 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def check(words: Sequence[str], *, base: str | None, strategy: str | None, out: Path | None = None) -> None:
+def check(words: Sequence[str], *, base: str | None, strategy: str | None) -> None:
     """What `check` prints for models: read from their headers alone."""
     import shutil
 
@@ -113,7 +113,7 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, out: 
         typer.echo(line)
     for note in opened.notes:
         typer.echo(f"note      {note}")
-    free = shutil.disk_usage(out.parent if out else ".").free
+    free = shutil.disk_usage(".").free
     needed = sum(slot.bytes for slot in opened.slots)
     if needed > free:
         raise UserError(f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", mend="make room")

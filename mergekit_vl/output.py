@@ -108,7 +108,10 @@ class Output:
                 for slot in slots_of:
                     self._places[slot.name] = (descriptor, start, slot)
                     start += slot.bytes
-                os.posix_fallocate(descriptor, 0, max(1, start))
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, max(1, start))
+                else:  # macOS: a full disk is then met while writing
+                    os.ftruncate(descriptor, start)
         except OSError as error:
             self.discard()
             free = shutil.disk_usage(folder.parent).free
@@ -137,7 +140,7 @@ class Output:
     def flush(self) -> None:
         """Begin to bring to the disk what is written."""
         for descriptor in self._descriptors:
-            os.fdatasync(descriptor)
+            getattr(os, "fdatasync", os.fsync)(descriptor)
 
     def finish(self, metadata: str, texts: Mapping[str, str]) -> None:
         """Write headers, index and the other files, sync, and give the folder its name."""

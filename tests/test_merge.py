@@ -408,6 +408,7 @@ BAD = {
     "truncated": (["cut.safetensors", "-o", "out", "--strategy", "linear"], "cut.safetensors: damaged or truncated safetensors"),
     "not a checkpoint": (["text.pt", "-o", "out", "--strategy", "linear"], "text.pt: not a checkpoint"),
     "a zip": (["zip.pt", "-o", "out", "--strategy", "linear"], "zip.pt: a zip, but no checkpoint"),
+    "TorchScript": (["script.pt", "-o", "out", "--strategy", "linear"], "script.pt: a TorchScript archive (save its state_dict"),
     "a missing shard": (["shards", "-o", "out", "--strategy", "linear"], "the shard two.safetensors is missing"),
     "a changed shard": (["changed", "-o", "out", "--strategy", "linear"], "one.safetensors holds no v, as its index tells"),
     "another size": (["resized", "-o", "out", "--strategy", "linear"], "the shards hold 8 bytes, the index tells of 12"),
@@ -443,6 +444,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
 
     with zipfile.ZipFile("zip.pt", "w") as archive:
         archive.writestr("x/readme.txt", "hello")
+    with zipfile.ZipFile("script.pt", "w") as archive:
+        archive.writestr("x/constants.pkl", "hello")
     for folder, tells, total in (
         ("shards", {"w": "one", "v": "two"}, None),
         ("changed", {"w": "one", "v": "one"}, None),

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -104,7 +105,8 @@ def make_models(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def measure(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds, and peak megabytes of RssAnon and of RSS."""
+    """Seconds, seconds of CPU, and peak megabytes of RssAnon and of RSS."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -121,7 +123,9 @@ def measure(command: list[str], folder: Path, environment: dict[str, str]) -> di
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read()[-2000:]}")  # type: ignore[union-attr]
-    return {"seconds": seconds, "anonymous": anonymous / 1024, "resident": resident / 1024}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "anonymous": anonymous / 1024, "resident": resident / 1024}
 
 
 def floor(folder: Path) -> float:
@@ -203,12 +207,12 @@ def main() -> None:
         print(
             f"load {os.getloadavg()[0]:.1f}; disk floor {min(floors):.2f} to {max(floors):.2f} s; {given.runs} runs each, medians (lowest to highest)"
         )
-        print("| | tool | s | RssAnon, GB | RSS, GB |\n|---|---|---|---|---|")
+        print("| | tool | s | CPU s | RssAnon, GB | RSS, GB |\n|---|---|---|---|---|---|")
         for (row, tool), runs in measured.items():
             times = sorted(run["seconds"] for run in runs)
             memory = [statistics.median(run[kind] for run in runs) / 1024 for kind in ("anonymous", "resident")]
             print(
-                f"| {row} | {tool} | {statistics.median(times):.2f} ({times[0]:.2f} to {times[-1]:.2f}) | {memory[0]:.2f} | {memory[1]:.2f} |"
+                f"| {row} | {tool} | {statistics.median(times):.2f} ({times[0]:.2f} to {times[-1]:.2f}) | {statistics.median(run['cpu'] for run in runs):.2f} | {memory[0]:.2f} | {memory[1]:.2f} |"
             )
         for method in METHODS:
             if (method, "ours") not in commands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import time
@@ -179,6 +180,7 @@ def verify(
         tuple(paths[1:] if metadata["base"] else paths),
         paths[0] if metadata["base"] else None,
         tuple(m["label"] for m in metadata["models"]),
+        metadata["base"]["label"] if metadata["base"] else "",
         metadata["seed"],
         metadata["dtype"],
         tuple(metadata["keep"]),
@@ -212,82 +214,103 @@ def ask(
     keep: Sequence[str] | None = None,
 ) -> Asked:
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
-    from mergekit_vl.checkpoints import label_of
     from mergekit_vl.streaming import MergePlan
 
     settings = [word for word in words if "=" in word and not Path(word).exists()]
-    models: list[Any] = [word for word in words if word not in settings]
-    notes: list[str] = []
-    section: Mapping[str, Any] = {}
-    where = "command line"
-    if len(models) == 1 and models[0].endswith(RECIPES):
+    models = [word for word in words if word not in settings]
+    section, notes, where = {"models": models}, [], "command line"
+    if any(word.endswith(RECIPES) for word in models):
+        if len(models) > 1:
+            raise UserError("a recipe names its models itself", where=where, mend="give the recipe alone")
         where = models[0]
-        section, notes = read_recipe(models[0])
-        models = section["models"]
-    elif any(str(m).endswith(RECIPES) for m in models):
-        raise UserError("a recipe names its models itself", where=where, mend="give the recipe alone")
+        section, notes = read_recipe(where)
+    given = section.get("strategy") or {}
+    given = {"name": given} if isinstance(given, str) else given
+    name = strategy or given.get("name")
+    if not isinstance(name, str):
+        raise UserError("which strategy?", where=where, mend="give --strategy linear, for instance")
+    named = _name_models(section["models"], base or section.get("base"), where=where)
+    cls = closed_form(name, where=where)
+    chosen = {key: value for key, value in given.items() if key != "name"} if given.get("name") == name else {}
+    method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
+    keep = keep or section.get("keep") or ()
+    plan = MergePlan(
+        name,
+        method,
+        named.paths,
+        named.base,
+        named.labels,
+        "".join(named.base_label),
+        seed if seed is not None else section.get("seed", 0),
+        dtype or section.get("dtype"),
+        (keep,) if isinstance(keep, str) else tuple(keep),
+    )
+    return Asked(plan, notes)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Models with labels of their own; `weights` as far as a recipe tells them."""
+
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    base: str | None
+    base_label: tuple[str, ...]
+    weights: dict[str, Any]
+
+
+def _name_models(models: Sequence[Any], base: Any, *, where: str) -> _Named:
+    """From the entries of a recipe (paths, or mappings with path, label and weight) or the words of the command line."""
+    from mergekit_vl.checkpoints import label_of
+
     if not models:
         raise UserError("no model to merge", where=where, mend="name the models, or a recipe")
-    given = section.get("strategy")
-    name = strategy or (given if isinstance(given, str) else (given or {}).get("name"))
-    if name is None:
-        raise UserError("which strategy?", where=where, mend="give --strategy linear, for instance")
-    chosen = dict(given) if isinstance(given, Mapping) and given.get("name") == name else {}
-    chosen.pop("name", None)
-    cls = closed_form(name, where=where)
     paths, labels, weights = [], [], {}
-    base = base or section.get("base")
-    if isinstance(base, Mapping):
-        if "weight" in base:
-            weights[label_of(base["path"])] = base["weight"]
-        base = base.get("path")
-    taken = [label_of(base)] if base else []
-    for model in models:
+    for model in ([base] if base is not None else []) + list(models):
         entry = model if isinstance(model, Mapping) else {"path": model}
-        if unknown_key := next((key for key in entry if key not in ("path", "label", "weight")), None):
-            raise unknown("key", unknown_key, ("path", "label", "weight"), where=f"{where}: models")
+        for key in entry:
+            if key not in ("path", "label", "weight"):
+                raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
         if not isinstance(entry.get("path"), str):
-            raise UserError(f"{entry!r} is no model", where=where, mend="write {path: FILE, weight: 0.5}")
+            raise UserError(f"{model!r} is no model", where=where, mend="write {path: FILE, weight: 0.5}")
         label = str(entry.get("label") or label_of(entry["path"]))
-        while label in (*taken, *labels):
+        while label in labels:
             stem, _, number = label.rpartition("-")
             label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
         paths.append(entry["path"])
         labels.append(label)
         if "weight" in entry:
             weights[label] = entry["weight"]
-    weighed = [*(taken if getattr(cls, "weighs_base", False) else []), *labels]
-    known = _keys(cls)
+    first = 0 if base is None else 1
+    return _Named(
+        tuple(paths[first:]), tuple(labels[first:]), paths[0] if first else None, tuple(labels[:first]), weights
+    )
+
+
+def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str) -> dict[str, Any]:
+    """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
+    known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
+    weighed = (*(named.base_label if getattr(cls, "weighs_base", False) else ()), *named.labels)
+    weights = dict(named.weights)
     for word in settings:
         key, _, value = word.partition("=")
         if key in weighed and key not in known:
-            weights[key] = _value(word, value)
+            holder: dict[str, Any] = {}
+            _set(holder, word, "v", value)
+            weights[key] = holder["v"]
         elif key.partition(".")[0] in known:
             _set(chosen, word, key, value)
         else:
             raise unknown("option or model", key, (*known, *weighed), where="command line")
-    if weights:
-        per_model = getattr(cls, "per_model", "weights")
-        if per_model not in known:
-            raise UserError(
-                f"{name} takes no weight per model", where=where, mend=f"its options are {', '.join(known)}"
-            )
-        for label in weighed:
-            if label not in weights:
-                raise UserError(f"{label} has no weight", where=where, mend=f"write {label}=NUMBER too")
-        chosen[per_model] = [weights[label] for label in weighed]
-    method = options.build(cls, chosen, where=f"strategy {name}")
-    plan = MergePlan(
-        name,
-        method,
-        tuple(paths),
-        base,
-        tuple(labels),
-        seed if seed is not None else int(section.get("seed") or 0),
-        dtype or section.get("dtype"),
-        tuple(keep or section.get("keep") or ()),
-    )
-    return Asked(plan, notes)
+    if not weights:
+        return chosen
+    per_model = getattr(cls, "per_model", "weights")
+    if per_model not in known:
+        raise UserError("takes no weight per model", where=where, mend=f"its options are {', '.join(known) or 'none'}")
+    for label in weighed:
+        if label not in weights:
+            raise UserError(f"{label} has no weight", where=where, mend=f"write {label}=NUMBER too")
+    return {**chosen, per_model: [weights[label] for label in weighed]}
 
 
 def closed_form(name: str, *, where: str) -> type:
@@ -327,21 +350,14 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
         raise UserError(
             "weights.models is a list of models", where=path, mend="write models: [a.safetensors, b.safetensors]"
         )
+    seed, keep, strategy = section.get("seed", 0), section.get("keep", []), section.get("strategy", "")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed={seed!r}", where=path, mend="a whole number from 0")
+    if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):
+        raise UserError(f"keep={keep!r}", where=path, mend="parts of tensors' names")
+    if not isinstance(strategy, str | Mapping):
+        raise UserError(f"strategy={strategy!r}", where=path, mend="write strategy: {name: ties, density: 0.2}")
     return section, []
-
-
-def _keys(cls: type) -> tuple[str, ...]:
-    import dataclasses
-
-    return tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
-
-
-def _value(word: str, value: str) -> Any:
-    from omegaconf import OmegaConf
-
-    holder: dict[str, Any] = {}
-    _set(holder, word, "v", value)
-    return holder["v"] if not OmegaConf.is_config(holder["v"]) else OmegaConf.to_container(holder["v"])
 
 
 def _set(chosen: dict[str, Any], word: str, key: str, value: str) -> None:

@@ -43,6 +43,7 @@ class MergePlan:
     models: tuple[str, ...]
     base: str | None = None
     labels: tuple[str, ...] = ()
+    base_label: str = ""
     seed: int = 0
     dtype: str | None = None
     keep: tuple[str, ...] = ()
@@ -79,7 +80,7 @@ def open_plan(plan: MergePlan) -> Opened:
     tuned = tuple(
         open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
     )
-    base = open_checkpoint(plan.base) if plan.base is not None else None
+    base = open_checkpoint(plan.base, plan.base_label) if plan.base is not None else None
     everyone = (*((base,) if base else ()), *tuned)
     reference = everyone[0]
     for key in plan.keep:

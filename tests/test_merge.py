@@ -399,7 +399,7 @@ BAD = {
     "ill-typed option": ([*TWO, "--strategy", "ties", "density=much"], "density='much'"),
     "density outside": ([*TWO, "--strategy", "ties", "density=2"], "strategy ties: density=2 (it lies in 0 .. 1)"),
     "one weight": ([*TWO, "--strategy", "ties", "A=1"], "B has no weight (write B=NUMBER too)"),
-    "no weights there": ([*TWO, "--strategy", "model_stock", "A=1", "B=1"], "model_stock takes no weight per model"),
+    "no weights there": ([*TWO, "--strategy", "model_stock", "A=1", "B=1"], "takes no weight per model (its options are along)"),
     "weights that cancel": ([*TWO, "--strategy", "linear", "A=1", "B=-1", "ZS=0"], "the weights sum to zero"),
     "no base": (["A.safetensors", "-o", "out", "--strategy", "ties"], "needs the model that the others were tuned from"),
     "one model": (["A.safetensors", "-o", "out", "--strategy", "slerp"], "strategy slerp: 2 tuned models, not 1"),
@@ -429,6 +429,9 @@ BAD = {
     "too large for float16": (["large.safetensors", "-o", "out", "--strategy", "linear", "--dtype", "float16"], "w has values too large for float16"),
     "no section": (["x.yaml", "-o", "out"], "x.yaml: has no `weights:` section"),
     "broken recipe": (["broken.yaml", "-o", "out"], "broken.yaml: broken YAML, line 2, column 1"),
+    "seed of a recipe": (["seed.yaml", "-o", "out"], "seed.yaml: seed='many' (a whole number from 0)"),
+    "no path": (["path.yaml", "-o", "out"], "path.yaml: {'weight': 1} is no model"),
+    "two recipes": (["key.yaml", "path.yaml", "-o", "out"], "a recipe names its models itself"),
     "unknown key": (["key.yaml", "-o", "out"], "key.yaml: weights: unknown key 'modells' (did you mean 'models'?)"),
 }  # fmt: skip
 
@@ -469,6 +472,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
     Path("taken/precious.txt").write_text("mine")
     Path("x.yaml").write_text("strategy: {name: linear}\n")
     Path("broken.yaml").write_text("weights: [\n")
+    Path("seed.yaml").write_text("weights: {models: [a], strategy: linear, seed: many}\n")
+    Path("path.yaml").write_text("weights: {models: [{weight: 1}], strategy: linear}\n")
     Path("key.yaml").write_text("weights: {modells: [a]}\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

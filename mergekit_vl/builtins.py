@@ -42,9 +42,72 @@ def register_strategies(register: Register) -> None:
         "line from zero-shot to fine-tuned at one coefficient (Wortsman et al. 2022)",
     )
     register(
+        "uniform_soup",
+        "mergekit_vl.strategies.uniform_soup:UniformSoup",
+        "plain mean of the tuned models (Wortsman et al. 2022)",
+    )
+    register(
+        "greedy_soup",
+        "mergekit_vl.strategies.greedy_soup:GreedySoup",
+        "mean of the tuned models that help on validation images (Wortsman et al. 2022)",
+    )
+    register(
+        "ema",
+        "mergekit_vl.strategies.ema:Ema",
+        "exponential moving average over the checkpoints of one run (Polyak & Juditsky 1992)",
+    )
+    register(
+        "slerp", "mergekit_vl.strategies.slerp:Slerp", "the arc between two models, tensor by tensor (Shoemake 1985)"
+    )
+    register(
+        "nuslerp",
+        "mergekit_vl.strategies.nuslerp:NuSlerp",
+        "SLERP by weights, of tensors, rows, columns or task vectors (mergekit)",
+    )
+    register(
+        "multislerp",
+        "mergekit_vl.strategies.multislerp:MultiSlerp",
+        "weighted mean of directions and lengths for many models (Goddard 2025)",
+    )
+    register("karcher", "mergekit_vl.strategies.karcher:Karcher", "mean on the sphere for many models (Karcher 1977)")
+    register(
         "task_arithmetic",
         "mergekit_vl.strategies.task_arithmetic:TaskArithmetic",
         "base plus scaled task vectors (Ilharco et al. 2023)",
+    )
+    register("ties", "mergekit_vl.strategies.ties:Ties", "trim, elect signs, disjoint mean (Yadav et al. 2023)")
+    register(
+        "dare_linear",
+        "mergekit_vl.strategies.dare_linear:DareLinear",
+        "random drop and rescale, then task arithmetic (Yu et al. 2023)",
+    )
+    register(
+        "dare_ties",
+        "mergekit_vl.strategies.dare_ties:DareTies",
+        "random drop and rescale, then signs and mean of TIES (Yu et al. 2023)",
+    )
+    register(
+        "della", "mergekit_vl.strategies.della:Della", "drop by magnitude rank, then signs and mean (Deep et al. 2024)"
+    )
+    register(
+        "della_linear",
+        "mergekit_vl.strategies.della_linear:DellaLinear",
+        "drop by magnitude rank, then task arithmetic (Deep et al. 2024)",
+    )
+    register(
+        "breadcrumbs",
+        "mergekit_vl.strategies.breadcrumbs:Breadcrumbs",
+        "task vectors without both tails of their magnitudes (Davari & Belilovsky 2023)",
+    )
+    register(
+        "breadcrumbs_ties",
+        "mergekit_vl.strategies.breadcrumbs_ties:BreadcrumbsTies",
+        "Breadcrumbs, then signs and mean of TIES",
+    )
+    register(
+        "model_stock",
+        "mergekit_vl.strategies.model_stock:ModelStock",
+        "mean of the tuned models pulled to the base by their angle (Jang et al. 2024)",
     )
     register("ensemble", "mergekit_vl.strategies.ensemble:OutputEnsemble", "mean of the members' probabilities")
     register(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergekit_vl import __version__, options, plugins
+from mergekit_vl import __version__, merge_command, options, plugins
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 
@@ -224,12 +224,26 @@ def _recorded_suite(plan: Recipe) -> list[str]:
     ]
 
 
+app.command()(merge_command.merge)
+app.command()(merge_command.verify)
+
+
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Resolve and validate a recipe and print the plan; reads no weights and no images."""
+def check(
+    recipe: Annotated[list[str], typer.Argument(help="a recipe with key=value overrides, or models to merge")],
+    base: merge_command.Base = None,
+    strategy: merge_command.StrategyName = None,
+) -> None:
+    """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
+    if merge_command.is_merge(recipe, base=base, strategy=strategy):
+        return merge_command.check(recipe, base=base, strategy=strategy)
+    return _check_recipe(recipe[0], recipe[1:])
+
+
+def _check_recipe(recipe: str, overrides: list[str]) -> None:
     from mergekit_vl.experiment import build
 
-    plan = load_recipe(recipe, overrides or [])
+    plan = load_recipe(recipe, overrides)
     experiment = build(plan, _registry())
     typer.echo(f"recipe    {plan.name} ({plan.hash})")
     typer.echo(f"backbone  {experiment.backbone}")

@@ -1,19 +1,25 @@
-"""The algebra of models whose tensors agree in name, shape and space."""
+"""Merging adapters in memory: the closed forms of `closed_form.py` on the tensors of models that agree in name, shape and space."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from mergekit_vl.closed_form import SERIAL, ClosedForm, apply
+from mergekit_vl.coefficients import depths
+from mergekit_vl.dtypes import Array, narrow
 from mergekit_vl.errors import UserError
+from mergekit_vl.pieces import CHUNK, Arrays, Models, Piece, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as TorchTensor
 
     from mergekit_vl.model import Model, Single
     from mergekit_vl.strategy import MergeInputs
 
-Tensors = Mapping[str, "Tensor"]
+    Tensors = Mapping[str, TorchTensor]
 
 
 def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
@@ -32,18 +38,49 @@ def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
             )
 
 
-def linear_sum(models: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
-    """sum_i weights_i * models_i for each tensor, accumulated in float32 or better, in the order given."""
+def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
+    """The `merge` of every closed-form strategy: its pieces, written into arrays."""
+    base, tuned = anchors(inputs)
+    models = [{name: _array(t) for name, t in m.adapter.tensors.items()} for m in (base, *tuned)]
+    deep = depths(models[0])
+    tensors = tuple(
+        Tensor(
+            name,
+            array.shape,
+            deep[name],
+            np.dtype(np.float64 if any(m[name][1] == "F64" for m in models) else np.float32),
+        )
+        for name, (array, _) in models[0].items()
+    )
+    out = {name: (np.empty(array.shape, array.dtype), code) for name, (array, code) in models[0].items()}
+
+    def write(piece: Piece, merged: Array) -> None:
+        array, code = out[piece.tensor.name]
+        array.reshape(-1)[piece.start : piece.stop] = narrow(merged, code)
+
+    labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
+    sources = [Arrays(m) for m in models]
+    apply(method, Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed), write, SERIAL, CHUNK)
+    merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
+    return as_model(base, merged)
+
+
+def _array(tensor: TorchTensor) -> tuple[Array, str]:
+    """A torch tensor as a stored array with its dtype code."""
     import torch
 
-    out = {}
-    for key, tensor in models[0].items():
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        total = torch.zeros_like(tensor, dtype=wide)
-        for model, weight in zip(models, weights):
-            total += weight * model[key].to(wide)
-        out[key] = total.to(tensor.dtype)
-    return out
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    if tensor.dtype not in codes:
+        raise UserError(f"an adapter of {tensor.dtype} cannot be merged", mend="convert it to float32")
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), codes[tensor.dtype]
+
+
+def _tensor(array: Array, code: str, *, like: TorchTensor) -> TorchTensor:
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if code == "BF16" else tensor).to(like.device)
 
 
 def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:

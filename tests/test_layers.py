@@ -5,13 +5,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_vl"
 LAYERS = (
-    ("errors", "hookspecs", "files"),
+    ("errors", "hookspecs", "files", "memory"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "microworld"),
+    ("dtypes", "coefficients"),
+    ("pieces", "output", "checkpoints", "pickles"),
+    ("closed_form", "surveys", "task_vectors"),
     ("features", "strategy", "weights", "evaluate"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),
     ("strategies",),
-    ("experiment", "report", "page", "card"),
+    ("experiment", "report", "page", "card", "streaming"),
+    ("merge_command", "mergekit_yaml"),
     ("cli",),
 )
 

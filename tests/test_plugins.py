@@ -17,7 +17,11 @@ BUILTINS = {
     "backbones": ["micro", "clip"],
     "adapters": ["zero_shot", "prompt"],
     "tuners": ["coop", "kgcoop"],
-    "strategies": ["linear", "wise_ft", "task_arithmetic", "ensemble", "mergetune"],
+    "strategies": [
+        *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
+        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
+        *("breadcrumbs", "breadcrumbs_ties", "model_stock", "ensemble", "mergetune"),
+    ],
     "datasets": ["microworld", "folder"],
     "protocols": ["base_to_novel"],
 }

@@ -1,7 +1,8 @@
 """Closed-form strategies and the evaluator, with numbers worked by hand."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.evaluate import harmonic_mean, score, wilson
 from mergekit_vl.model import Classes, Ensemble, Mixture, Single
 from mergekit_vl.statistics import clustered, over_images
+from mergekit_vl.strategies import greedy_soup
 from mergekit_vl.strategies.ensemble import OutputEnsemble
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.wise_ft import WiseFT
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.strategy import MergeInputs, TaskData
 from mergekit_vl.tuners.context import Schedule
 
 
@@ -77,6 +79,24 @@ def test_anchors_of_different_shape_are_named_with_both_shapes():
     other = Single(given.base.backbone, Prompt(torch.zeros(1, 3), "a"))
     with pytest.raises(UserError, match=r"ctx: \(1, 2\) against \(1, 3\)"):
         Linear().merge(MergeInputs(given.base, (given.tuned[0], other), (), None))
+
+
+def test_greedy_soup_takes_what_helps_on_validation_images(monkeypatch):
+    # accuracies by the context's second number: 4 alone has .8; with 2 the mean 3 is no worse; with 0 the mean 2 is worse
+    accuracy = {4.0: 0.8, 2.0: 0.7, 0.0: 0.6, 3.0: 0.8}
+    read = []
+
+    def evaluate(model, classes, split, features):
+        read.append(split)
+        return SimpleNamespace(acc1=accuracy.get(model.adapter.ctx[0, 1].item(), 0.1)), 0.0, None
+
+    monkeypatch.setattr(greedy_soup, "evaluate", evaluate)
+    task = TaskData(Classes(("a",)), "train", [1])
+    given = replace(inputs((0.0, 0.0), (0.0, 4.0), (0.0, 2.0)), data=(task,) * 3)
+    merged = greedy_soup.GreedySoup().merge(given)
+    assert merged.adapter.ctx.tolist() == [[0.0, 3.0]] and set(map(tuple, read)) == {(1,)}
+    with pytest.raises(UserError, match="there are no validation images"):
+        greedy_soup.GreedySoup().merge(replace(given, data=(TaskData(Classes(("a",)), "train"),)))
 
 
 @dataclass

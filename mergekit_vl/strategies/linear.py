@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Mixture, Model
 from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.weights import anchors, as_model, linear_sum
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import anchors, merge_adapters
 
 
 @dataclass(frozen=True)
 class Linear:
-    """sum_i w_i * theta_i over the zero-shot model and the tuned ones.
+    """sum_i w_i * theta_i over the base (the zero-shot model), where there is one, and the tuned models.
 
-    In the space `own` theta are the adapter's tensors (context vectors for a prompt, the zero-shot point being its initial
+    In the space `own` theta are the tensors (of an adapter: context vectors for a prompt, the zero-shot point being its initial
     words); in `features` they are the classifiers, that is the raw text features, bound late. The two are not the same point.
     """
 
-    weights: tuple[float, ...] = option((), "one per model, zero-shot first, then `tuned` in order; empty: all equal")
+    weights: tuple[Coefficient, ...] = option(
+        (), "one per model, base first, then the tuned in order; empty: all equal"
+    )
     normalise: bool = option(True, "divide by the sum of the weights")
-    space: Literal["own", "features"] = option("own", "merge the adapter's tensors, or the classifiers they make")
+    space: Literal["own", "features"] = option(
+        "own", "merge the tensors, or the classifiers that they make (`run` only)"
+    )
 
-    def merge(self, inputs: MergeInputs) -> Model:
-        base, tuned = anchors(inputs)
-        weights = self.weights or (1.0,) * (1 + len(tuned))
-        if len(weights) != 1 + len(tuned):
+    form, averages, weighs_base = "accumulating", True, True
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def check(self, models: Models) -> None:
+        models.check_count("strategy linear")
+        n = len(models.members)
+        if self.weights and len(self.weights) != n:
             raise UserError(
-                f"{len(weights)} weights for {1 + len(tuned)} models",
+                f"{len(self.weights)} weights for {n} models",
                 where="strategy linear",
-                mend="zero-shot first, then one per tuned model",
+                mend=f"one each: {', '.join(models.member_labels)}",
             )
-        if self.normalise:
-            total = sum(weights)
-            if total == 0:
+        for weight in self.weights:
+            models.check_coefficient("strategy linear", weight, "weight")
+        for tensor in models.tensors:
+            if self.normalise and abs(sum(models.weight_at(self.weights, tensor, n))) < 1e-12:
                 raise UserError(
                     "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
                 )
-            weights = tuple(w / total for w in weights)
-        if self.space == "features":
-            return Mixture((inputs.base, *tuned), weights)
-        return as_model(base, linear_sum([m.adapter.tensors for m in (base, *tuned)], weights))
+
+    def merge(self, inputs: MergeInputs) -> Model:
+        if self.space == "own":
+            return merge_adapters(self, inputs)
+        _, tuned = anchors(inputs)
+        weights = tuple(w for w in self.weights if isinstance(w, float)) or (1.0,) * (1 + len(tuned))
+        if len(weights) != 1 + len(tuned):
+            raise UserError(
+                f"{len(self.weights)} plain weights for {1 + len(tuned)} models",
+                where="strategy linear",
+                mend="zero-shot first, then one per tuned model",
+            )
+        return Mixture((inputs.base, *tuned), self._normalised(weights))
+
+    def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+        total = sum(weights) if self.normalise else 1.0
+        if total == 0:
+            raise UserError(
+                "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
+            )
+        return tuple(w / total for w in weights)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        weights = piece.weights(self.weights, len(piece.models.members))
+        return weighted_sum(piece.members(), self._normalised(weights))

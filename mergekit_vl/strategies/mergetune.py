@@ -36,9 +36,10 @@ from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
+from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.context import Schedule, cross_entropy, fit_context
-from mergekit_vl.weights import anchors, as_model, linear_sum
+from mergekit_vl.weights import anchors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,8 +117,7 @@ class MergeTune:
             task = cross_entropy(scale, text, images, labels)
             return task + self.beta * cross_entropy(scale, points, images, labels) + self.lambda_ * pull
 
-        mixed = linear_sum([zero_shot.adapter.tensors, tuned[0].adapter.tensors], (1 - self.tau, self.tau))
-        return as_model(tuned[0], mixed), loss
+        return WiseFT(self.tau).merge(inputs), loss  # type: ignore[return-value]
 
 
 def interpolate(w: Tensor, w2: Tensor, alphas: Tensor) -> Tensor:

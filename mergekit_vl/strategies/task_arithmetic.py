@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from mergekit_vl.errors import UserError
-from mergekit_vl.model import Model
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.weights import anchors, as_model, linear_sum
+from mergekit_vl.pieces import Models, Piece
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import merge_adapters
 
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """base + sum_i scale_i * (tuned_i - base). A negative scale forgets a task."""
+    """base + sum_i scale_i * (tuned_i - base).
 
-    scale: float = option(0.4, "the same for every task vector (the paper's rule of thumb is 0.3 to 0.5)")
-    scales: tuple[float, ...] = option((), "one per tuned model, instead of `scale`")
+    Addition: positive scales. Negation, to forget a task: a negative scale. Analogy ("A is to B as C is to what"): scales
+    -s, s, s for A, B, C. Computed as (1 - sum scale_i) * base + sum scale_i * tuned_i, which is the same number rounded less often.
+    """
 
-    def merge(self, inputs: MergeInputs) -> Model:
-        base, tuned = anchors(inputs)
-        scales = self.scales or (self.scale,) * len(tuned)
-        if len(scales) != len(tuned):
-            raise UserError(
-                f"{len(scales)} scales for {len(tuned)} tuned models",
-                where="strategy task_arithmetic",
-                mend="one each, in recipe order",
-            )
-        weights = (1 - sum(scales), *scales)
-        return as_model(base, linear_sum([m.adapter.tensors for m in (base, *tuned)], weights))
+    scale: Coefficient = option(0.4, "the same for every task vector (the paper's rule of thumb is 0.3 to 0.5)")
+    scales: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `scale`")
+
+    form, averages, per_model = "accumulating", False, "scales"
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def check(self, models: Models) -> None:
+        models.check_count("strategy task_arithmetic", base=True)
+        models.check_weights(
+            "strategy task_arithmetic", self.scales or (self.scale,) * len(models.tuned), models.labels, "scales"
+        )
+
+    merge = merge_adapters
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        scales = piece.weights(self.scales or (self.scale,) * len(piece.models.tuned))
+        return weighted_sum(piece.members(), (1 - sum(scales), *scales))

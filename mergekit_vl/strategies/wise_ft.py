@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Mixture, Model
 from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.weights import anchors, as_model, linear_sum
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import anchors, merge_adapters
 
 
 @dataclass(frozen=True)
 class WiseFT:
     """(1 - alpha) * zero-shot + alpha * fine-tuned. One tuned model; the report shows the whole line of coefficients."""
 
-    alpha: float = option(0.5, "0 is zero-shot, 1 is fine-tuned")
-    space: Literal["own", "features"] = option("own", "merge the adapter's tensors, or the classifiers they make")
+    alpha: Coefficient = option(0.5, "0 is zero-shot, 1 is fine-tuned")
+    space: Literal["own", "features"] = option(
+        "own", "merge the tensors, or the classifiers that they make (`run` only)"
+    )
+
+    form, averages = "accumulating", True
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def check(self, models: Models) -> None:
+        models.check_count("strategy wise_ft", at_most=1, base=True)
+        models.check_coefficient("strategy wise_ft", self.alpha, "alpha")
 
     def merge(self, inputs: MergeInputs) -> Model:
-        base, tuned = anchors(inputs)
+        if self.space == "own":
+            return merge_adapters(self, inputs)
+        _, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(
-                f"one tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several"
-            )
-        weights = (1 - self.alpha, self.alpha)
-        if self.space == "features":
-            return Mixture((inputs.base, tuned[0]), weights)
-        return as_model(base, linear_sum([base.adapter.tensors, tuned[0].adapter.tensors], weights))
+            raise UserError(f"1 tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several")
+        if not isinstance(self.alpha, float):
+            raise UserError("alpha is one number in the space features", where="strategy wise_ft", mend="set space=own")
+        return Mixture((inputs.base, tuned[0]), (1 - self.alpha, self.alpha))
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        alpha = piece.at(self.alpha)
+        return weighted_sum(piece.members(), (1 - alpha, alpha))

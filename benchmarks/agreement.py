@@ -1,0 +1,90 @@
+"""Our merges against mergekit's, on random tensors, from the same YAML.
+
+    python benchmarks/agreement.py OTHER_VENV/bin/mergekit-pytorch
+
+Prints the largest difference relative to the largest value for every method that both have. Random drops cannot agree element by
+element: DARE and DELLA are compared at density 1, and at density 0.5 by the share that is kept and the L1 norm.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+SHAPES = {"visual.blocks.0.w": (64, 96), "visual.blocks.1.w": (96, 64), "b": (96,), "conv": (8, 3, 4, 4)}
+TWO = "models: [{model: A.safetensors, parameters: {weight: 0.3}}, {model: B.safetensors, parameters: {weight: 0.9}}]\n"
+BASE = "base_model: ZS.safetensors\n"
+THREE = BASE + "models: [{model: ZS.safetensors}, " + TWO.partition("[")[2]
+DENSE = THREE.replace("weight: 0.3", "weight: 0.3, density: 0.5").replace("weight: 0.9", "weight: 0.9, density: 0.7")
+PAIR = BASE + "models: [{model: ZS.safetensors}, {model: A.safetensors}]\n"
+CASES = {
+    "linear": "merge_method: linear\n" + TWO,
+    "linear, normalize: false": "merge_method: linear\nparameters: {normalize: false}\n" + TWO,
+    "slerp": "merge_method: slerp\nparameters: {t: 0.3}\n" + PAIR,
+    "nuslerp": "merge_method: nuslerp\n" + TWO,
+    "nuslerp, task vectors": "merge_method: nuslerp\n" + THREE,
+    "nuslerp, rows": "merge_method: nuslerp\nparameters: {nuslerp_flatten: false}\n" + TWO,
+    "nuslerp, row_wise": "merge_method: nuslerp\nparameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n" + TWO,
+    "multislerp": "merge_method: multislerp\n" + TWO,
+    "multislerp, base": "merge_method: multislerp\n" + THREE,
+    "karcher": "merge_method: karcher\nmodels: [{model: A.safetensors}, {model: B.safetensors}, {model: ZS.safetensors}]\n",
+    "model_stock": "merge_method: model_stock\n"
+    + THREE.replace(", parameters: {weight: 0.3}", "").replace(", parameters: {weight: 0.9}", ""),
+    "model_stock, filter_wise": "merge_method: model_stock\nparameters: {filter_wise: true}\n"
+    + THREE.replace(", parameters: {weight: 0.3}", "").replace(", parameters: {weight: 0.9}", ""),
+    "task_arithmetic": "merge_method: task_arithmetic\n" + THREE,
+    "task_arithmetic, lambda, normalize": "merge_method: task_arithmetic\nparameters: {lambda: 0.7, normalize: true}\n"
+    + THREE,
+    "ties": "merge_method: ties\n" + DENSE,
+    "ties, normalize: false": "merge_method: ties\nparameters: {normalize: false, lambda: 0.5}\n" + DENSE,
+    "breadcrumbs": "merge_method: breadcrumbs\nparameters: {gamma: 0.05}\n" + DENSE,
+    "breadcrumbs_ties": "merge_method: breadcrumbs_ties\nparameters: {gamma: 0.05}\n" + DENSE,
+    "dare_linear, density 1": "merge_method: dare_linear\n" + THREE,
+    "dare_ties, density 1": "merge_method: dare_ties\n" + THREE,
+    "della, density 1": "merge_method: della\n" + THREE,
+    "dare_linear": "merge_method: dare_linear\n" + DENSE,
+    "dare_ties": "merge_method: dare_ties\n" + DENSE,
+    "della": "merge_method: della\n" + DENSE,
+    "della_linear": "merge_method: della_linear\n" + DENSE,
+}
+
+
+def main() -> None:
+    mergekit = sys.argv[1]
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = {}
+        for seed, model in enumerate(("ZS", "A", "B")):
+            rng = np.random.default_rng(seed)
+            noise = {k: rng.standard_normal(shape, dtype=np.float32) for k, shape in SHAPES.items()}
+            tensors = {k: np.asarray(base.get(k, 0) + noise[k] * (0.3 if base else 1), np.float32) for k in noise}
+            base = base or tensors
+            save_file(tensors, folder / f"{model}.safetensors")
+        for row, config in CASES.items():
+            (folder / "config.yaml").write_text(config)
+            for command, out in (([mergekit], "theirs"), ([sys.executable, "-m", "mergekit_vl.cli", "merge"], "ours")):
+                words = ["config.yaml", *(["-o", out, "--force"] if out == "ours" else [out])]
+                done = subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    print(f"{row}: {out} failed: {done.stderr.strip().splitlines()[-1]}")
+                    break
+            else:
+                ours, theirs = (load_file(next((folder / out).glob("*.safetensors"))) for out in ("ours", "theirs"))
+                if row in ("dare_linear", "dare_ties", "della", "della_linear"):
+                    kept = [np.mean([np.mean(t[k] != base[k]) for k in base]) for t in (ours, theirs)]
+                    mass = [sum(np.abs(t[k] - base[k]).sum() for k in base) for t in (ours, theirs)]
+                    print(f"{row}: changed {kept[0]:.3f} against {kept[1]:.3f}, L1 {mass[0]:.0f} against {mass[1]:.0f}")
+                else:
+                    worst = max(np.abs(ours[k] - theirs[k]).max() / np.abs(theirs[k]).max() for k in base)
+                    print(f"{row}: {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Closed-form methods: written once, tensor by tensor, for merges in memory and for merges of files.
+
+A method is a frozen dataclass with
+
+    form            what a piece is: "accumulating" and "elementwise" take flat chunks (the first reads model by model and its memory
+                    does not grow with their number), "rows" whole slices along the first axis, "tensor" whole tensors
+    averages        True where it is a weighted mean of the models; otherwise BatchNorm statistics take the plain mean of the tuned ones
+    held(n)         how many arrays of a piece it holds at most for n tuned models, its results included
+    check(models)   raises UserError for options that do not fit the models; reads no tensor
+    survey(...)     optional: what must be known of all tensors before the first is merged (`surveys.py`); further passes over the files
+    merge_piece     the method itself
+
+`apply` runs one.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.pieces import Models, Piece, Run
+
+BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
+
+
+class ClosedForm(Protocol):
+    form: Literal["accumulating", "elementwise", "rows", "tensor"]
+    averages: bool
+
+    def held(self, n: int) -> int: ...
+    def check(self, models: Models) -> None: ...
+    def merge_piece(self, piece: Piece, facts: Any) -> Array: ...
+
+
+def apply(method: ClosedForm, models: Models, write: Callable[[Piece, Array], None], run: Run, chunk: int) -> None:
+    """Merge every tensor of `models`, piece by piece, into `write`."""
+    method.check(models)
+    if not method.averages:
+        statistics = replace(models, tensors=tuple(t for t in models.tensors if BATCH_NORM.search(t.name)))
+        run(lambda piece: write(piece, _finite(piece, _mean(piece))), statistics.pieces("accumulating", chunk))
+        models = replace(models, tensors=tuple(t for t in models.tensors if not BATCH_NORM.search(t.name)))
+    with np.errstate(all="ignore"):
+        survey = getattr(method, "survey", None)
+        facts = survey(models, run, chunk) if survey else None
+    run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), models.pieces(method.form, chunk))
+
+
+def _mean(piece: Piece) -> Array:
+    total = piece.tuned(0)
+    for i in range(1, len(piece.models.tuned)):
+        total += piece.tuned(i)
+    total /= len(piece.models.tuned)
+    return total
+
+
+def _finite(piece: Piece, merged: Array) -> Array:
+    """The merged values; raises UserError that names the model where one of them is not finite."""
+    if np.isfinite(merged).all():
+        return merged
+    for label, source in zip(piece.models.member_labels, piece.models.members):
+        if not np.isfinite(piece.read(source)).all():
+            raise UserError(
+                f"{piece.tensor.name} has values that are not finite", where=label, mend="it was damaged while training"
+            )
+    raise UserError(f"{piece.tensor.name} overflows when it is merged", mend="use smaller weights")
+
+
+def workers(threads: int, progress: Callable[[int], None] = lambda elements: None) -> Run:
+    """`run(function, jobs)` over this many threads: results in the order of the jobs, the first error stops the rest.
+
+    numpy lets the interpreter go during its loops and file reads, so threads work in parallel. A progress call tells the elements
+    of a finished piece.
+    """
+
+    def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
+        queue = enumerate(jobs)
+        results: dict[int, Any] = {}
+        errors: list[BaseException] = []
+        lock = threading.Lock()
+
+        def work() -> None:
+            with np.errstate(all="ignore"):
+                while not errors:
+                    with lock:
+                        i, job = next(queue, (None, None))
+                    if i is None:
+                        return
+                    try:
+                        result = function(job)
+                    except BaseException as error:
+                        errors.append(error)
+                        return
+                    if result is not None:
+                        results[i] = result
+                    progress(getattr(job, "size", 0))
+
+        if threads == 1:
+            work()
+        else:
+            team = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+            try:
+                for thread in team:
+                    thread.start()
+                for thread in team:
+                    thread.join()
+            except BaseException as interrupt:  # Ctrl-C reaches this thread only: the others stop after their piece
+                errors.append(interrupt)
+                for thread in team:
+                    if thread.ident:
+                        thread.join()
+        if errors:
+            raise errors[0]
+        return [results[i] for i in sorted(results)]
+
+    return run
+
+
+SERIAL = workers(1)

@@ -1,0 +1,411 @@
+"""`merge`, `check` of models and `verify`: arguments in, a plan for `streaming.py` out, its result on the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl import options, plugins
+from mergekit_vl.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mergekit_vl.streaming import MergePlan, Opened
+
+WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep")
+RECIPES = (".yaml", ".yml")
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        help="models (files, folders, hf-hub:ORG/NAME, open_clip:ARCH/TAG) or one recipe; options density=0.2; weights A=0.3",
+        metavar="MODELS... [key=value ...]",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="the model that the others were tuned from")]
+StrategyName = Annotated[str | None, typer.Option(help="see mergekit-vl list strategies")]
+Seed = Annotated[int | None, typer.Option(help="of random draws (DARE, DELLA)")]
+DType = Annotated[
+    str | None, typer.Option(help="of the output: float32, bfloat16, float16; default as the first model")
+]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="tensors to take from the base or first model unmerged: part of a name")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="default: one per core")]
+MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
+
+
+def merge(
+    words: Words,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    base: Base = None,
+    strategy: StrategyName = None,
+    seed: Seed = None,
+    dtype: DType = None,
+    keep: Keep = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
+    ] = None,
+    max_ram: MaxRam = None,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier merge")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Merge checkpoints, weights only: no data, no model is built, any size of model in little memory."""
+    from mergekit_vl import streaming
+
+    began = time.monotonic()
+    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep)
+    _say(asked.notes, quiet)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        metadata = streaming.merge(
+            asked.plan,
+            out,
+            force=force,
+            threads=threads,
+            max_ram=size_in_bytes(max_ram, "--max-ram"),
+            shard_size=size_in_bytes(shard_size, "--shard-size"),
+            warn=lambda text: typer.echo(f"warning: {text}", err=True),
+            progress=_progress() if not quiet and sys.stderr.isatty() else lambda elements: None,
+        )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not quiet:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
+        typer.echo(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
+        typer.echo(f"next: mergekit-vl verify {out}")
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def check(words: Sequence[str], *, base: str | None, strategy: str | None) -> None:
+    """What `check` prints for models: read from their headers alone."""
+    import shutil
+
+    from mergekit_vl import streaming
+
+    plain = not any(word.endswith(RECIPES) for word in words)
+    asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None))
+    _say(asked.notes, False)
+    opened = streaming.open_plan(asked.plan)
+    for role, c in [("base", opened.base), *(("model", c) for c in opened.tuned)]:
+        if c is not None:
+            codes = "+".join(sorted({t.code for t in c.tensors.values()}))
+            elements = sum(t.size for t in c.tensors.values())
+            typer.echo(
+                f"{role:9s} {c.label}: {len(c.tensors)} tensors, {elements / 1e6:.1f} M elements, {codes}, {c.bytes / 1e6:.1f} MB, {c.path}"
+            )
+    for line in estimates(opened):
+        typer.echo(line)
+    for note in opened.notes:
+        typer.echo(f"note      {note}")
+    free = shutil.disk_usage(".").free
+    needed = sum(slot.bytes for slot in opened.slots)
+    if needed > free:
+        raise UserError(f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", mend="make room")
+    typer.echo("ok        the models can be merged")
+
+
+def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) -> bool:
+    """Whether the words of `check` are models, or a recipe of a merge of weights."""
+    import yaml
+
+    first = Path(words[0]).expanduser()
+    if base is not None or strategy is not None or sum("=" not in word for word in words) > 1:
+        return True
+    if first.suffix not in RECIPES:
+        return first.exists()
+    try:
+        content = yaml.safe_load(first.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(content, Mapping) and ("weights" in content or "merge_method" in content)
+
+
+def estimates(opened: Opened) -> list[str]:
+    from mergekit_vl import streaming
+    from mergekit_vl.memory import anonymous_memory
+
+    plan, n = opened.plan, len(opened.tuned)
+    threads = streaming.threads_available()
+    passes = 1 + getattr(plan.method, "passes", 0)
+    memory = streaming.piece_memory(opened, threads, streaming.chunk_for(opened, threads, None)) + anonymous_memory()
+    read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
+    seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
+    given = ", ".join(f"{key}={value}" for key, value in streaming.option_values(plan.method).items())
+    return [
+        f"strategy  {plan.strategy}: {given or 'no options'}",
+        f"form      {plan.method.form}, {plan.method.held(n)} arrays of a piece at a time, {passes} pass{'es' if passes > 1 else ''} over the files",
+        f"memory    about {memory >> 20} MB at {threads} threads",
+        f"disk      {written / 1e6:.1f} MB to write",
+        f"time      about {seconds:.1f} s where the files are cached and the disk writes 1 GB/s",
+    ]
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="what merge wrote")],
+    where: Annotated[list[str] | None, typer.Argument(help="LABEL=PATH of an input that was moved")] = None,
+    threads: Threads = None,
+) -> None:
+    """Merge again from the recorded inputs and compare every byte; writes nothing."""
+    from mergekit_vl import streaming
+
+    metadata, merged = streaming.read_metadata(folder)
+    moved = dict(word.split("=", 1) for word in where or [] if "=" in word)
+    registry = plugins.load_plugins()
+    cls = registry.find("strategies", metadata["strategy"], where=str(folder)).resolve()
+    models = [m for m in (metadata["base"], *metadata["models"]) if m]
+    for label in moved:
+        if label not in [m["label"] for m in models]:
+            raise unknown("model", label, [m["label"] for m in models], where=str(folder))
+    paths = [moved.get(m["label"]) or _found(m["path"], folder) for m in models]
+    plan = streaming.MergePlan(
+        metadata["strategy"],
+        options.build(cls, metadata["options"], where=f"{folder}: options"),
+        tuple(paths[1:] if metadata["base"] else paths),
+        paths[0] if metadata["base"] else None,
+        tuple(m["label"] for m in metadata["models"]),
+        metadata["base"]["label"] if metadata["base"] else "",
+        metadata["seed"],
+        metadata["dtype"],
+        tuple(metadata["keep"]),
+    )
+    differing = streaming.verify(plan, metadata, merged, threads=threads)
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(f"is not what its inputs merge to: {', '.join(differing[:3])}{more} differ", where=str(folder))
+    typer.echo(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
+
+
+def _found(path: str, folder: Path) -> str:
+    """An input's path as it was given, also seen from the output's parent."""
+    beside = folder.resolve().parent / path
+    return str(beside) if not Path(path).expanduser().exists() and beside.exists() else path
+
+
+@dataclass(frozen=True)
+class Asked:
+    plan: MergePlan
+    notes: list[str] = field(default_factory=list)
+
+
+def ask(
+    words: Sequence[str],
+    *,
+    base: str | None = None,
+    strategy: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] | None = None,
+) -> Asked:
+    """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
+    from mergekit_vl.streaming import MergePlan
+
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    models = [word for word in words if word not in settings]
+    section, notes, where = {"models": models}, [], "command line"
+    if any(word.endswith(RECIPES) for word in models):
+        if len(models) > 1:
+            raise UserError("a recipe names its models itself", where=where, mend="give the recipe alone")
+        where = models[0]
+        section, notes = read_recipe(where)
+    given = section.get("strategy") or {}
+    given = {"name": given} if isinstance(given, str) else given
+    name = strategy or given.get("name")
+    if not isinstance(name, str):
+        raise UserError("which strategy?", where=where, mend="give --strategy linear, for instance")
+    named = _name_models(section["models"], base or section.get("base"), where=where)
+    cls = closed_form(name, where=where)
+    chosen = {key: value for key, value in given.items() if key != "name"} if given.get("name") == name else {}
+    method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
+    keep = keep or section.get("keep") or ()
+    plan = MergePlan(
+        name,
+        method,
+        named.paths,
+        named.base,
+        named.labels,
+        "".join(named.base_label),
+        seed if seed is not None else section.get("seed", 0),
+        dtype or section.get("dtype"),
+        (keep,) if isinstance(keep, str) else tuple(keep),
+    )
+    return Asked(plan, notes)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Models with labels of their own; `weights` as far as a recipe tells them."""
+
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    base: str | None
+    base_label: tuple[str, ...]
+    weights: dict[str, Any]
+
+
+def _name_models(models: Sequence[Any], base: Any, *, where: str) -> _Named:
+    """From the entries of a recipe (paths, or mappings with path, label and weight) or the words of the command line."""
+    from mergekit_vl.checkpoints import label_of
+
+    if not models:
+        raise UserError("no model to merge", where=where, mend="name the models, or a recipe")
+    paths, labels, weights = [], [], {}
+    for model in ([base] if base is not None else []) + list(models):
+        entry = model if isinstance(model, Mapping) else {"path": model}
+        for key in entry:
+            if key not in ("path", "label", "weight"):
+                raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
+        if not isinstance(entry.get("path"), str):
+            raise UserError(f"{model!r} is no model", where=where, mend="write {path: FILE, weight: 0.5}")
+        label = str(entry.get("label") or label_of(entry["path"]))
+        while label in labels:
+            stem, _, number = label.rpartition("-")
+            label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
+        paths.append(entry["path"])
+        labels.append(label)
+        if "weight" in entry:
+            weights[label] = entry["weight"]
+    first = 0 if base is None else 1
+    return _Named(
+        tuple(paths[first:]), tuple(labels[first:]), paths[0] if first else None, tuple(labels[:first]), weights
+    )
+
+
+def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str) -> dict[str, Any]:
+    """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
+    known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
+    weighed = (*(named.base_label if getattr(cls, "weighs_base", False) else ()), *named.labels)
+    weights = dict(named.weights)
+    for word in settings:
+        key, _, value = word.partition("=")
+        if key in weighed and key not in known:
+            holder: dict[str, Any] = {}
+            _set(holder, word, "v", value)
+            weights[key] = holder["v"]
+        elif key.partition(".")[0] in known:
+            _set(chosen, word, key, value)
+        else:
+            raise unknown("option or model", key, (*known, *weighed), where="command line")
+    if not weights:
+        return chosen
+    per_model = getattr(cls, "per_model", "weights")
+    if per_model not in known:
+        raise UserError("takes no weight per model", where=where, mend=f"its options are {', '.join(known) or 'none'}")
+    for label in weighed:
+        if label not in weights:
+            raise UserError(f"{label} has no weight", where=where, mend=f"write {label}=NUMBER too")
+    return {**chosen, per_model: [weights[label] for label in weighed]}
+
+
+def closed_form(name: str, *, where: str) -> type:
+    """The class of a registered strategy that merges weights without data."""
+    cls = plugins.load_plugins().find("strategies", name, where=where).resolve()
+    if not hasattr(cls, "merge_piece"):
+        raise UserError(f"{name} needs data or an evaluation", where=where, mend="use `mergekit-vl run` with it")
+    return cls
+
+
+def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
+    """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path, mend="give an existing recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"broken YAML{place}", where=path, mend="mend the line") from None
+    if isinstance(content, Mapping) and "merge_method" in content:
+        from mergekit_vl.mergekit_yaml import translate
+
+        return translate(content, where=path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("weights"), Mapping):
+        raise UserError("has no `weights:` section", where=path, mend="use `mergekit-vl run` for an experiment")
+    section = content["weights"]
+    for key in content:
+        if key != "weights":
+            raise UserError(f"{key!r} beside `weights:`", where=path, mend="a merge of weights has one section")
+    for key in section:
+        if key not in WEIGHTS_KEYS:
+            raise unknown("key", key, WEIGHTS_KEYS, where=f"{path}: weights")
+    if not isinstance(section.get("models"), list) or not section["models"]:
+        raise UserError(
+            "weights.models is a list of models", where=path, mend="write models: [a.safetensors, b.safetensors]"
+        )
+    seed, keep, strategy = section.get("seed", 0), section.get("keep", []), section.get("strategy", "")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed={seed!r}", where=path, mend="a whole number from 0")
+    if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):
+        raise UserError(f"keep={keep!r}", where=path, mend="parts of tensors' names")
+    if not isinstance(strategy, str | Mapping):
+        raise UserError(f"strategy={strategy!r}", where=path, mend="write strategy: {name: ties, density: 0.2}")
+    return section, []
+
+
+def _set(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
+    """Apply key=value to the options as `run` applies it to a recipe."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.create(chosen)
+        OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v, force_add=True, merge=False)
+        applied = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{word!r} cannot be applied: {str(error).splitlines()[0]}", where="command line") from None
+    chosen.clear()
+    chosen.update(applied)  # type: ignore[arg-type]
+
+
+def size_in_bytes(text: str | None, what: str) -> int | None:
+    """500M, 2G, 1.5GiB, or bytes; powers of 1024."""
+    if text is None:
+        return None
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(number[-1:], 0)
+    try:
+        size = int(float(number[:-1] if unit else number) * 2**unit)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UserError(f"{what} {text}", where="command line", mend="write 500M or 2G")
+    return size
+
+
+def _say(notes: Sequence[str], quiet: bool) -> None:
+    for note in notes:
+        if not quiet:
+            typer.echo(note)
+
+
+def _progress() -> Callable[[int], None]:
+    """A line on the terminal that counts elements, after two seconds."""
+    began, state = time.monotonic(), {"done": 0, "shown": 0.0}
+
+    def tell(elements: int) -> None:
+        state["done"] += elements
+        now = time.monotonic()
+        if now - began > 2 and now - state["shown"] > 0.5:
+            state["shown"] = now
+            print(f"\r{state['done'] / 1e6:.0f} M elements", end="", file=sys.stderr, flush=True)
+
+    return tell

@@ -1,0 +1,219 @@
+"""A folder of safetensors that is complete or does not exist.
+
+Everything is written into a hidden folder beside the target: space for all tensors first (so a full disk is an error before the
+first byte), the tensors in any order, the header last, then fsync and one rename. Whatever fails takes the hidden folder with it.
+A process that is killed outright cannot; its folder is swept by the next merge into the same place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_vl.dtypes import STORED, Array
+from mergekit_vl.errors import UserError
+
+METADATA_KEY = "mergekit_vl"
+OURS = ("README.md", "open_clip_config.json", "config.json")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        n = STORED[self.code].itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+def shards(slots: Sequence[Slot], limit: int | None) -> list[list[Slot]]:
+    """Slots by file: wide dtypes first, so that every tensor is aligned, then in the order given."""
+    ordered = sorted(slots, key=lambda slot: -STORED[slot.code].itemsize)
+    files: list[list[Slot]] = [[]]
+    used = 0
+    for slot in ordered:
+        if limit is not None and files[-1] and used + slot.bytes > limit:
+            files.append([])
+            used = 0
+        files[-1].append(slot)
+        used += slot.bytes
+    return files
+
+
+def file_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file whose tensors follow each other in this order; its bytes depend on nothing else."""
+    content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    place = 0
+    for slot in slots:
+        content[slot.name] = {
+            "dtype": slot.code,
+            "shape": list(slot.shape),
+            "data_offsets": [place, place + slot.bytes],
+        }
+        place += slot.bytes
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Output:
+    """A context: `write` from any thread, then `finish`; leaving it without `finish` removes everything."""
+
+    def __init__(
+        self, folder: Path, slots: Sequence[Slot], metadata: str, *, stem: str, shard_size: int | None, force: bool
+    ) -> None:
+        self.folder, self.stem = folder, stem
+        self.files = shards(slots, shard_size)
+        self.names = file_names(stem, len(self.files))
+        self._metadata_size = len(metadata.encode())
+        check_target(folder, force=force)
+        needed = sum(slot.bytes for slot in slots)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            self.hidden = folder.parent / f".{folder.name}.merging-{os.getpid()}"
+            self.hidden.mkdir()
+            self._lock = os.open(self.hidden, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror}", where=str(folder), mend="choose another -o"
+            ) from None
+        self._places: dict[str, tuple[int, int, Slot]] = {}
+        self._descriptors: list[int] = []
+        try:
+            for slots_of, name in zip(self.files, self.names):
+                start = len(header(slots_of, self._keys(metadata)))
+                descriptor = os.open(self.hidden / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                self._descriptors.append(descriptor)
+                for slot in slots_of:
+                    self._places[slot.name] = (descriptor, start, slot)
+                    start += slot.bytes
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, max(1, start))
+                else:  # macOS: a full disk is then met while writing
+                    os.ftruncate(descriptor, start)
+        except OSError as error:
+            self.discard()
+            free = shutil.disk_usage(folder.parent).free
+            raise UserError(
+                f"cannot be written: {error.strerror}; {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+                where=str(folder),
+                mend="make room, or choose another -o",
+            ) from None
+        except BaseException:
+            self.discard()
+            raise
+
+    @staticmethod
+    def _keys(metadata: str) -> dict[str, str]:
+        return {METADATA_KEY: metadata, "format": "pt"}  # transformers refuses a file that does not tell its format
+
+    def write(self, name: str, start: int, stored: Array) -> None:
+        """Put the elements start.. of a tensor, as they are stored, in their place."""
+        descriptor, place, slot = self._places[name]
+        view = memoryview(stored.reshape(-1).view("u1")) if stored.size else memoryview(b"")
+        place += start * STORED[slot.code].itemsize
+        while len(view):
+            done = os.pwrite(descriptor, view, place)
+            view, place = view[done:], place + done
+
+    def flush(self) -> None:
+        """Begin to bring to the disk what is written."""
+        for descriptor in self._descriptors:
+            getattr(os, "fdatasync", os.fsync)(descriptor)
+
+    def finish(self, metadata: str, texts: Mapping[str, str]) -> None:
+        """Write headers, index and the other files, sync, and give the folder its name."""
+        assert len(metadata.encode()) == self._metadata_size, "the header's size was fixed before"
+        for slots, descriptor in zip(self.files, self._descriptors):
+            os.pwrite(descriptor, header(slots, self._keys(metadata)), 0)
+        if len(self.files) > 1:
+            places = {slot.name: name for slots, name in zip(self.files, self.names) for slot in slots}
+            total = sum(slot.bytes for slots in self.files for slot in slots)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            texts = {**texts, f"{self.stem}.safetensors.index.json": json.dumps(index, indent=2) + "\n"}
+        for name, text in texts.items():
+            (self.hidden / name).write_text(text, encoding="utf-8")
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+        self._close()
+        old = None
+        if self.folder.exists():
+            old = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
+            os.rename(self.folder, old)
+        try:
+            os.rename(self.hidden, self.folder)
+        except BaseException:
+            if old is not None:
+                os.rename(old, self.folder)
+            raise
+        os.fsync(self._lock)
+        os.close(self._lock)
+        if old is not None:
+            shutil.rmtree(old)
+
+    def discard(self) -> None:
+        self._close()
+        os.close(self._lock)
+        shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `merge` wrote everything in this folder, so that it may be replaced."""
+    names = [path.name for path in folder.iterdir()]
+    return all(name in OURS or ".safetensors" in name for name in names) and (
+        not names or (folder / "README.md").is_file()
+    )
+
+
+def check_target(folder: Path, *, force: bool) -> None:
+    """Raise UserError unless the folder may be written."""
+    if folder.is_file():
+        raise UserError("is a file; the output is a folder", where=str(folder), mend="choose another -o")
+    if not folder.exists():
+        return
+    if not is_ours(folder):
+        raise UserError("holds files that no merge wrote", where=str(folder), mend="choose another -o")
+    if not force and any(folder.iterdir()):
+        raise UserError("exists", where=str(folder), mend="--force replaces it")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed merges into this place left: folders that no living process has locked."""
+    for left in folder.parent.glob(f".{folder.name}.merging-*"):
+        try:
+            descriptor = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)

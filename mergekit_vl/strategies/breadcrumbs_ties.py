@@ -1,0 +1,52 @@
+"""Breadcrumbs with the election of signs of TIES (Davari & Belilovsky 2023, arXiv 2312.06795, section 3; Yadav et al. 2023,
+arXiv 2306.01708, sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.strategies.breadcrumbs import check_tails, masked, tails
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy breadcrumbs_ties"
+
+
+@dataclass(frozen=True)
+class BreadcrumbsTies:
+    """base + scale * disjoint mean of the masked task vectors over the models of the elected sign; masks as in `breadcrumbs`.
+
+    No paper has this pair; it is mergekit's, whose variant is elect=weighted mean=false.
+    """
+
+    density: Coefficient = option(0.14, "share that is kept")
+    densities: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `density`")
+    gamma: float = option(0.01, "share of the largest magnitudes that is masked")
+    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
+    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
+    elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
+    mean: bool = option(True, "mean over the agreeing models; false: their sum")
+
+    form, averages, passes = "elementwise", False, 2
+
+    def held(self, n: int) -> int:
+        return 2 * n + 5
+
+    def check(self, models: Models) -> None:
+        check_task_vectors(WHERE, self, models)
+        check_tails(WHERE, self, models)
+
+    merge = merge_adapters
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        return tails(self, models, run, chunk)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        vectors = [masked(piece, i, bounds) for i, bounds in enumerate(facts[piece.tensor.name])]
+        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(piece, merged, piece.at(self.scale))

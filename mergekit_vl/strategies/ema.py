@@ -1,0 +1,44 @@
+"""An exponential moving average over the checkpoints of one run (Polyak & Juditsky 1992; as weights, Tarvainen & Valpola 2017,
+arXiv 1703.01780, section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece
+from mergekit_vl.weights import merge_adapters
+
+
+@dataclass(frozen=True)
+class Ema:
+    """ema_1 = theta_1; ema_t = decay * ema_(t-1) + (1 - decay) * theta_t. Models in the order of training; the base takes no part.
+
+    Departure: the recurrence runs over the checkpoints that were saved, not over every step, so `decay` is per checkpoint.
+    """
+
+    decay: Coefficient = option(0.9, "weight of the past at each checkpoint: 0 is the last one alone")
+
+    form, averages = "accumulating", True
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def check(self, models: Models) -> None:
+        models.check_count("strategy ema", at_least=2)
+        models.check_coefficient("strategy ema", self.decay, "decay", 0, 1)
+
+    merge = merge_adapters
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        decay = piece.at(self.decay)
+        average = piece.tuned(0)
+        for i in range(1, len(piece.models.tuned)):
+            average *= average.dtype.type(decay)
+            later = piece.tuned(i)
+            later *= later.dtype.type(1 - decay)
+            average += later
+        return average

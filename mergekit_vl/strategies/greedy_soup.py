@@ -1,0 +1,47 @@
+"""The greedy soup (Wortsman et al. 2022, "Model soups", arXiv 2203.05482, recipe 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.evaluate import evaluate
+from mergekit_vl.model import Model
+from mergekit_vl.strategies.uniform_soup import UniformSoup
+from mergekit_vl.strategy import MergeInputs
+
+WHERE = "strategy greedy_soup"
+
+
+@dataclass(frozen=True)
+class GreedySoup:
+    """The mean of the tuned models that help: from the best on, each goes in if the mean is then no worse on the validation images.
+
+    Accuracy is the mean over the tuned models' tasks of their validation splits; the test split is never read. Ties in the first
+    order keep the recipe's.
+    """
+
+    def merge(self, inputs: MergeInputs) -> Model:
+        tasks = list({id(task): task for task in inputs.data}.values())
+        if not tasks or any(task.val is None or not len(task.val) for task in tasks):
+            raise UserError("there are no validation images", where=WHERE, mend="give the dataset a val split")
+
+        def soup(models: Sequence[Model]) -> Model:
+            return UniformSoup().merge(replace(inputs, tuned=tuple(models)))
+
+        def accuracy(model: Model) -> float:
+            scores = [evaluate(model, task.classes, task.val, inputs.features)[0].acc1 for task in tasks]  # type: ignore[arg-type]
+            return sum(scores) / len(scores)
+
+        alone = [accuracy(model) for model in inputs.tuned]
+        order = sorted(range(len(alone)), key=lambda i: -alone[i])
+        chosen = [inputs.tuned[order[0]]]
+        best, merged = alone[order[0]], soup(chosen)
+        for i in order[1:]:
+            trial = soup([*chosen, inputs.tuned[i]])
+            score = accuracy(trial)
+            if score >= best:
+                chosen.append(inputs.tuned[i])
+                best, merged = score, trial
+        return merged

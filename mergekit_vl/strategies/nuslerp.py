@@ -1,0 +1,86 @@
+"""NuSLERP: SLERP of two models by their weights, of whole tensors or of their rows or columns, or of task vectors.
+
+A method of mergekit (2024), without a paper; the arc is Shoemake's, see `slerp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.strategies.slerp import slerp_coefficients, slerp_rows
+from mergekit_vl.surveys import products
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy nuslerp"
+
+
+@dataclass(frozen=True)
+class NuSlerp:
+    """The arc between two tuned models, or from the base between their task vectors, at t = w_2 / (w_1 + w_2).
+
+    `along=tensor` takes flattened tensors, `last` each vector along the last axis by its own angle, `first` each along the first.
+    Departure from mergekit: a base alone does not switch to task vectors, task_vectors=true does; its `nuslerp_row_wise` is
+    along=first.
+    """
+
+    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: equal")
+    along: Literal["tensor", "last", "first"] = option("tensor", "what turns by one angle")
+    task_vectors: bool = option(False, "interpolate tuned minus base, and add it to the base")
+
+    averages = False
+
+    @property
+    def form(self) -> str:
+        return {"tensor": "accumulating", "last": "rows", "first": "tensor"}[self.along]
+
+    @property
+    def passes(self) -> int:
+        return int(self.along == "tensor")
+
+    def held(self, n: int) -> int:
+        return 8 if self.along == "tensor" else 16
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, at_least=2, at_most=2, base=self.task_vectors)
+        models.check_weights(WHERE, self.weights, models.labels, "weights")
+        for tensor in models.tensors:
+            if abs(sum(models.weight_at(self.weights, tensor, 2))) < 1e-12:
+                raise UserError("the weights sum to zero", where=WHERE, mend="change them")
+
+    merge = merge_adapters
+
+    def _ends(self, piece: Piece) -> list[Array]:
+        return [piece.delta(i) if self.task_vectors else piece.tuned(i) for i in range(2)]
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        return products(models, self._ends, run, chunk) if self.along == "tensor" else None
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        first, second = piece.weights(self.weights)
+        t = second / (first + second)
+        a, b = self._ends(piece)
+        if self.along == "tensor":
+            merged = weighted_sum((a, b), slerp_coefficients(facts[piece.tensor.name], t))
+        else:
+            merged = self._by_vector(piece, a, b, t).astype(piece.tensor.wide)
+        if self.task_vectors:
+            merged += piece.base
+        return merged
+
+    def _by_vector(self, piece: Piece, a: Array, b: Array, t: float) -> Array:
+        shape = piece.tensor.shape
+        if len(shape) < 2:
+            return slerp_rows(a, b, t)
+        if self.along == "last":
+            return slerp_rows(a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1]), t).reshape(-1)
+        turned = [np.moveaxis(x.reshape(shape), 0, -1) for x in (a, b)]
+        return np.moveaxis(slerp_rows(*turned, t), -1, 0).reshape(-1)

@@ -1,0 +1,82 @@
+"""Spherical linear interpolation (Shoemake 1985, "Animating rotation with quaternion curves", section 3.3), tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.surveys import products
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import merge_adapters
+
+FLAT = 1e-7
+"""Angles in radians (and distances from pi) below which the straight line is taken: it is the same to 1e-14, or undetermined."""
+
+
+@dataclass(frozen=True)
+class Slerp:
+    """(sin((1-t) o) a + sin(t o) b) / sin o, with o the angle between the flattened tensors a and b.
+
+    From the base to one tuned model, or between two tuned models (a base then only gives the integer tensors). Departure: the
+    lengths are kept as they are, so tensors of different length swing along a spiral.
+    mergekit's variant: line_above=0.9995, which makes it a straight line for nearly all tensors of models tuned from one start.
+    """
+
+    t: Coefficient = option(0.5, "0 is the first model, 1 the second")
+    line_above: float = option(1.0, "the straight line where |cosine| exceeds this")
+
+    form, averages, passes = "accumulating", False, 1
+
+    def held(self, n: int) -> int:
+        return 7
+
+    def check(self, models: Models) -> None:
+        ends = 2 - len(models.tuned) if models.base is not None else 2
+        models.check_count("strategy slerp", at_least=max(1, ends), at_most=2)
+        models.check_coefficient("strategy slerp", self.t, "t")
+        if not 0 <= self.line_above <= 1:
+            raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", mend="it lies in 0 .. 1")
+
+    merge = merge_adapters
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        return products(models, _ends, run, chunk)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        coefficients = slerp_coefficients(facts[piece.tensor.name], piece.at(self.t), self.line_above)
+        return weighted_sum(_ends(piece), coefficients)
+
+
+def _ends(piece: Piece) -> list[Array]:
+    return [piece.tuned(0), piece.tuned(1)] if len(piece.models.tuned) == 2 else [piece.base.copy(), piece.tuned(0)]
+
+
+def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[float, float]:
+    """The factors of the two vectors whose products are `gram`."""
+    norms = math.sqrt(gram[0, 0] * gram[1, 1])
+    cosine = min(1.0, max(-1.0, gram[0, 1] / norms)) if norms > 0 else 1.0
+    angle = math.acos(cosine)
+    if abs(cosine) > line_above or angle < FLAT or math.pi - angle < FLAT:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def slerp_rows(a: Array, b: Array, t: float) -> Array:
+    """Along the last axis, each vector by its own angle; in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
+    cosine = np.clip(np.vecdot(a, b) / np.where(norms > 0, norms, 1), -1, 1)
+    angle = np.arccos(cosine)
+    line = (norms == 0) | (angle < FLAT) | (np.pi - angle < FLAT)
+    sine = np.where(line, 1, np.sin(angle))
+    first = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
+    second = np.where(line, t, np.sin(t * angle) / sine)
+    return first[..., None] * a + second[..., None] * b

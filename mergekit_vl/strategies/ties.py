@@ -1,0 +1,84 @@
+"""TIES-Merging (Yadav et al. 2023, arXiv 2306.01708, algorithm 1: trim, elect sign, disjoint merge)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient, value_at
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run, Tensor
+from mergekit_vl.surveys import delta, magnitude, model_ranks, tensor_ranks
+from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, each_density
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy ties"
+
+
+@dataclass(frozen=True)
+class Ties:
+    """base + scale * disjoint mean of the task vectors, each trimmed to its largest magnitudes, over the models of the elected sign.
+
+    The defaults are the paper's: the largest `density` of a whole task vector is kept, its sign is elected by the trimmed vectors'
+    sum, and scale is 1 (section 4.2, no validation set). Elements that equal the threshold are all kept. Departures: a sum of
+    exactly zero elects nobody, as equation sgn(0) = 0 says, where the released code takes the sign of the whole; `weights`
+    (not in the paper) make the disjoint mean a weighted one.
+    mergekit's variant: trim=tensor elect=weighted. PEFT's: trim=tensor elect=raw, its mean without weights.
+    """
+
+    density: Coefficient = option(0.2, "share of each task vector that is kept")
+    densities: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `density`")
+    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
+    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
+    trim: Literal["model", "tensor"] = option("model", "keep the largest of the whole model, or of each tensor")
+    elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
+    mean: bool = option(True, "mean over the agreeing models; false: their sum")
+
+    form, averages, passes = "elementwise", False, 2
+
+    def held(self, n: int) -> int:
+        return 2 * n + 5
+
+    def check(self, models: Models) -> None:
+        check_task_vectors(WHERE, self, models)
+        for density in each_density(self, models):
+            models.check_coefficient(WHERE, density, "density", 0, 1)
+            if self.trim == "model" and not isinstance(density, float):
+                raise UserError(
+                    "one density for the whole model", where=WHERE, mend="give a number, or set trim=tensor"
+                )
+
+    merge = merge_adapters
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        """The smallest magnitude that is kept: per model, or by tensor and model."""
+        densities = each_density(self, models)
+        if self.trim == "model":
+            size = sum(t.size for t in models.tensors if not t.twin_of)
+            found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk)  # type: ignore[arg-type]
+            return [ranks[0] if ranks else np.inf for ranks in found]
+
+        def positions(tensor: Tensor, i: int) -> list[int]:
+            return smallest_kept(tensor.size, value_at(densities[i], tensor.name, tensor.depth))
+
+        by_tensor = tensor_ranks(models, delta, positions, run, chunk)
+        return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        thresholds = facts if self.trim == "model" else facts[piece.tensor.name]
+        vectors = []
+        for i, threshold in enumerate(thresholds):
+            vector = piece.delta(i)
+            vector *= magnitude(vector) >= threshold
+            vectors.append(vector)
+        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(piece, merged, piece.at(self.scale))
+
+
+def smallest_kept(size: int, density: float) -> list[int]:
+    """The ascending position of the smallest of the `density` largest of `size` magnitudes; none where nothing is kept."""
+    return [size - max(1, int(density * size))] if density > 0 and size else []

@@ -1,0 +1,129 @@
+"""Parts that the task-vector methods share: the sum, sign election, random drops and counter-based draws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.surveys import absolute_sums
+
+DRAWS = 8
+"""32-bit draws in one step of the counter of Philox 4x64; pieces start at multiples of it."""
+
+
+def add_to_base(piece: Piece, merged: Array, scale: float) -> Array:
+    """base + scale * merged."""
+    merged *= merged.dtype.type(scale)
+    merged += piece.base
+    return merged
+
+
+def weighted(vector: Array, weight: float) -> Array:
+    return vector if weight == 1 else vector * vector.dtype.type(weight)
+
+
+def weighted_sum(vectors: Iterable[Array], weights: Sequence[float]) -> Array:
+    """sum_i w_i * v_i, in the order given; overwrites the vectors."""
+    total = None
+    for vector, weight in zip(vectors, weights):
+        if weight != 1:
+            vector *= vector.dtype.type(weight)
+        total = vector if total is None else np.add(total, vector, out=total)
+    assert total is not None
+    return total
+
+
+def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, mean: bool) -> Array:
+    """Sign election and the disjoint merge of TIES (sections 3.2 and 3.3 of its paper).
+
+    The sign of an element is that of its sum over the models (`elect=raw`) or of its weighted sum (`weighted`); a sum of exactly
+    zero elects nobody. Only non-zero elements of that sign count: their weighted sum, or with `mean` their weighted mean.
+    """
+    scaled = [weighted(vector, weight) for vector, weight in zip(vectors, weights)]
+    voters = scaled if elect == "weighted" else vectors
+    elected = voters[0].copy()
+    for voter in voters[1:]:
+        elected += voter
+    np.sign(elected, out=elected)
+    total, share = np.zeros_like(elected), np.zeros_like(elected)
+    for vector, voter, weight in zip(scaled, voters, weights):
+        agrees = np.multiply(voter, elected) > 0
+        total += vector * agrees
+        if mean:
+            share += weighted(agrees.astype(share.dtype), weight)
+    if mean:
+        share += share == 0  # nobody agrees: 0 / 1
+        total /= share
+    return total
+
+
+def draw(piece: Piece, model: int) -> Array:
+    """A uniform 32-bit number for each element of the piece, from (seed, tensor's name, model, position) and nothing else.
+
+    Philox 4x64 (Salmon et al. 2011), keyed by a hash of the first three, its counter at the position: any piece of any tensor is
+    drawn alone, in any order and by any thread, with the same result.
+    """
+    name = piece.tensor.twin_of or piece.tensor.name
+    key = hashlib.sha256(json.dumps([piece.models.seed, name, model]).encode()).digest()[:16]
+    first, rest = divmod(piece.start, DRAWS)
+    stream = np.random.Philox(key=np.frombuffer(key, "<u8"), counter=[first, 0, 0, 0])
+    words = stream.random_raw(-(-(rest + piece.size) // DRAWS) * 4)
+    return words.astype("<u8", copy=False).view("<u4")[rest : rest + piece.size]
+
+
+def keep_at_random(piece: Piece, model: int, density: float) -> Array:
+    """True where an element is kept: with probability `density`, to within 2^-33."""
+    if density >= 1:
+        return np.ones(piece.size, bool)
+    return draw(piece, model) < np.uint32(min(round(density * 2**32), 2**32 - 1))
+
+
+class TaskVectors(Protocol):
+    """The options that methods on sparse task vectors share."""
+
+    form: str
+    density: Coefficient
+    densities: tuple[Coefficient, ...]
+    weights: tuple[Coefficient, ...]
+    scale: Coefficient
+
+
+def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
+    """Raise UserError for a missing base, a number of weights or densities that is not the models', a density outside 0..1."""
+    models.check_count(where, base=True)
+    models.check_coefficient(where, method.scale, "scale")
+    models.check_weights(where, method.weights, models.labels, "weights")
+    models.check_weights(where, method.densities, models.labels, "densities")
+    for density in each_density(method, models):
+        models.check_coefficient(where, density, "density", 0, 1)
+
+
+def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:
+    """The density of every tuned model: `densities`, or `density` for all."""
+    return method.densities or (method.density,) * len(models.tuned)
+
+
+Thin = Callable[[TaskVectors, Piece, int], Array]
+"""The sparse task vector of model i in a piece, by the method's options."""
+
+
+def l1_ratios(models: Models, method: TaskVectors, thin: Thin, run: Run, chunk: int) -> dict[str, Array]:
+    """By tensor name, for each model, the factor that gives its sparse task vector the L1 norm of the dense one."""
+    n = len(models.tuned)
+
+    def both(piece: Piece) -> list[Array]:
+        return [vector for i in range(n) for vector in (piece.delta(i), thin(method, piece, i))]
+
+    ratios = {}
+    for name, sums in absolute_sums(models, both, run, chunk, method.form).items():
+        before, after = sums[0::2], sums[1::2]
+        small = (before < 1e-7) | (after < 1e-7)
+        ratios[name] = np.where(small, 1.0, before / np.where(small, 1.0, after))
+    return ratios

@@ -1,0 +1,408 @@
+"""Closed-form methods on numbers worked by hand."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_vl import task_vectors
+from mergekit_vl.closed_form import SERIAL, apply, workers
+from mergekit_vl.coefficients import depths
+from mergekit_vl.dtypes import narrow, widen
+from mergekit_vl.errors import UserError
+from mergekit_vl.pieces import BLOCK, Arrays, Models, Piece, Tensor
+from mergekit_vl.plugins import DEFAULT_PLUGINS, load_plugins
+from mergekit_vl.strategies import della
+from mergekit_vl.strategies.breadcrumbs import Breadcrumbs
+from mergekit_vl.strategies.breadcrumbs_ties import BreadcrumbsTies
+from mergekit_vl.strategies.dare_linear import DareLinear
+from mergekit_vl.strategies.dare_ties import DareTies
+from mergekit_vl.strategies.della import Della
+from mergekit_vl.strategies.della_linear import DellaLinear
+from mergekit_vl.strategies.ema import Ema
+from mergekit_vl.strategies.karcher import Karcher
+from mergekit_vl.strategies.linear import Linear
+from mergekit_vl.strategies.model_stock import ModelStock
+from mergekit_vl.strategies.multislerp import MultiSlerp
+from mergekit_vl.strategies.nuslerp import NuSlerp
+from mergekit_vl.strategies.slerp import Slerp
+from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
+from mergekit_vl.strategies.ties import Ties
+from mergekit_vl.strategies.uniform_soup import UniformSoup
+from mergekit_vl.strategies.wise_ft import WiseFT
+from mergekit_vl.weights import merge_adapters
+
+DRAWN = [1717815503, 684245806, 2316997498]  # Philox 4x64 keyed by SHA-256 of [7, "w", 1]
+
+
+def models(*tuned, base=None, seed=0):
+    """Models of one tensor `w`, or of the tensors of dicts."""
+    named = [m if isinstance(m, dict) else {"w": m} for m in tuned]
+    named_base = base if base is None or isinstance(base, dict) else {"w": base}
+
+    def source(model):
+        return Arrays({k: (np.asarray(v, np.float32), "F32") for k, v in model.items()})
+
+    deep = depths(named[0])
+    tensors = tuple(Tensor(k, np.asarray(v).shape, deep[k]) for k, v in named[0].items())
+    labels = tuple("ABCDEFGH"[: len(named)]) if len(named) < 9 else tuple(f"m{i}" for i in range(len(named)))
+    return Models(source(named_base) if named_base else None, tuple(map(source, named)), tensors, labels, seed)
+
+
+def merged(method, given, *, run=SERIAL, chunk=BLOCK):
+    out = {t.name: np.full(t.size, np.nan, np.float32) for t in given.tensors}
+
+    def write(piece, values):
+        out[piece.tensor.name][piece.start : piece.stop] = values
+
+    apply(method, given, write, run, chunk)
+    out = {t.name: out[t.name].reshape(t.shape) for t in given.tensors}
+    return out if len(out) > 1 else out["w"] if "w" in out else out
+
+
+EVERY = (
+    *(Linear(), Linear((1.0, 2.0, 3.0)), UniformSoup(), Ema(0.7), Slerp(0.3), NuSlerp((1.0, 2.0))),
+    *(NuSlerp(along="last"), NuSlerp(along="first", task_vectors=True), MultiSlerp(), MultiSlerp(task_vectors=True)),
+    *(
+        Karcher(),
+        Karcher((1.0, 2.0)),
+        ModelStock(),
+        ModelStock("row"),
+        TaskArithmetic(0.7),
+        TaskArithmetic(scales=(1.0, -0.5)),
+    ),
+    *(
+        Ties(),
+        Ties(0.3, trim="tensor", elect="weighted", weights=(1.0, 0.5)),
+        DareLinear(0.4),
+        DareLinear(rescale="l1"),
+    ),
+    *(
+        DareTies(0.4),
+        DareTies(0.4, rescale="l1", mean=False),
+        Della(),
+        Della(rescale="l1"),
+        DellaLinear(rescale="none"),
+    ),
+    *(Breadcrumbs(), BreadcrumbsTies(0.3)),
+)
+"""At least every closed form, and the variants that take another way through the code; for a base and two tuned models."""
+
+
+def test_every_closed_form_is_tested():
+    registered = {e.resolve() for e in load_plugins().entries["strategies"].values() if e.owner in DEFAULT_PLUGINS}
+    assert {cls for cls in registered if hasattr(cls, "merge_piece")} == {type(m) for m in EVERY} | {WiseFT}
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "tuned", "expected"),
+    [
+        (Linear(), None, [[0, 1], [4, 5]], [2, 3]),
+        (Linear(), [1, 1], [[0, 1], [5, 4]], [2, 2]),
+        (Linear((1.0, 3.0)), None, [[0, 1], [4, 5]], [3, 4]),
+        (Linear((1.0, 3.0), normalise=False), None, [[0, 1], [4, 5]], [12, 16]),
+        (WiseFT(0.25), [4, 8], [[0, 4]], [3, 7]),
+        (UniformSoup(), [9, 9], [[0, 1], [4, 5]], [2, 3]),
+        (Ema(0.5), None, [[0], [4], [8]], [5]),  # (0 + 4) / 2 = 2, (2 + 8) / 2
+        (Ema(0.0), None, [[0], [4], [8]], [8]),
+        (Slerp(1 / 3), None, [[1, 0], [0, 1]], [0.8660254, 0.5]),
+        (Slerp(0.5), [2, 0], [[0, 4]], [1.4142136, 2.8284271]),
+        (Slerp(0.5), None, [[1, 1], [2, 2]], [1.5, 1.5]),  # parallel: the line
+        (Slerp(0.25), None, [[1, 0], [-3, 0]], [0, 0]),  # opposite: the line
+        (Slerp(0.5, line_above=0.5), None, [[1, 0], [0.6, 0.8]], [0.8, 0.4]),  # cosine 0.6
+        (NuSlerp((1.0, 3.0)), None, [[1, 0], [0, 1]], [0.3826834, 0.9238795]),  # sin and cos of 22.5 degrees
+        (NuSlerp(along="last"), None, [[[1, 0], [0, 2]], [[0, 1], [2, 0]]], [[0.7071068] * 2, [1.4142136] * 2]),
+        (NuSlerp(along="first"), None, [[[1, 0], [0, 2]], [[0, 2], [1, 0]]], [[0.7071068, 1.4142136]] * 2),
+        (NuSlerp(task_vectors=True), [1, 1], [[2, 1], [1, 2]], [1.7071068, 1.7071068]),
+        (MultiSlerp(), None, [[2, 0], [0, 4]], [2.1213203, 2.1213203]),  # length 3 at 45 degrees
+        (MultiSlerp((3.0, 1.0)), None, [[1, 0], [0, 1]], [0.9486833, 0.3162278]),  # (3, 1) / sqrt(10)
+        (Karcher(), None, [[1, 0], [0.8660254, 0.5], [0.5, 0.8660254]], [0.8660254, 0.5]),  # 0, 30, 60 degrees
+        (Karcher((1.0, 3.0)), None, [[1, 0], [0.1736482, 0.9848078]], [0.5, 0.8660254]),  # 0 and 80: at 60
+        (Karcher(), None, [[1, 0], [0, 3]], [1.4142136, 1.4142136]),  # length 2 at 45 degrees
+        (ModelStock(), [0, 0], [[1, 0], [0, 1]], [0, 0]),  # a right angle: the base
+        (ModelStock(), [0, 0], [[1, 0], [1, 1]], [0.8284271, 0.4142136]),  # t = 2 c / (1 + c), c = cos 45
+        (ModelStock(), [1, 1], [[2, 1], [2, 1], [2, 1]], [2, 1]),  # no angle: the mean
+        (ModelStock("row"), [[0, 0], [0, 0]], [[[1, 0], [1, 0]], [[0, 1], [1, 1]]], [[0, 0], [0.8284271, 0.4142136]]),
+        (Ties(2 / 3), [1, 1, 1], [[5, 2, -1], [-2, 3, 1.5]], [5, 3, -1]),  # trimmed (4, 0, -2) and (-3, 2, 0)
+        (Ties(2 / 3, weights=(1.0, 2.0)), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [4, 2, -2]),
+        (Ties(2 / 3, weights=(1.0, 2.0), elect="weighted"), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [-3, 2, -2]),
+        (Ties(2 / 3, weights=(1.0, 2.0), mean=False), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [4, 4, -2]),
+        (Ties(1.0, scale=0.5), [0, 0], [[1, 2], [3, -4]], [1, -2]),  # mean of 1 and 3; -4 outweighs 2
+        (Ties(1.0), [0, 0], [[1, 2], [-1, 4]], [0, 3]),  # a sum of zero elects nobody
+        (Ties(densities=(0.5, 1.0)), [0, 0], [[1, 4], [2, 2]], [2, 3]),
+        (Ties(0.5), [0] * 4, [[1, -1, 1, 0]], [1, -1, 1, 0]),  # equal magnitudes stay together
+        (DareLinear(1.0, scale=0.5), [1, 0], [[2, 0], [1, 4]], [1.5, 2]),
+        (DareTies(1.0), [0, 0], [[1, 2], [3, -4]], [2, -4]),
+        (DareTies(1.0, weights=(1.0, 3.0), elect="weighted", mean=False), [0], [[-2], [1]], [3]),
+        (Breadcrumbs(0.5, gamma=0.2, scale=1.0), [0] * 10, [range(1, 11)], [0, 0, 0, 4, 5, 6, 7, 8, 0, 0]),
+        (BreadcrumbsTies(0.5, gamma=0.25), [0] * 4, [[1, 2, 3, 4], [4, -3, 2, 1]], [0, -3, 2.5, 0]),
+        (TaskArithmetic(0.5), [1, 0], [[2, 0], [1, 4]], [1.5, 2]),
+        (TaskArithmetic(-1.0), [1, 2], [[2, 4]], [0, 0]),  # negation
+        (TaskArithmetic(scales=(-1.0, 1.0, 1.0)), [1, 1], [[2, 1], [1, 3], [4, 1]], [3, 3]),  # analogy
+    ],
+)
+def test_by_hand(method, base, tuned, expected):
+    np.testing.assert_allclose(merged(method, models(*tuned, base=base)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    values = np.array([1.0, 1.00390625, 1.01171875, 1.004, -1.00390625, np.inf, np.nan, 3.4e38], np.float32)
+    stored = narrow(values, "BF16")
+    # 1 + 2^-8 lies between 1 (even) and 1 + 2^-7; 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6 (even)
+    assert [hex(x) for x in stored] == ["0x3f80", "0x3f80", "0x3f82", "0x3f81", "0xbf80", "0x7f80", "0x7fc0", "0x7f80"]
+    back = widen(stored, "BF16", np.dtype(np.float32))
+    np.testing.assert_array_equal(back[:4], [1, 1, 1.015625, 1.0078125])
+    half = narrow(np.array([1.00048828125, 1.00146484375], np.float32), "F16")  # 1 + 2^-11, 1 + 3 * 2^-11
+    np.testing.assert_array_equal(half.astype(np.float32), [1.0, 1.001953125])
+
+
+def test_coefficients_over_depth_and_by_name():
+    names = [f"visual.transformer.resblocks.{i}.attn.in_proj_weight" for i in range(3)]
+    names += ["visual.conv1.weight", "visual.proj", "transformer.resblocks.0.mlp.c_fc.weight", "token_embedding.weight"]
+    ones = {name: [1.0] for name in names}
+    given = models(ones, base={name: [0.0] for name in names})
+    out = merged(WiseFT((0.0, 0.5, 1.0)), given)
+    assert [float(out[n][0]) for n in names] == [0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0]
+    out = merged(WiseFT({"attn": (0.2, 0.4), "visual": 0.5, "text": 1.0}), given)
+    assert [float(out[n][0]) for n in names] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.5, 1.0, 1.0])
+    out = merged(WiseFT({"*.resblocks.0.*": 0.25, "*": 0.75}), given)
+    assert [float(out[n][0]) for n in names] == [0.25, 0.75, 0.75, 0.75, 0.75, 0.25, 0.75]
+    with pytest.raises(UserError, match="no filter covers visual.conv1.weight"):
+        merged(WiseFT({"attn": 0.5}), given)
+    with pytest.raises(UserError, match="the filter 'vizual' covers no tensor"):
+        merged(WiseFT({"vizual": 0.5, "*": 0}), given)
+
+
+def test_an_error_of_a_thread_stops_the_rest():
+    done = []
+
+    def job(i):
+        done.append(i)
+        if i == 3:
+            raise UserError("three")
+
+    with pytest.raises(UserError, match="three"):
+        workers(2)(job, range(100_000))
+    assert len(done) < 100_000
+    assert workers(3)(lambda i: i * i, range(50)) == [i * i for i in range(50)]
+
+
+def random_models(seed, *, scale=0.05, n=2, size=1):
+    """A base and n tuned models near it: a matrix, a vector and a scalar, of more than one block each where size > 1."""
+    rng = np.random.default_rng(seed)
+    shapes = {"visual.blocks.0.w": (12 * size, 70), "visual.blocks.1.b": (90 * size,), "logit_scale": ()}
+    base = {k: rng.standard_normal(s) for k, s in shapes.items()}
+    tuned = [{k: v + scale * rng.standard_normal(v.shape) for k, v in base.items()} for _ in range(n)]
+    return base, tuned
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+def test_pieces_and_threads_do_not_matter(method):
+    base, tuned = random_models(1, size=200)
+    given = models(*tuned, base=base, seed=3)
+    first = merged(method, given, chunk=BLOCK)
+    for run, chunk in ((SERIAL, 4 * BLOCK), (workers(3), 2 * BLOCK)):
+        again = merged(method, given, run=run, chunk=chunk)
+        for name in first:
+            assert first[name].tobytes() == again[name].tobytes(), name
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@settings(deadline=None, max_examples=5, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), power=st.sampled_from([-6, -1, 3, 10]))
+def test_scaling_every_model_scales_the_merge(method, seed, power):
+    base, tuned = random_models(seed)
+    by = 2.0**power
+    plain = merged(method, models(*tuned, base=base))
+    scaled = merged(
+        method, models(*({k: by * v for k, v in t.items()} for t in tuned), base={k: by * v for k, v in base.items()})
+    )
+    for name in plain:
+        np.testing.assert_allclose(scaled[name], by * plain[name], rtol=1e-6)
+
+
+SYMMETRIC = [
+    Linear(),
+    UniformSoup(),
+    MultiSlerp(),
+    Karcher(),
+    ModelStock(),
+    ModelStock("row"),
+    TaskArithmetic(0.7),
+    Ties(),
+]
+SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
+
+
+@pytest.mark.parametrize("method", SYMMETRIC, ids=str)
+@settings(deadline=None, max_examples=5, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), order=st.permutations(range(4)))
+def test_the_order_of_the_models_does_not_matter(method, seed, order):
+    base, tuned = random_models(seed, n=4)
+    first = merged(method, models(*tuned, base=base))
+    again = merged(method, models(*(tuned[i] for i in order), base=base))
+    for name in first:
+        np.testing.assert_allclose(first[name], again[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY if getattr(m, "normalise", None) is not False], ids=str)
+@settings(deadline=None, max_examples=3, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_identical_models_give_themselves_back(method, seed):
+    base, _ = random_models(seed)
+    out = merged(method, models(base, base, base=base))
+    for name, value in base.items():
+        np.testing.assert_allclose(out[name], np.float32(value), rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_endpoints_are_exact(seed):
+    base, (tuned,) = random_models(seed, n=1)
+    start = [
+        (WiseFT(0.0), 0),
+        (WiseFT(1.0), 1),
+        (Slerp(0.0), 0),
+        (Slerp(1.0), 1),
+        (Linear((1.0, 0.0)), 0),
+        (Linear((0.0, 2.0)), 1),
+    ]
+    start += [(TaskArithmetic(0.0), 0), (TaskArithmetic(1.0), 1), (Ties(scale=0.0), 0), (DareTies(scale=0.0), 0)]
+    for method, end in start:
+        out = merged(method, models(tuned, base=base))
+        for name in base:
+            np.testing.assert_array_equal(out[name], np.float32((base, tuned)[end][name]), err_msg=str(method))
+
+
+def test_ties_trims_the_whole_model_or_each_tensor():
+    base, tuned = {"u": [0.0, 0.0], "v": [0.0, 0.0]}, {"u": [1.0, 2.0], "v": [3.0, 4.0]}
+    whole = merged(Ties(0.5), models(tuned, base=base))
+    each = merged(Ties(0.5, trim="tensor"), models(tuned, base=base))
+    assert whole["u"].tolist() == [0, 0] and whole["v"].tolist() == [3, 4]
+    assert each["u"].tolist() == [0, 2] and each["v"].tolist() == [0, 4]
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), density=st.floats(0.01, 1))
+def test_the_trim_threshold_is_the_exact_order_statistic(seed, density):
+    rng = np.random.default_rng(seed)
+    values = (rng.standard_normal(3000) * 10.0 ** rng.integers(-12, 4, 3000)).astype(np.float32)
+    kept = merged(Ties(density), models(values, base=np.zeros(3000)))
+    k = max(1, int(density * 3000))
+    expected = np.where(np.abs(values) >= np.sort(np.abs(values))[-k], values, 0)
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_draws_are_the_same_for_ever_and_for_any_piece():
+    given = models(np.zeros(100_000), base=np.zeros(100_000), seed=7)
+    pieces = list(given.pieces(chunk=BLOCK))
+    whole = np.concatenate([task_vectors.draw(piece, 1) for piece in pieces])
+    assert whole[:3].tolist() == DRAWN
+    odd = replace(pieces[2], start=20_003, stop=20_013)
+    assert task_vectors.draw(odd, 1).tolist() == whole[20_003:20_013].tolist()
+    assert abs((whole < 2**32 * 0.1).mean() - 0.1) < 0.003
+    assert not np.array_equal(task_vectors.draw(pieces[0], 0), task_vectors.draw(pieces[0], 1))
+
+
+def test_dare_divides_by_density_or_matches_the_norm():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(20_000)
+    given = models(values, base=np.zeros(20_000))
+    kept = merged(DareLinear(0.25, scale=1.0), given)
+    mask = kept != 0
+    assert abs(mask.mean() - 0.25) < 0.01
+    np.testing.assert_allclose(kept[mask], 4 * values[mask], rtol=1e-6)
+    matched = merged(DareLinear(0.25, scale=1.0, rescale="l1"), given)
+    assert np.array_equal(matched != 0, mask)
+    assert np.abs(matched).sum() == pytest.approx(np.abs(values).sum(), rel=1e-6)
+    assert not np.array_equal(merged(DareLinear(0.25, scale=1.0), replace(given, seed=1)) != 0, mask)
+
+
+def test_della_keeps_large_magnitudes_more_often(monkeypatch):
+    # a row of 1, -3, 2 at density 0.5 and epsilon 0.4 is kept with probabilities 0.3, 0.7, 0.5
+    given = models([[1, -3, 2], [6, 6, 5]], base=np.zeros((2, 3)))
+    monkeypatch.setattr(della, "draw", lambda piece, i: np.zeros(piece.size, np.uint32))
+    out = merged(Della(0.5, epsilon=0.4), given)
+    np.testing.assert_allclose(out, [[1 / 0.3, -3 / 0.7, 2 / 0.5], [6 / 0.5, 6 / 0.7, 5 / 0.3]], rtol=1e-6)
+    monkeypatch.setattr(della, "draw", lambda piece, i: np.full(piece.size, round(0.4 * 2**32), np.uint32))
+    out = merged(DellaLinear(0.5, epsilon=0.4, scale=1.0, rescale="none"), given)
+    np.testing.assert_allclose(out, [[0, -3, 2], [6, 6, 0]])
+
+
+def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():
+    base = {"bn.running_var": [1.0, 1.0], "w": [0.0, 0.0]}
+    tuned = [{"bn.running_var": [0.1, 2.0], "w": [1.0, 1.0]}, {"bn.running_var": [0.1, 4.0], "w": [1.0, 1.0]}]
+    out = merged(TaskArithmetic(1.0), models(*tuned, base=base))
+    np.testing.assert_allclose(out["bn.running_var"], [0.1, 3.0], rtol=1e-6)  # not -0.8, which is no variance
+    out = merged(Linear((0.5, 0.25, 0.25)), models(*tuned, base=base))
+    np.testing.assert_allclose(out["bn.running_var"], [0.55, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "base", "message"),
+    [
+        (Ties(), 1, False, "strategy ties: needs the model that the others were tuned from (give it with --base)"),
+        (Slerp(), 1, False, "strategy slerp: 2 tuned models, not 1 (name more models)"),
+        (Slerp(), 3, True, "strategy slerp: 2 tuned models, not 3 (use linear for several)"),
+        (NuSlerp(), 1, True, "strategy nuslerp: 2 tuned models, not 1"),
+        (ModelStock(), 1, True, "strategy model_stock: at least 2 tuned models, not 1"),
+        (Ema(), 1, False, "strategy ema: at least 2 tuned models, not 1"),
+        (WiseFT(), 2, True, "strategy wise_ft: 1 tuned model, not 2 (use linear for several)"),
+        (Ties(1.5), 1, True, "strategy ties: density=1.5 (it lies in 0 .. 1)"),
+        (DareTies(float("nan")), 1, True, "strategy dare_ties: density=nan (it lies in 0 .. 1)"),
+        (DareLinear(-0.1), 1, True, "strategy dare_linear: density=-0.1"),
+        (Della(0.05), 1, True, "density +- epsilon/2 leaves 0 .. 1 at epsilon=0.2"),
+        (Breadcrumbs(0.995), 1, True, "density + gamma exceed 1 at gamma=0.01"),
+        (
+            Ties((0.1, 0.5)),
+            1,
+            True,
+            "strategy ties: one density for the whole model (give a number, or set trim=tensor)",
+        ),
+        (Ties(densities=(0.1,)), 2, True, "1 densities for 2 tuned models (one each: A, B)"),
+        (Ties(weights=(0.1,)), 2, True, "1 weights for 2 tuned models (one each: A, B)"),
+        (Linear((1.0, -1.0)), 2, False, "the weights sum to zero"),
+        (MultiSlerp((1.0, -1.0)), 2, False, "the weights sum to zero"),
+        (NuSlerp((1.0, -1.0)), 2, False, "the weights sum to zero"),
+        (Karcher((1.0, -2.0)), 2, False, "are not a mean"),
+        (Ema(1.5), 2, False, "decay=1.5 (it lies in 0 .. 1)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(method, n, base, message):
+    given = models(*([[1.0, 2.0]] * n), base=[0.0, 0.0] if base else None)
+    with pytest.raises(UserError) as refused:
+        method.check(given)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "method", [Linear(), TaskArithmetic(), Ties(), DareTies(), Della(), Breadcrumbs(), Slerp(), ModelStock()]
+)
+def test_values_that_are_not_finite_name_model_and_tensor(method):
+    bad = np.ones(8)
+    bad[3] = np.nan
+    with pytest.raises(UserError, match="B.*values that are not finite"):
+        merged(method, models(np.ones(8) * 2, bad, base=np.zeros(8)))
+
+
+def test_the_method_in_the_docs_works():
+    page = (Path(__file__).parent.parent / "docs" / "merging.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class Median" in block)
+    names = {
+        "dataclass": dataclass,
+        "Models": Models,
+        "Piece": Piece,
+        "Any": Any,
+        "np": np,
+        "merge_adapters": merge_adapters,
+    }
+    exec("from __future__ import annotations\nArray = None\n" + code, names)
+    median = names["Median"]()
+    np.testing.assert_allclose(merged(median, models([1, 5], [2, 4], [9, 3])), [2, 4])
+    with pytest.raises(UserError, match="at least 3 tuned models, not 1"):
+        median.check(models([1]))

@@ -7,6 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "mergekit_vl"
 LAYERS = (
     ("errors", "hookspecs", "files"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "microworld"),
+    ("dtypes",),
+    ("checkpoints", "pickles", "loading"),
     ("features", "strategy", "weights", "evaluate"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),

@@ -18,7 +18,7 @@ BUILTINS = {
     "adapters": ["zero_shot", "prompt"],
     "tuners": ["coop", "kgcoop"],
     "strategies": ["linear", "wise_ft", "task_arithmetic", "ensemble", "mergetune"],
-    "datasets": ["microworld", "folder"],
+    "datasets": ["microworld", "folder", "coop_layout"],
     "protocols": ["base_to_novel"],
 }
 METHODS = {

@@ -11,6 +11,11 @@ def register_backbones(register: Register) -> None:
         "mergekit_vl.backbones.clip:Clip",
         "an open_clip model with two towers: arch + pretrained tag, hf-hub: name, local file or folder",
     )
+    register(
+        "vision",
+        "mergekit_vl.backbones.vision:Vision",
+        "a timm image classifier: name + pretrained tag or local checkpoint; no text tower",
+    )
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from mergekit_vl.plugins import KINDS, load_plugins
 
 ROOT = Path(__file__).parents[1]
 BUILTINS = {
-    "backbones": ["micro", "clip"],
+    "backbones": ["micro", "clip", "vision"],
     "adapters": ["zero_shot", "prompt"],
     "tuners": ["coop", "kgcoop"],
     "strategies": ["linear", "wise_ft", "task_arithmetic", "ensemble", "mergetune"],

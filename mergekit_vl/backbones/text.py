@@ -78,7 +78,7 @@ class OpenClipText(nn.Module):
             self._sliced = (f"{prefix}positional_embedding", f"{prefix}attn_mask")
         layers = tower if hugging_face else tower.transformer
         count = sum(p.numel() for p in layers.parameters()) - (self.embedding.weight.numel() if hugging_face else 0)
-        self._floats_per_token = 3 * count / self.width  # 34 W a layer of 12 W^2 weights, measured within a fifth
+        self._floats_per_token = 2 * count / self.width  # measured: 1.7 for the frozen text tower of ViT-B-16
 
     @property
     def model(self) -> nn.Module:

@@ -9,7 +9,12 @@ def register_backbones(register: Register) -> None:
     register(
         "clip",
         "mergekit_vl.backbones.clip:Clip",
-        "an open_clip model: arch + pretrained tag, hf-hub: name or local file",
+        "an open_clip model with two towers: arch + pretrained tag, hf-hub: name, local file or folder",
+    )
+    register(
+        "vision",
+        "mergekit_vl.backbones.vision:Vision",
+        "a timm image classifier: name + pretrained tag or local checkpoint; no text tower",
     )
 
 
@@ -126,6 +131,11 @@ def register_datasets(register: Register) -> None:
         "folder",
         "mergekit_vl.datasets.folder:Folder",
         "your images: train/val/test folders of classes, or one folder to split",
+    )
+    register(
+        "coop_layout",
+        "mergekit_vl.datasets.coop_layout:CoOpLayout",
+        "a data set of a tree prepared for CoOp, unchanged: its splits, its few-shot choice, its template",
     )
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 USE = """
 ctx = load_file("merged.safetensors")["ctx"]  # [M, W]
+embedding = next(m for m in getattr(model, "text", model).modules() if isinstance(m, torch.nn.Embedding))
+start = int((tokenizer(["x"]) != tokenizer(["y"])).nonzero()[0, 1])  # the position of the first word
 
 
 def classifier(names):
@@ -18,9 +20,9 @@ def classifier(names):
     ids = tokenizer([" ".join(["x"] * len(ctx)) + f" {name}." for name in names])
 
     def insert(module, arguments, words):  # the learnt context takes the place of the x's
-        return torch.cat([words[:, :1], ctx.expand(len(words), -1, -1), words[:, 1 + len(ctx) :]], 1)
+        return torch.cat([words[:, :start], ctx.expand(len(words), -1, -1), words[:, start + len(ctx) :]], 1)
 
-    hook = model.token_embedding.register_forward_hook(insert)
+    hook = embedding.register_forward_hook(insert)
     with torch.no_grad():
         text = model.encode_text(ids, normalize=True)
     hook.remove()
@@ -28,7 +30,7 @@ def classifier(names):
 
 
 text = classifier(["dog", "cat"])
-# logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ text.T
+# logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ text.T    (a SigLIP adds its logit_bias)
 """
 
 
@@ -65,9 +67,13 @@ def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, *, prom
 def _loading(backbone: Mapping[str, Any]) -> list[str]:
     if backbone["name"] == "micro":
         return ["from mergekit_vl.backbones import micro", "model, tokenizer = micro.load(), micro.tokenizer()"]
+    import open_clip
+
     arch, pretrained = backbone.get("arch"), backbone.get("pretrained")
+    tag = open_clip.get_pretrained_cfg(arch, pretrained or "")
+    options = ", force_quick_gelu=True" if backbone.get("quick_gelu", tag.get("quick_gelu")) else ""
     return [
         "import open_clip",
-        f"model, _, preprocess = open_clip.create_model_and_transforms({arch!r}, pretrained={pretrained!r})",
+        f"model, _, preprocess = open_clip.create_model_and_transforms({arch!r}, pretrained={pretrained!r}{options})",
         f"model, tokenizer = model.eval(), open_clip.get_tokenizer({arch!r})",
     ]

@@ -205,7 +205,12 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         return _open_index(path, label)
     with open(path, "rb") as file:
         start = file.read(16)
-    if start[:2] == b"PK" or (path.suffix in PICKLES and not _looks_like_safetensors(start)):
+    if (
+        start[:2] == b"PK"
+        or (  # what it is before what it is called: Dassl writes model.pth.tar-50
+            not _looks_like_safetensors(start) and (start[:1] == b"\x80" or path.suffix in PICKLES)
+        )
+    ):
         from mergekit_vl.pickles import open_pickle
 
         return open_pickle(path, label)

@@ -71,6 +71,8 @@ class Dataset:
     test: Split
     shuffled_halves: bool = False
     """Base and novel halves are redrawn per seed (the microworld) instead of sorted (real data)."""
+    few_give_all: bool = False
+    """A class with fewer images than shots gives all it has (CoOp's data sets) instead of being refused."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +84,35 @@ class Augment:
 
 
 def few_shot(
-    split: Split, shots: int, seed: int, *, name: str, classes: Sequence[str] = (), at_most: bool = False
+    split: Split,
+    shots: int,
+    seed: int | random.Random,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    at_most: bool = False,
 ) -> Split:
-    """`shots` images per class as the field draws them (CoOp): `random.seed(seed)`, then `random.sample` class by class in label order.
+    """`shots` images per class as the field draws them (CoOp): `random.seed(seed)`, then `random.sample` class by class, in the
+    order in which the classes first appear in the split. A generator instead of a seed goes on where it stands.
 
-    Raises UserError for a class with fewer images, unless `at_most` lets it give what it has.
+    Raises UserError for a class with fewer images, unless `at_most` lets it give what it has (nothing is drawn for it then).
     """
     if shots < 1:
         raise UserError(f"shots={shots}", mend="at least 1")
-    draw = random.Random(seed)
+    draw = seed if isinstance(seed, random.Random) else random.Random(seed)
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(split.labels.tolist()):
+        rows.setdefault(label, []).append(row)
     chosen: list[int] = []
-    for label in range(int(split.labels.max()) + 1):
-        of_class = np.flatnonzero(split.labels == label).tolist()
-        if len(of_class) < shots and not at_most:
+    for label, of_class in rows.items():
+        if len(of_class) >= shots:
+            chosen += draw.sample(of_class, shots)
+        elif at_most:
+            chosen += of_class
+        else:
             raise UserError(
                 f"class {repr(classes[label]) if classes else label} has {len(of_class)} images, {shots} shots were asked for",
                 where=name,
                 mend="lower protocol.shots",
             )
-        chosen += draw.sample(of_class, min(shots, len(of_class)))
     return replace(split, rows=split.rows[chosen], labels=split.labels[chosen])

@@ -22,10 +22,10 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
-from mergekit_vl.recipe import Recipe
+from mergekit_vl.recipe import Recipe, TunedSpec
 
 if TYPE_CHECKING:
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.data import Dataset
     from mergekit_vl.features import FeatureStore
     from mergekit_vl.model import Model
@@ -44,7 +44,7 @@ class Experiment:
     datasets: tuple[Any, ...]
     protocol: Any
     tuners: tuple[Any, ...]
-    """A tuner, or the path of a checkpoint."""
+    """A tuner, or the spec of a checkpoint."""
     tuned_labels: tuple[str, ...]
     strategies: tuple[tuple[str, Any], ...]
     """(label, strategy); the first is the recipe's main one."""
@@ -84,9 +84,11 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
         else:
             path = Path(str(item.checkpoint)).expanduser()
             if not path.is_file():
-                raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", mend="give a .safetensors file")
-            tuners.append(path)
-            labels.append(path.stem)
+                raise UserError(
+                    "no such checkpoint", where=f"tuned.{i}: {path}", mend="give the file of a tuned prompt"
+                )
+            tuners.append(item)
+            labels.append(item.label or path.stem)
     experiment = Experiment(
         recipe=recipe,
         backbone=make("backbones", recipe.backbone),
@@ -136,6 +138,8 @@ def run(
     torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
     began = time.time()
     backbone = experiment.backbone.build(device)
+    for note in backbone.notes:
+        warn(note)
     base = Single(backbone, ZeroShot())
     experiment = dataclasses.replace(experiment, tuners=tuple(_loaded(tuner, backbone) for tuner in experiment.tuners))
     tasks = []
@@ -184,13 +188,14 @@ def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[
 
 
 def _loaded(tuner: Any, backbone: Backbone) -> Any:
-    """A tuner as it is; a checkpoint's path as the model it holds, read before anything is computed."""
+    """A tuner as it is; a checkpoint as the model it holds, read before anything is computed."""
     from mergekit_vl.adapters.prompt import Prompt
     from mergekit_vl.model import Single
 
-    if not isinstance(tuner, Path):
+    if not isinstance(tuner, TunedSpec):
         return tuner
-    prompt = Prompt.load(tuner, device=backbone.device)
+    path = Path(str(tuner.checkpoint)).expanduser()
+    prompt = Prompt.load(path, device=backbone.device, init=tuner.init)
     prompt.check(backbone)
     return Single(backbone, prompt)
 
@@ -235,7 +240,7 @@ class _Cell:
     def _claim(self, warn: Callable[[str], None]) -> None:
         """Forget stored rows that were made with other images, weights or checkpoints than these."""
         key = {
-            "backbone": self.inputs.base.backbone.key,
+            "backbone": self.inputs.base.backbone.digest,
             "images": [split.key for split in (self.task.train.train, *(split for _, _, split in self.task.tests))],
             "checkpoints": [_digest(t) for t in self.experiment.tuners if not hasattr(t, "tune")],
         }

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mergekit_vl.files import write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torchvision.transforms import InterpolationMode
 
     from mergekit_vl.data import Augment, Split
     from mergekit_vl.model import ImagePath
@@ -118,12 +119,29 @@ class FeatureStore:
 
 
 def test_view(image: Image, path: ImagePath) -> Tensor:
-    """Resize the short side and crop the centre: CLIP's own transform. [3, H, W]."""
+    """The model's own transform of test images: resize (a crop_pct below 1: to a larger size), then crop the centre. [3, H, W].
+
+    `resize_mode` as open_clip names them: shortest (side to the size), squash (both sides, no crop), longest (padded with black).
+    """
+    import math
+
     from torchvision.transforms import functional as T
 
-    size = path.backbone.preprocess["image_size"]
-    if image.size != (size, size):
-        image = T.center_crop(T.resize(image, size, T.InterpolationMode.BICUBIC), [size, size])
+    settings = path.backbone.preprocess
+    height, width = _size(settings)
+    mode = settings.get("resize_mode", "shortest")
+    crop = settings.get("crop_pct", 1.0)
+    if image.size != (width, height) or crop != 1:
+        if mode == "squash":
+            size = [math.floor(height / crop), math.floor(width / crop)]
+        else:
+            ratios = (height / crop / image.height, width / crop / image.width)
+            if mode == "shortest" and height == width:
+                size = math.floor(height / crop)  # torchvision's own rounding of the other side
+            else:
+                ratio = max(ratios) if mode == "shortest" else min(ratios)
+                size = [round(image.height * ratio), round(image.width * ratio)]
+        image = T.center_crop(T.resize(image, size, _interpolation(settings)), [height, width])
     return _tensor(image, path)
 
 
@@ -138,7 +156,7 @@ def train_view(image: Image, path: ImagePath, augment: Augment, *, seed: Sequenc
     from torchvision.transforms import functional as T
 
     draw = random.Random(repr(tuple(seed)))
-    size = path.backbone.preprocess["image_size"]
+    settings = path.backbone.preprocess
     width, height = image.size
     for _ in range(10):
         area = width * height * draw.uniform(augment.crop, 1.0)
@@ -150,10 +168,22 @@ def train_view(image: Image, path: ImagePath, augment: Augment, *, seed: Sequenc
     else:
         w = h = min(width, height)
         top, left = (height - h) // 2, (width - w) // 2
-    image = T.resized_crop(image, top, left, h, w, [size, size], T.InterpolationMode.BICUBIC)
+    image = T.resized_crop(image, top, left, h, w, list(_size(settings)), _interpolation(settings))
     if augment.flip and draw.random() < 0.5:
         image = T.hflip(image)
     return _tensor(image, path)
+
+
+def _size(settings: dict[str, Any]) -> tuple[int, int]:
+    """Height and width."""
+    size = settings["image_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _interpolation(settings: dict[str, Any]) -> InterpolationMode:
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode(settings.get("interpolation", "bicubic"))
 
 
 def _tensor(image: Image, path: ImagePath) -> Tensor:

@@ -16,7 +16,7 @@ from mergekit_vl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,26 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class CosineHead:
-    """Scaled cosine between image features and text features; the classifier of CLIP."""
+    """Scaled cosine between image features and text features, plus SigLIP's bias; its softmax is the classifier of both.
+
+    SigLIP's sigmoid is a training loss: over classes, its scores are compared by a softmax like CLIP's.
+    """
 
     key: str
     text: Tensor  # [K, D], normalised
     scale: Tensor
+    bias: Tensor
 
     def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
         import torch.nn.functional as F
 
-        return self.scale * F.normalize(features[self.key], dim=-1) @ self.text.T
+        return self.scale * F.normalize(features[self.key], dim=-1) @ self.text.T + self.bias
 
 
 def cosine_head(backbone: Backbone, text: Tensor) -> CosineHead:
     import torch.nn.functional as F
 
-    return CosineHead(backbone.key, F.normalize(text, dim=-1), backbone.scale)
+    return CosineHead(backbone.key, F.normalize(text, dim=-1), backbone.scale, backbone.bias)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. The unpickler here builds
 containers and tensors' descriptions; every other class becomes an inert placeholder, so optimizers, schedulers and the like in a
-training checkpoint are passed over and nothing of theirs runs. Files older than torch 1.6 are no zip: torch reads them, weights
-only, into memory.
+training checkpoint (Dassl writes live ones) are passed over and nothing of theirs runs. A TorchScript archive (OpenAI's CLIP) is
+such a zip too, whose objects are modules: their tensors are named by the path of attributes, and no code of it is read. Files
+older than torch 1.6 are no zip but five pickles followed by the storages one after another.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ TORCH_DTYPES = {
     "int32": "I32",
 }
 TORCH_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""How torch marks its files before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema")
 """Where training checkpoints keep the weights: open_clip and timm write `state_dict`."""
 
@@ -73,11 +76,20 @@ class _Inert:
         return self
 
 
+class _Script:
+    """A module of a TorchScript archive: unpickling leaves its attributes in `__dict__`."""
+
+
 def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> Any:
     return _Tensor(storage, offset, tuple(shape), tuple(strides)) if isinstance(storage, _Storage) else _Inert()
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+        self.storages: dict[str, str] = {}
+        """Key to dtype code of the storages met."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -87,44 +99,32 @@ class _Unpickler(pickle.Unpickler):
             return lambda data, *rest: data
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
+        if module.startswith("__torch__"):
+            return _Script
         return type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) >= 3 and pid[0] == "storage":
-            return _Storage(pid[1] if isinstance(pid[1], str) else "unknown", str(pid[2]))
+            storage = _Storage(pid[1] if isinstance(pid[1], str) else "unknown", str(pid[2]))
+            self.storages[storage.key] = storage.code
+            return storage
         return _Inert()
 
 
 def open_pickle(path: Path, label: str) -> Checkpoint:
     """The weights of a pickled checkpoint; raises UserError for what is none."""
-    if not zipfile.is_zipfile(path):
-        return _open_legacy(path, label)
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-            if "constants.pkl" in members or "data.pkl" not in members:
-                raise UserError(
-                    "a TorchScript archive" if "constants.pkl" in members else "a zip, but no checkpoint",
-                    where=str(path),
-                    mend="save its state_dict, or name it as open_clip:ARCH/TAG",
-                )
-            content = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
-            starts = {name: _start(file, info) for name, info in members.items() if name.startswith("data/")}
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        ValueError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise UserError(f"damaged checkpoint: {error}", where=str(path), mend="copy the file again") from None
+        content, starts = _read_zip(path) if _is_zip(path) else _read_legacy(path)
+    except UserError:
+        raise
+    except Exception as error:  # an unpickler may raise anything for a file that is none
+        first = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"damaged checkpoint: {first}", where=str(path), mend="copy the file again") from None
     tensors, twins, owners = {}, {}, {}
     for name, tensor in _state_dict(content, path).items():
         check_supported(tensor.storage.code, where=f"{path}: {name}")
         item = STORED[tensor.storage.code].itemsize
-        start = starts.get(f"data/{tensor.storage.key}")
+        start = starts.get(tensor.storage.key)
         if start is None:
             raise UserError(
                 f"damaged checkpoint: the bytes of {name} are missing", where=str(path), mend="copy it again"
@@ -136,6 +136,50 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
         owners.setdefault(stored, name)
         tensors[name] = stored
     return Checkpoint(label, path, tensors, (path,), twins=twins)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _read_zip(path: Path) -> tuple[Any, dict[str, int]]:
+    """The objects, and where the bytes of each storage begin."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+        if "data.pkl" not in members:
+            raise UserError(
+                "a TorchScript archive" if "constants.pkl" in members else "a zip, but no checkpoint",
+                where=str(path),
+                mend="save its state_dict, or name it as open_clip:ARCH/TAG",
+            )
+        content = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
+        return content, {
+            name.removeprefix("data/"): _start(file, info) for name, info in members.items() if name.startswith("data/")
+        }
+
+
+def _read_legacy(path: Path) -> tuple[Any, dict[str, int]]:
+    """As `_read_zip`, for torch before 1.6: magic number, protocol, system, objects, storage keys; then each storage: count, bytes."""
+    with open(path, "rb") as file:
+        if file.peek(1)[:1] != b"\x80" or _Unpickler(file).load() != LEGACY_MAGIC:
+            raise UserError(
+                "not a checkpoint: neither safetensors nor what torch.save writes",
+                where=str(path),
+                mend="save it again",
+            )
+        _Unpickler(file).load()
+        _Unpickler(file).load()
+        objects = _Unpickler(file)
+        content = objects.load()
+        keys, starts = _Unpickler(file).load(), {}
+        for key in keys:
+            (count,) = struct.unpack("<q", file.read(8))
+            starts[str(key)] = file.tell()
+            file.seek(count * STORED[objects.storages[str(key)]].itemsize, io.SEEK_CUR)
+        if file.tell() > path.stat().st_size:
+            raise ValueError("it ends in its tensors")
+        return content, starts
 
 
 def _start(file: Any, info: zipfile.ZipInfo) -> int:
@@ -158,17 +202,15 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off."""
+    if isinstance(content, _Script):
+        content = _script_tensors(content)
     for key in STATE_DICTS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     tensors = {}
     if isinstance(content, Mapping):
-        tensors = {
-            str(name): value
-            for name, value in content.items()
-            if isinstance(value, _Tensor) or hasattr(value, "untyped_storage")
-        }
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
     if not tensors:
         raise UserError(
             "no weights in it", where=str(path), mend=f"it needs tensors, or one of {', '.join(STATE_DICTS)}"
@@ -178,17 +220,15 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
 
 
-def _open_legacy(path: Path, label: str) -> Checkpoint:
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler may raise anything for a file that is none
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"not a checkpoint that can be read safely: {first}", where=str(path), mend="save its state_dict"
-        ) from None
-    return from_torch(_state_dict(content, path), path, label)
+def _script_tensors(module: _Script, prefix: str = "") -> dict[str, _Tensor]:
+    """The tensors of a TorchScript module, named as its state_dict names them."""
+    out = {}
+    for name, value in vars(module).items():
+        if isinstance(value, _Script):
+            out |= _script_tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, _Tensor):
+            out[prefix + name] = value
+    return out
 
 
 def from_torch(state: Mapping[str, Any], path: Path | str, label: str) -> Checkpoint:

@@ -39,6 +39,9 @@ class TunedSpec:
 
     tuner: Spec | None = None
     checkpoint: str | None = None
+    init: str | None = None
+    """The words that a checkpoint's context started from, where its file does not tell."""
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,14 +164,15 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
     if not isinstance(plain["tuned"], list) or not plain["tuned"]:
         raise UserError("tuned is a list of anchors", where=where, mend="write tuned: [{tuner: {name: coop}}]")
     for i, item in enumerate(plain["tuned"]):
-        if not isinstance(item, Mapping) or set(item) not in ({"tuner"}, {"checkpoint"}):
+        keys = set(item) if isinstance(item, Mapping) else set()
+        if keys != {"tuner"} and not {"checkpoint"} <= keys <= {"checkpoint", "init", "label"}:
             raise UserError(
                 f"tuned.{i} needs either a tuner or a checkpoint",
                 where=where,
-                mend="write {tuner: {name: coop}} or {checkpoint: file}",
+                mend="write {tuner: {name: coop}} or {checkpoint: file}, which may have init and label",
             )
         tuned.append(
-            TunedSpec(checkpoint=str(item["checkpoint"]))
+            TunedSpec(None, **{key: str(value) for key, value in item.items()})
             if "checkpoint" in item
             else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner"))
         )

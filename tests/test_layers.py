@@ -8,7 +8,7 @@ LAYERS = (
     ("errors", "hookspecs", "files", "memory"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "microworld"),
     ("dtypes", "coefficients"),
-    ("pieces", "output", "checkpoints", "pickles"),
+    ("pieces", "output", "checkpoints", "pickles", "loading"),
     ("closed_form", "surveys", "task_vectors"),
     ("features", "strategy", "weights", "evaluate"),
     ("backbones", "adapters"),

@@ -14,7 +14,7 @@ from mergekit_vl.plugins import KINDS, load_plugins
 
 ROOT = Path(__file__).parents[1]
 BUILTINS = {
-    "backbones": ["micro", "clip"],
+    "backbones": ["micro", "clip", "vision"],
     "adapters": ["zero_shot", "prompt"],
     "tuners": ["coop", "kgcoop"],
     "strategies": [
@@ -22,7 +22,7 @@ BUILTINS = {
         *("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *("breadcrumbs", "breadcrumbs_ties", "model_stock", "ensemble", "mergetune"),
     ],
-    "datasets": ["microworld", "folder"],
+    "datasets": ["microworld", "folder", "coop_layout"],
     "protocols": ["base_to_novel"],
 }
 METHODS = {

@@ -26,7 +26,7 @@ from mergekit_vl.tuners.context import Schedule
 class Words:
     """A backbone whose only word has the embedding (1, 0)."""
 
-    spec, device, token_width, key, scale = "words", "cpu", 2, "words", torch.tensor(1.0)
+    spec, device, token_width, key, scale, bias = "words", "cpu", 2, "words", torch.tensor(1.0), 0.0
 
     def embed(self, text):
         return torch.tensor([[1.0, 0.0]])

@@ -13,10 +13,14 @@ from mergekit_vl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.classic import Backbone, Prompts
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.backbones.text import Prompts
     from mergekit_vl.model import Classes
 
 METADATA_KEY = "mergekit_vl"
+DASSL_KEYS = ("ctx", "token_prefix", "token_suffix")
+DASSL_INIT = "a photo of a"
+FILES = "give a run's merged.safetensors or tuned anchor, or the prompt_learner/model.pth.tar-N of CoOp or KgCoOp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,8 @@ class Prompt:
     ctx: Tensor
     init: str = "a photo of a"
     names: tuple[str, ...] = ()
+    before: Tensor | None = None
+    """What stood before the context when it was tuned, [K, 1, W]: the start token's embedding. Only Dassl's files tell it."""
 
     space = "ctx"
 
@@ -67,25 +73,32 @@ class Prompt:
         return backbone.tokenize([f"{name}." for name in classes.names], self.ctx.shape[-2])
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError unless the prompt is as wide as the backbone's tokens."""
+        """Raise UserError unless the prompt is as wide as the backbone's tokens, and was tuned on it where its file tells."""
         if self.ctx.shape[-1] != backbone.token_width:
             raise UserError(
                 f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}",
                 mend="use the backbone it was tuned on",
             )
+        if self.before is not None:
+            own = backbone.require_text().before()
+            if (self.before - own).norm() > 0.01 * self.before.norm():  # Dassl may store float16
+                raise UserError(
+                    f"the prompt was tuned on another model than {backbone.spec}: their start tokens differ",
+                    mend="use the backbone it was tuned on",
+                )
 
     def anchor(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""
         if not self.init:
             raise UserError(
                 "a prompt that started at random has no zero-shot point in context space",
-                mend="tune with init: a photo of a",
+                mend="tune with init: a photo of a; for a checkpoint, add its words: {checkpoint: FILE, init: a photo of a}",
             )
         ctx = backbone.embed(self.init)
         if ctx.shape[0] != self.ctx.shape[-2]:
             raise UserError(
                 f"{self.init!r} is {ctx.shape[0]} tokens, the prompt has {self.ctx.shape[-2]}",
-                mend="give the words it started from",
+                mend="give the words it started from as init",
             )
         return replace(self, ctx=ctx.expand_as(self.ctx).clone())
 
@@ -101,28 +114,38 @@ class Prompt:
         write_bytes(path, save({"ctx": self.ctx.detach().cpu().contiguous()}, metadata={METADATA_KEY: meta}))
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "cpu") -> Prompt:
-        """A prompt written by `save`; raises UserError for a file that is missing, cut short, of another kind or not finite."""
-        from safetensors import SafetensorError, safe_open
+    def load(cls, path: Path, *, device: str = "cpu", init: str | None = None) -> Prompt:
+        """A prompt that `save` wrote, or one of CoOp or KgCoOp as Dassl writes them (`prompt_learner/model.pth.tar-50`).
+
+        Dassl's files do not tell the words that the context started from: `init`, or else "a photo of a" where the context is as
+        long as that. Raises UserError for a file that is missing, cut short, of another kind or not finite.
+        """
+        from mergekit_vl.checkpoints import open_checkpoint
+        from mergekit_vl.loading import tensors
 
         if not path.is_file():
-            raise UserError("no such checkpoint", where=str(path), mend="give a .safetensors file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                if meta.get("adapter") != "prompt" or "ctx" not in file.keys():  # noqa: SIM118
-                    raise UserError(
-                        "this is not a prompt written by mergekit-vl",
-                        where=str(path),
-                        mend="give the merged.safetensors or a tuned anchor of a run",
-                    )
-                ctx = file.get_tensor("ctx").float().to(device)
-        except SafetensorError as error:
-            raise UserError(
-                f"damaged or truncated safetensors: {error}", where=str(path), mend="copy the file again"
-            ) from None
+            raise UserError("no such checkpoint", where=str(path), mend=FILES)
+        checkpoint = open_checkpoint(str(path))
+        meta = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+        more = [name for name in checkpoint.tensors if name not in DASSL_KEYS]
+        if "ctx" not in checkpoint.tensors or meta.get("adapter", "prompt") != "prompt" or more:
+            what = f"this is not a prompt: it holds {', '.join([*more, *checkpoint.tensors][:3])}"
+            raise UserError(what, where=str(path), mend=FILES)
+        names = [name for name in ("ctx", "token_prefix") if name in checkpoint.tensors]
+        found = {name: tensor.float().to(device) for name, tensor in tensors(checkpoint, names).items()}
+        checkpoint.close()
+        ctx = found["ctx"]
         if not ctx.isfinite().all():
             raise UserError(
                 "ctx has values that are not finite", where=str(path), mend="tune again with a lower learning rate"
             )
-        return cls(ctx, meta["init"], tuple(meta["names"]))
+        if not meta and ctx.ndim != 2:
+            raise UserError(
+                f"one context per class, {list(ctx.shape)}, and the file does not tell which classes",
+                where=str(path),
+                mend="use a prompt that all classes share (CSC False)",
+            )
+        words = (
+            init if init is not None else meta.get("init", DASSL_INIT if len(ctx) == len(DASSL_INIT.split()) else "")
+        )
+        return cls(ctx, words, tuple(meta.get("names", ())), found.get("token_prefix"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.model import Classes
 
 

@@ -1,54 +1,308 @@
-"""open_clip models by architecture and pretrained tag, `hf-hub:` name or local file."""
+"""Any model with two towers that open_clip builds: by architecture and pretrained tag, `hf-hub:` name, or local file or folder.
+
+The text tower, its context slots, pooling and logits are read off the model (see `backbones/text.py`), so classic CLIP, EVA,
+SigLIP and SigLIP 2, CoCa, MobileCLIP, CLIPA and towers of Hugging Face go one way. Weights are read without running anything in
+them: safetensors, open_clip's training checkpoints (`state_dict`, `module.`), OpenAI's TorchScript `.pt`, CLIPModels of transformers, folders of these.
+
+QuickGELU: weights trained with it lose about 4 points under GELU and the other way round (open_clip issue 1109). A pretrained tag,
+a folder's open_clip_config.json and an OpenAI `.pt` say which it was, and that is what is built; other files do not say.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 
 if TYPE_CHECKING:
-    from mergekit_vl.backbones.classic import Backbone
+    from torch import Tensor, nn
+
+    from mergekit_vl.backbones.backbone import Backbone
+
+CONFIG = "open_clip_config.json"
+OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's files hold besides weights."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Any classic CLIP that open_clip builds."""
+    """A CLIP, SigLIP, CoCa, MobileCLIP or another two-tower model of open_clip; weights by tag, from the hub or from disk."""
 
-    arch: str = option(help="open_clip architecture (ViT-B-16) or hf-hub:org/name")
-    pretrained: str | None = option(None, "open_clip tag or a local checkpoint; none means random weights")
+    arch: str = option(help="open_clip architecture (ViT-B-16), hf-hub:org/name, or local-dir:FOLDER")
+    pretrained: str | None = option(
+        None,
+        "open_clip tag, or a local checkpoint or folder of one; none: the folder's or hub's own, else random weights",
+    )
+    quick_gelu: bool | None = option(
+        None, "activation that the weights were trained with; none: as tag, folder or file say"
+    )
+    tokenizer: str | None = option(
+        None, "folder of the tokenizer's files, where the architecture takes one from the hub"
+    )
+    hf_text: str | None = option(
+        None, "folder with config.json of the text tower, where the architecture takes one from the hub"
+    )
+    batch: int = option(128, "images encoded at once")
 
     def build(self, device: str) -> Backbone:
-        import open_clip
-        import torch
+        from mergekit_vl import loading
 
-        from mergekit_vl.backbones.classic import Backbone
-
-        where = f"backbone clip arch={self.arch} pretrained={self.pretrained}"
-        if not self.arch.startswith("hf-hub:") and self.arch not in open_clip.list_models():
-            raise unknown("arch", self.arch, open_clip.list_models(), where="backbone clip")
-        if self.pretrained is None:
-            torch.manual_seed(0)  # random weights, the same ones each time
-        try:
-            model, _, _ = open_clip.create_model_and_transforms(self.arch, pretrained=self.pretrained)
-            tokenizer = open_clip.get_tokenizer(self.arch)
-        except Exception as error:  # open_clip, torch and the hub raise many kinds
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"cannot be loaded: {first}",
-                where=where,
-                mend="give a tag of `open_clip.list_pretrained()` or a local file to backbone.pretrained",
-            ) from error
-        visual = model.visual
-        size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
-        config = getattr(visual, "preprocess_cfg", {})
-        mean = config.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        std = config.get("std", open_clip.OPENAI_DATASET_STD)
-        return Backbone(
+        where = f"backbone clip arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
+        source = self._source(where)
+        state = loading.read(source.weights) if source.weights else None
+        if state is not None and not state.keys().isdisjoint(OPENAI_ONLY):
+            source = replace(source, quick_gelu=True)
+        quick_gelu, notes = self._activation(source)
+        config = {**source.config, "quick_gelu": quick_gelu}
+        for key, name in (("tokenizer", "hf_tokenizer_name"), ("hf_text", "hf_model_name")):
+            if getattr(self, key) and not config["text_cfg"].get(name):
+                raise UserError(
+                    f"{key} is of no use: {self.arch} takes none from the hub", where=where, mend="remove it"
+                )
+        if self.hf_text:
+            config["text_cfg"] = {**config["text_cfg"], "hf_model_name": str(Path(self.hf_text).expanduser())}
+        tokenizer = load_tokenizer(config["text_cfg"], self.tokenizer or self.hf_text or source.folder, where)
+        model = construct(config, where)
+        if state is not None:
+            loading.load_into(
+                model, convert(model, state), where=str(source.weights), mend=f"give arch={self.arch} its own weights"
+            )
+        return backbone_of(
             model,
             tokenizer,
-            {"image_size": size, "mean": tuple(mean), "std": tuple(std)},
-            f"clip:{self.arch}:{self.pretrained}",
-            device,
+            spec=f"clip:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
+            preprocess=source.preprocess,
+            settings=json.dumps([config["vision_cfg"], config["embed_dim"], quick_gelu], sort_keys=True),
+            device=device,
+            notes=notes,
+            block=self.batch,
         )
+
+    def _source(self, where: str) -> _Source:
+        import open_clip
+
+        from mergekit_vl.backbones.huggingface_names import has_quick_gelu
+
+        given = Path(self.pretrained).expanduser() if self.pretrained else None
+        kind, _, name = self.arch.partition(":")
+        if kind == "local-dir":
+            folder = Path(name).expanduser()
+            source = _from_folder(folder, where)
+            return replace(source, weights=given or folder)
+        if kind == "hf-hub":
+            from open_clip.pretrained import download_pretrained_from_hf as fetch
+
+            ask = "copy the model's folder here and set backbone.arch=local-dir:FOLDER"
+            config = _fetched(lambda: fetch(name, filename=CONFIG), f"{CONFIG} of {name}", ask, where)
+            weights = given or Path(_fetched(lambda: fetch(name), f"the weights of {name}", ask, where))
+            return replace(_from_folder(Path(config).parent, where), weights=weights, folder=None)
+        config = open_clip.get_model_config(self.arch)
+        if config is None:
+            raise unknown("arch", self.arch, open_clip.list_models(), where="backbone clip")
+        if given is None:
+            return _Source(config, _usual_preprocessing(self.arch))
+        tag = open_clip.get_pretrained_cfg(self.arch, self.pretrained)
+        if not tag:
+            if given.exists():
+                told = _from_folder(given, where) if (given / CONFIG).is_file() else None
+                preprocess = told.preprocess if told else _usual_preprocessing(self.arch)
+                return _Source(config, preprocess, given, told.quick_gelu if told else has_quick_gelu(given))
+            if given.suffix or len(given.parts) > 1:
+                raise UserError("no such checkpoint", where=f"{where}: {given}", mend="give a file, a folder or a tag")
+            raise unknown(
+                "pretrained tag", self.pretrained, open_clip.list_pretrained_tags_by_model(self.arch), where=where
+            )
+        what = (tag.get("hf_hub") or tag.get("url")).rstrip("/")
+        mend = "download it elsewhere and set backbone.pretrained=FILE"
+        file = _fetched(lambda: open_clip.download_pretrained(tag), what, mend, where)
+        return _Source(config, tag, Path(file), quick_gelu=bool(tag.get("quick_gelu", config.get("quick_gelu"))))
+
+    def _activation(self, source: _Source) -> tuple[bool, tuple[str, ...]]:
+        """Whether to build with QuickGELU, and what to tell the user about it."""
+        import open_clip
+
+        named = bool(source.config.get("quick_gelu", False))
+        names = {True: "QuickGELU", False: "GELU"}
+        what = f"{self.arch} with {self.pretrained}"
+        if self.quick_gelu is not None:
+            if source.quick_gelu not in (None, self.quick_gelu):
+                return self.quick_gelu, (
+                    f"{what} was trained with {names[not self.quick_gelu]}, and backbone.quick_gelu asks for the other: expect worse accuracy",
+                )
+            return self.quick_gelu, ()
+        if source.quick_gelu is not None:
+            notes = (f"{what} was trained with {names[source.quick_gelu]} and is built with it",)
+            return source.quick_gelu, notes if source.quick_gelu != named else ()
+        if source.weights and not named and f"{self.arch}-quickgelu" in open_clip.list_models():
+            return named, (
+                f"{source.weights} does not say which activation it was trained with; built with {names[named]}. Say it with one of\n"
+                "    backbone.quick_gelu=true     # OpenAI's weights, DFN, MetaCLIP and what was tuned from them\n"
+                "    backbone.quick_gelu=false    # LAION, DataComp, CommonPool and what was tuned from them",
+            )
+        return named, ()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: open_clip's config, preprocessing, weights on disk and what is known of their activation."""
+
+    config: Mapping[str, Any]
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    quick_gelu: bool | None = None
+    folder: Path | None = None
+    """Where its tokenizer's files are, if it is a folder with its own."""
+
+
+def _from_folder(folder: Path, where: str) -> _Source:
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config = content["model_cfg"]
+        return _Source(
+            config, content.get("preprocess_cfg", {}), quick_gelu=bool(config.get("quick_gelu")), folder=folder
+        )
+    except FileNotFoundError:
+        raise UserError(f"no {CONFIG}", where=str(folder), mend="give a folder that open_clip wrote") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"cannot be read: {error!r}", where=str(file), mend="it needs a model_cfg") from None
+
+
+def _usual_preprocessing(arch: str) -> dict[str, Any]:
+    """What all of an architecture's pretrained tags agree on: a local file does not tell how its images were prepared."""
+    import open_clip
+
+    tags = [open_clip.get_pretrained_cfg(arch, tag) for tag in open_clip.list_pretrained_tags_by_model(arch)]
+    out = {}
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        values = {tag.get(key) for tag in tags}
+        if len(values) == 1:
+            out[key] = values.pop()
+    return out
+
+
+def _fetched(get: Callable[[], str], what: str, mend: str, where: str) -> str:
+    """What the hub or a server gives; raises UserError that names the file wanted."""
+    try:
+        return get()
+    except Exception as error:  # hub clients raise many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{what} is not on this machine and cannot be fetched: {first[:200]}", where=where, mend=mend
+        ) from None
+
+
+def construct(config: Mapping[str, Any], where: str) -> nn.Module:
+    """The model of an open_clip config, with random weights that are the same each time; on the device of the context."""
+    import open_clip
+    import torch
+
+    config = copy.deepcopy(dict(config))
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    hugging_face = config["text_cfg"].get("hf_model_name")
+    if hugging_face:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    custom = config.pop("custom_text", False) or hugging_face
+    kind = (open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if not hugging_face:
+            return kind(**config)
+        mend = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
+        return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(mend), where)
+
+
+def _with_transformers(mend: str) -> str:
+    from importlib.util import find_spec
+
+    return mend if find_spec("transformers") else "install it: pip install 'mergekit-vl[hf]'"
+
+
+def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: str) -> Any:
+    """open_clip's tokenizer for a text config; from `folder` where it is one of Hugging Face."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        return SimpleTokenizer(**options)
+    source = str(Path(folder).expanduser()) if folder else name
+    mend = f"copy the tokenizer's files of {name} into a folder and set backbone.tokenizer=FOLDER"
+    return _fetched(
+        lambda: HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options),
+        f"the tokenizer {source}",
+        _with_transformers(mend),
+        where,
+    )
+
+
+def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Foreign and older names to open_clip's for this model; shapes stay as they are."""
+    import torch
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    from mergekit_vl.backbones.huggingface_names import from_clip_model, is_clip_model
+
+    state = {name: tensor for name, tensor in state.items() if name not in OPENAI_ONLY}
+    state = from_clip_model(state) if is_clip_model(state) else convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    state.pop("text.transformer.embeddings.position_ids", None)
+    for name in ("logit_scale", "logit_bias"):
+        own = getattr(model, name, None)
+        if own is None:
+            continue
+        if name in state and state[name].numel() == own.numel():
+            state[name] = state[name].reshape(own.shape)
+        elif name == "logit_bias":  # as open_clip does: it is the same for every class
+            state.setdefault(name, torch.zeros_like(own))
+    return state
+
+
+def backbone_of(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    spec: str,
+    preprocess: Mapping[str, Any],
+    settings: str = "",
+    device: str = "cpu",
+    notes: tuple[str, ...] = (),
+    warn: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda names: (),
+    block: int = 128,
+) -> Backbone:
+    """A Backbone of a model of open_clip's classes; `preprocess` holds what departs from CLIP's own."""
+    import open_clip
+
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.backbones.text import OpenClipText
+
+    if block < 1:
+        raise UserError(f"batch={block}", where=spec, mend="at least 1")
+    full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    full |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    full |= {key: preprocess[key] for key in full if preprocess.get(key) is not None}
+    size = model.visual.image_size
+    if not isinstance(size, int):
+        size = tuple(size) if len(set(size)) > 1 else size[0]
+    return Backbone(
+        image=model.visual,
+        text=OpenClipText(model, tokenizer, spec),
+        preprocess={"image_size": size, **full, "mean": list(full["mean"]), "std": list(full["std"])},
+        spec=spec,
+        settings=settings,
+        device=device,
+        logit_scale=model.logit_scale,
+        logit_bias=model.logit_bias,
+        warn=warn,
+        notes=notes,
+        block=block,
+    )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
     from torch import Tensor, nn
 
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.backbone import Backbone
 
 IMAGE_SIZE = 48
 CONTEXT = 24
@@ -119,8 +119,7 @@ class Micro:
     """The embedded micro CLIP (no options)."""
 
     def build(self, device: str) -> Backbone:
-        from mergekit_vl.backbones.classic import Backbone
+        from mergekit_vl.backbones.clip import backbone_of
 
-        return Backbone(
-            load(), tokenizer(), {"image_size": IMAGE_SIZE, "mean": MEAN, "std": STD}, "micro", device, unknown_words
-        )
+        preprocess = {"mean": MEAN, "std": STD}
+        return backbone_of(load(), tokenizer(), spec="micro", preprocess=preprocess, device=device, warn=unknown_words)

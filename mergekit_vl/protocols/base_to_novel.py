@@ -42,12 +42,14 @@ class BaseToNovel:
         half = (n + 1) // 2
         base, novel = tuple(sorted(order[:half])), tuple(sorted(order[half:]))
         classes = Classes(dataset.classes, dataset.templates)
-        train = few_shot(dataset.train, self.shots, seed, name=dataset.name, classes=dataset.classes).of_classes(base)
-        val = few_shot(
-            dataset.val, min(self.shots, 4), seed, name=f"{dataset.name} (validation)", at_most=True
-        ).of_classes(base)
+        draw = random.Random(seed)  # one for both, as in CoOp: val is drawn from where train left off
+        name = dataset.name
+        train = few_shot(
+            dataset.train, self.shots, draw, name=name, classes=dataset.classes, at_most=dataset.few_give_all
+        )
+        val = few_shot(dataset.val, min(self.shots, 4), draw, name=f"{name} (validation)", at_most=True)
         tests = tuple(
             (name, classes.subset(half), dataset.test.of_classes(half))
             for name, half in (("base", base), ("novel", novel))
         )
-        return Task(TaskData(classes.subset(base), train, val), tests, base, novel)
+        return Task(TaskData(classes.subset(base), train.of_classes(base), val.of_classes(base)), tests, base, novel)

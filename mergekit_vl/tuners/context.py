@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.adapters.prompt import Prompt
-    from mergekit_vl.backbones.classic import Backbone
+    from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.model import Classes
     from mergekit_vl.strategy import MergeInputs
 

@@ -1,0 +1,177 @@
+"""A frozen backbone: images to features, texts (where it has a text tower) to features, and what its classifier does with both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    from mergekit_vl.backbones.text import Prompts, TextTower
+
+BLOCK = 128
+"""Images are encoded in blocks of this many rows, the last one padded with zeros: the batch size changes bits, so it is fixed."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The classifier that a backbone came with: logits = features @ weight.T + bias; weight [K, D], bias [K]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """Towers in evaluation mode, without gradients of their own, in float32."""
+
+    image: nn.Module
+    """Images [B, 3, H, W] -> raw features [B, D]; of a tuple, the first."""
+    text: TextTower | None
+    """None for an image classifier: whatever needs class names refuses it."""
+    preprocess: dict[str, Any]
+    """image_size (a number or (height, width)), mean, std; optional interpolation (bicubic), resize_mode (shortest), crop_pct (1)."""
+    spec: str
+    """How messages call it."""
+    settings: str = ""
+    """What the image features depend on besides weights and preprocessing (the activation, say); part of the key."""
+    device: str = "cpu"
+    logit_scale: Tensor | None = None
+    """Logarithm of the scale of the cosine in the logits."""
+    logit_bias: Tensor | None = None
+    """Added to the logits: SigLIP's. It is one number for all classes, so probabilities over classes do not depend on it."""
+    warn: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda names: ()
+    """Words of class names that this model was never trained on."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was loaded."""
+    classifier: Classifier | None = None
+    block: int = BLOCK
+
+    def __post_init__(self) -> None:
+        for module in (self.image, self.text):
+            if module is not None:
+                module.to(self.device).eval().requires_grad_(False)  # type: ignore[attr-defined]
+        parts = [self.settings, self.preprocess, *([self.block] if self.block != BLOCK else [])]
+        image = _hash(self.image, json.dumps(parts, sort_keys=True), self.spec)
+        object.__setattr__(self, "_key", image)
+        text = _hash(self.text, f"{image} {float(self.scale)!r}", self.spec) if self.text is not None else image
+        object.__setattr__(self, "_digest", text)
+
+    @property
+    def model(self) -> nn.Module:
+        """The library's own model: open_clip's or timm's."""
+        return (self.text or self.image).model  # type: ignore[union-attr,return-value]
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the cosine in the logits; 1 where there is no text tower."""
+        return torch.ones(()) if self.logit_scale is None else self.logit_scale.exp().reshape(())
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.zeros_like(self.scale) if self.logit_bias is None else self.logit_bias.reshape(())
+
+    @property
+    def key(self) -> str:
+        """Hash of what the image features depend on: image weights, settings, preprocessing."""
+        return self._key  # type: ignore[attr-defined]
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything: the key, the text tower's weights, the scale."""
+        return self._digest  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> raw features [B, D] in float32, in fixed blocks.
+
+        Raises UserError where memory ends, with the largest halving of the block that fits.
+        """
+        try:
+            return self._encode_image(images, self.block)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+        fits = self.block // 2
+        while fits:
+            try:
+                self._encode_image(images[:1], fits)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                fits //= 2
+        raise UserError(
+            f"out of memory with {self.block} images at once on {self.device}; "
+            + (f"{fits} fitted" if fits else "not even one fits"),
+            where=self.spec,
+            mend=f"set backbone.batch={fits}" if fits else "choose a smaller model or another --device",
+        )
+
+    def _encode_image(self, images: Tensor, size: int) -> Tensor:
+        out = []
+        for block in images.split(size):
+            padded = torch.zeros(size, *block.shape[1:])
+            padded[: len(block)] = block
+            features = self.image(padded.to(self.device))
+            features = features[0] if isinstance(features, tuple) else features
+            out.append(features.float()[: len(block)])
+        return torch.cat(out)
+
+    def require_text(self) -> TextTower:
+        """The text tower; raises UserError where there is none."""
+        if self.text is None:
+            raise UserError(
+                "an image classifier has no text tower, so it knows no class names: no zero-shot rows, no prompts",
+                where=self.spec,
+                mend="use a backbone with a text tower (clip, micro), or one that tunes a linear head",
+            )
+        return self.text
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to raw features [K, D]."""
+        return self.encode_prompts(self.tokenize(texts), None)
+
+    def tokenize(self, texts: Sequence[str], n_context: int = 0) -> Prompts:
+        """Prompts with `n_context` slots before each text, see `TextTower`."""
+        return self.require_text().tokenize(texts, n_context)
+
+    def embed(self, text: str) -> Tensor:
+        """Token embeddings of a text without what stands around it, [M, W]."""
+        return self.require_text().embed(text)
+
+    @property
+    def token_width(self) -> int:
+        return self.require_text().width
+
+    def encode_prompts(self, prompts: Prompts, context: Tensor | None) -> Tensor:
+        """Prompts with context [M, W], [K, M, W] or [S, K, M, W] in their slots -> raw text features [K, D] or [S, K, D]."""
+        return self.require_text()(prompts, context)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words
+    )
+
+
+def _hash(module: Any, settings: str, spec: str) -> str:
+    """Of a module's tensors (a text tower's without the image tower and the captioner beside it); raises UserError for values that are not finite."""
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in module.state_dict().items():
+        if ".visual." in name or ".text_decoder." in name:
+            continue
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} has values that are not finite", where=spec, mend="use an undamaged checkpoint")
+        digest.update(name.encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]

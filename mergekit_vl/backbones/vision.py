@@ -1,0 +1,130 @@
+"""Image classifiers of timm, by name and pretrained tag or from a local checkpoint: features and their own classifier, no text.
+
+The feature width is measured, not asked: `num_features` is another layer's for some (mobilenetv3_small_100 says 576 and gives 1024).
+Distilled models have two heads whose logits they average. LeViT's and EfficientFormer's read the same features, so the average is
+one head; DeiT's read two tokens, so its features here are both tokens, [B, 2 D], and not their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.options import option
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mergekit_vl.backbones.backbone import Backbone
+
+MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
+"""timm's crop modes by open_clip's names. Borders are black here, timm fills them with its mean colour."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A timm model as an image tower. It knows no class names: zero-shot rows and prompts do not exist on it."""
+
+    arch: str = option(help="timm model, its pretrained tag after a dot loads that: resnet50.a1_in1k")
+    pretrained: str | None = option(
+        None, "tag, or a local checkpoint or folder; none: the tag in arch, else random weights"
+    )
+    batch: int = option(128, "images encoded at once")
+
+    def build(self, device: str) -> Backbone:
+        import torch
+
+        from mergekit_vl.backbones.backbone import Backbone
+        from mergekit_vl.backbones.timm_features import TimmFeatures, own_classifier
+
+        where = f"backbone vision arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
+        if self.batch < 1:
+            raise UserError(f"batch={self.batch}", where=where, mend="at least 1")
+        model = self._model(where).eval()
+        preprocess = _preprocess(model)
+        with torch.no_grad():
+            probe = torch.randn(2, *_input_size(model), generator=torch.Generator().manual_seed(0))
+            logits = model(probe)
+            features = TimmFeatures(model)
+            classifier = own_classifier(model, features(probe), logits)
+            model.reset_classifier(0)  # it is no part of the features, nor of their key
+        return Backbone(
+            image=features,
+            text=None,
+            preprocess=preprocess,
+            spec=f"vision:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
+            settings=self.arch.split(".")[0],
+            device=device,
+            classifier=classifier,
+            block=self.batch,
+        )
+
+    def _model(self, where: str) -> nn.Module:
+        import timm
+        import torch
+
+        arch, _, tag = self.arch.partition(".")
+        if not timm.is_model(arch):
+            raise unknown("arch", arch, timm.list_models(), where="backbone vision")
+        given = Path(self.pretrained).expanduser() if self.pretrained else None
+        if given and given.exists():
+            return _from_checkpoint(arch, given)
+        if given and (given.suffix or len(given.parts) > 1):
+            raise UserError("no such checkpoint", where=f"{where}: {given}", mend="give a file, a folder or a tag")
+        tag = self.pretrained or tag
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights, the same ones each time
+            if not tag:
+                return timm.create_model(arch)
+            tags = [name.partition(".")[2] for name in timm.list_models(f"{arch}.*", pretrained=True)]
+            if tag not in tags:
+                raise unknown("pretrained tag", tag, tags, where=where)
+            try:
+                return timm.create_model(f"{arch}.{tag}", pretrained=True)
+            except Exception as error:  # timm and the hub's client raise many kinds
+                cfg = timm.get_pretrained_cfg(f"{arch}.{tag}")
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"{cfg.hf_hub_id or cfg.url} is not on this machine and cannot be fetched: {first[:200]}",
+                    where=where,
+                    mend="download it elsewhere and set backbone.pretrained=FILE",
+                ) from None
+
+
+def _from_checkpoint(arch: str, path: Path) -> nn.Module:
+    """A timm model with a checkpoint's tensors, and as many classes as it has."""
+    import timm
+
+    from mergekit_vl.loading import load_into, read
+
+    state = read(path)
+    heads = timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    name = (heads.classifier if heads else None) or "head"
+    name = name if isinstance(name, str) else name[0]
+    weight = state.get(f"{name}.weight")
+    model = timm.create_model(arch, num_classes=0 if weight is None else weight.shape[0])
+    load_into(model, state, where=str(path), mend=f"give {arch} its own weights")
+    return model
+
+
+def _preprocess(model: nn.Module) -> dict[str, Any]:
+    import timm
+
+    data = timm.data.resolve_model_data_config(model)
+    height, width = data["input_size"][1:]
+    return {
+        "image_size": height if height == width else [height, width],
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "interpolation": data["interpolation"],
+        "resize_mode": MODES[data["crop_mode"]],
+        "crop_pct": data["crop_pct"],
+    }
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    import timm
+
+    return timm.data.resolve_model_data_config(model)["input_size"]

@@ -1,0 +1,205 @@
+"""A `$DATA` tree prepared for CoOp (its DATASETS.md), used unchanged: same splits, same few-shot choice, same templates.
+
+    $DATA/oxford_pets/images/*.jpg
+    $DATA/oxford_pets/split_zhou_OxfordPets.json     {"train": [[path, label, class name], ...], "val": ..., "test": ...}
+
+Two of CoOp's data sets have no split file: FGVCAircraft (`images_variant_{train,val,test}.txt`) and ImageNet (`classnames.txt` and
+`images/{train,val}/<wordnet id>`, its val being val and test). Any other folder with one `split_zhou_*.json` is read like the rest.
+
+The few-shot choice is CoOp's for the same seed: `random.seed(seed)`, then `random.sample` class by class in the order in which the
+classes appear in the split file, a class with fewer images giving all; train first, then val from where train left off; then the
+classes are cut to base. CoOp reads ImageNet's folders in the order of the file system; here it is sorted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mergekit_vl.data import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.folder import FolderImages, _some
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.options import option
+
+Items = list[tuple[str, int, str]]
+"""(path relative to the image folder, label, class name)."""
+PLAIN = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where CoOp keeps a data set's images, and the template of its zero-shot classifier."""
+
+    images: str
+    template: str = PLAIN
+
+
+KNOWN = {
+    "caltech-101": Layout("101_ObjectCategories"),
+    "oxford_pets": Layout("images", "a photo of a {}, a type of pet."),
+    "stanford_cars": Layout("."),
+    "oxford_flowers": Layout("jpg", "a photo of a {}, a type of flower."),
+    "food-101": Layout("images", "a photo of {}, a type of food."),
+    "fgvc_aircraft": Layout("images", "a photo of a {}, a type of aircraft."),
+    "sun397": Layout("SUN397"),
+    "dtd": Layout("images", "{} texture."),
+    "eurosat": Layout("2750", "a centered satellite photo of {}."),
+    "ucf101": Layout("UCF-101-midframes", "a photo of a person doing {}."),
+    "imagenet": Layout("images"),
+}
+
+
+@dataclass(frozen=True)
+class CoOpLayout:
+    """One data set of a tree prepared for CoOp, unchanged: its splits, its few-shot choice, its template."""
+
+    root: str = option(help="the tree that holds the data sets' folders (CoOp's $DATA)")
+    dataset: str = option(help="the data set's folder: " + ", ".join(KNOWN))
+    template: str | None = option(None, "the prompt around a class name; none: CoOp's for this data set")
+    templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
+
+    def load(self, progress: Progress = silent) -> Dataset:
+        """The dataset; raises UserError for a wrong root, a missing split file or missing images."""
+        root = Path(self.root).expanduser()
+        folder = root / self.dataset
+        if not root.is_dir():
+            raise UserError("no such folder", where=str(root), mend="give CoOp's $DATA folder as dataset.root")
+        if not folder.is_dir():
+            there = [name for name in os.listdir(root) if (root / name).is_dir()]
+            if self.dataset not in KNOWN:
+                raise unknown("data set", self.dataset, {*KNOWN, *there}, where=str(root))
+            raise UserError(
+                f"no folder {self.dataset}: it holds {', '.join(sorted(there)[:5]) or 'no folders'}",
+                where=str(root),
+                mend="give the folder above the data sets as dataset.root, or prepare the data set as CoOp's DATASETS.md says",
+            )
+        layout = KNOWN.get(self.dataset, Layout("."))
+        progress(0, 0, f"reading the split of {self.dataset}")
+        readers: dict[str, Callable[[Path], dict[str, Items]]] = {"fgvc_aircraft": _aircraft, "imagenet": _imagenet}
+        parts = readers.get(self.dataset, _split_zhou)(folder)
+        images = folder / layout.images
+        if self.dataset not in KNOWN:
+            images = _image_folder(folder, parts)
+        names = _names(parts, folder)
+        source = _source(images, parts)
+        row = {file: i for i, file in enumerate(source.files)}
+        splits = {
+            part: Split(source, np.array([row[i[0]] for i in items]), np.array([i[1] for i in items], dtype=np.int64))
+            for part, items in parts.items()
+        }
+        templates = self.templates or (self.template or layout.template,)
+        return Dataset(self.dataset, names, templates, **splits, few_give_all=True)
+
+
+def _split_zhou(folder: Path) -> dict[str, Items]:
+    files = sorted(folder.glob("split_zhou_*.json"))
+    if len(files) != 1:
+        what = "no split_zhou_*.json" if not files else f"{len(files)} split files: {', '.join(f.name for f in files)}"
+        mend = "keep one" if files else "put CoOp's split file there (its DATASETS.md links to it)"
+        raise UserError(what, where=str(folder), mend=mend)
+    try:
+        content = json.loads(files[0].read_text(encoding="utf-8"))
+        return {part: [(str(p), int(label), str(name)) for p, label, name in content[part]] for part in PARTS}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"not a split file: {error!r}",
+            where=str(files[0]),
+            mend='it holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}',
+        ) from None
+
+
+PARTS = ("train", "val", "test")
+
+
+def _aircraft(folder: Path) -> dict[str, Items]:
+    """FGVCAircraft's own lists: a line is an image's number and its variant."""
+    labels = {name: i for i, name in enumerate(_lines(folder / "variants.txt"))}
+    parts: dict[str, Items] = {}
+    for part in PARTS:
+        file = folder / f"images_variant_{part}.txt"
+        parts[part] = []
+        for line in _lines(file):
+            image, _, name = line.partition(" ")
+            if name not in labels:
+                raise UserError(f"{name!r} is not in variants.txt", where=str(file), mend="copy the lists again")
+            parts[part].append((f"{image}.jpg", labels[name], name))
+    return parts
+
+
+def _imagenet(folder: Path) -> dict[str, Items]:
+    """ImageNet's folders, named by CoOp's classnames.txt; labels are the positions of the sorted folders."""
+    names = {line.split(" ", 1)[0]: line.split(" ", 1)[-1] for line in _lines(folder / "classnames.txt")}
+    parts: dict[str, Items] = {}
+    for part, inside in (("train", "train"), ("val", "val")):
+        above = folder / "images" / inside
+        if not above.is_dir():
+            raise UserError(f"no images/{inside}", where=str(folder), mend="prepare it as CoOp's DATASETS.md says")
+        ids = sorted(entry.name for entry in os.scandir(above) if entry.is_dir())
+        if nameless := [i for i in ids if i not in names]:
+            raise UserError(f"classnames.txt has no line for {nameless[0]}", where=str(folder), mend="copy it again")
+        parts[part] = [
+            (f"{inside}/{i}/{file}", label, names[i])
+            for label, i in enumerate(ids)
+            for file in sorted(os.listdir(above / i))
+            if not file.startswith(".")
+        ]
+    return parts | {"test": parts["val"]}
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file.name} cannot be read: {error}", where=str(file.parent), mend="prepare it as CoOp's DATASETS.md says"
+        ) from None
+
+
+def _image_folder(folder: Path, parts: dict[str, Items]) -> Path:
+    """Of a data set that CoOp does not know: the folder below (or the data set's own) under which the first image is."""
+    first = next((items[0][0] for items in parts.values() if items), "")
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    return next((path for path in (folder, *below) if (path / first).is_file()), folder)
+
+
+def _names(parts: dict[str, Items], folder: Path) -> tuple[str, ...]:
+    """Class names by label, `_` read as a space; every label from 0 on has one."""
+    names: dict[int, str] = {}
+    for items in parts.values():
+        for file, label, name in items:
+            name = name.replace("_", " ")
+            if names.setdefault(label, name) != name:
+                raise UserError(
+                    f"label {label} is {names[label]!r} and, at {file}, {name!r}",
+                    where=str(folder),
+                    mend="take CoOp's split file again",
+                )
+    if missing := [label for label in range(max(names, default=-1) + 1) if label not in names]:
+        raise UserError(f"no image has label {missing[0]}", where=str(folder), mend="labels count from 0 without gaps")
+    if len(names) < 2:
+        raise UserError(f"{len(names)} classes", where=str(folder), mend="at least two are needed")
+    return tuple(names[label] for label in range(len(names)))
+
+
+def _source(folder: Path, parts: dict[str, Items]) -> FolderImages:
+    """The images of all splits, known by path and size; raises UserError where some are not there."""
+    files = sorted({item[0] for items in parts.values() for item in items})
+    digest, missing = hashlib.sha256(), []
+    for file in files:
+        try:
+            digest.update(f"{file}\0{(folder / file).stat().st_size}\n".encode())
+        except OSError:
+            missing.append(file)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(files)} images are missing: {_some(missing)}",
+            where=str(folder),
+            mend="prepare the images as CoOp's DATASETS.md says",
+        )
+    return FolderImages(folder, tuple(files), digest.hexdigest())

@@ -1,0 +1,67 @@
+"""Checkpoints as torch tensors, and from there into a module whose architecture they must have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from mergekit_vl.checkpoints import Checkpoint
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint file or folder; raises UserError for what is none."""
+    from mergekit_vl.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(str(path))
+    try:
+        return tensors(checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint (all of them by default), as they are stored. Tied ones share no memory."""
+    import torch
+
+    out = {}
+    for name in checkpoint.tensors if names is None else names:
+        array, place = checkpoint.raw(name), checkpoint.tensors[name]
+        tensor = torch.from_numpy(array)
+        out[name] = (tensor.view(torch.bfloat16) if place.code == "BF16" else tensor).reshape(place.shape)
+    return out
+
+
+def load_into(module: nn.Module, given: Mapping[str, Tensor], *, where: str, mend: str) -> None:
+    """Copy tensors into a module that has exactly those, in the module's dtypes; raises UserError with the first three that differ.
+
+    Buffers that a module makes itself and does not store (a causal mask, say) may be among the given.
+    """
+    import torch
+
+    own = module.state_dict()
+    made = dict(module.named_buffers()).keys() - own.keys()
+    given = {name: tensor for name, tensor in given.items() if name not in made}
+    differing = []
+    for name in [*own, *(name for name in given if name not in own)]:
+        needed, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))
+        if needed != found:
+            differing.append(f"{name} is {found} in the checkpoint, {needed} in the model")
+    if differing:
+        count = len(differing)
+        raise UserError(
+            f"a checkpoint of another architecture, {count} tensor{'s' * (count > 1)} differ{'s' * (count == 1)}: "
+            + "; ".join(differing[:3]),
+            where=where,
+            mend=mend,
+        )
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} has values that are not finite", where=where, mend="use an undamaged checkpoint")
+    module.load_state_dict(dict(given), strict=True)

@@ -52,7 +52,7 @@ BAD = {
     "zero shots": (["run", COOP, "protocol.shots=0"], "shots=0 (it must be positive)"),
     "more shots than images": (
         ["run", COOP, "protocol.shots=30"],
-        "class 'dog' has 20 images, 30 shots were asked for (lower protocol.shots)",
+        "class 'fish' has 20 images, 30 shots were asked for (lower protocol.shots)",
     ),
     "not an override": (["run", COOP, "seed"], "'seed' is not an override (write key=value, for instance seed=2)"),
     "list index": (

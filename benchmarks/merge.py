@@ -161,6 +161,7 @@ def main() -> None:
     arguments.add_argument("--sd-mecha", help="a python that has sd-mecha")
     arguments.add_argument("--runs", type=int, default=5)
     arguments.add_argument("--only", nargs="*", help="rows that contain one of these words")
+    arguments.add_argument("--rivals-only", action="store_true", help="leave out the rows that no rival has")
     arguments.add_argument("--json", type=Path, help="write every measurement here")
     given = arguments.parse_args()
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -179,7 +180,7 @@ def main() -> None:
             if given.sd_mecha and method in MECHA:
                 code = MECHA_CODE.format(recipe=MECHA[method], out="OUT.safetensors")
                 commands[method, "sd-mecha"] = [given.sd_mecha, "-c", code]
-        for row, (strategy, *options) in OWN.items():
+        for row, (strategy, *options) in ({} if given.rivals_only else OWN).items():
             words = ["A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", strategy, *options]
             commands[row, "ours"] = [*mine, "merge", *words, "-o", "OUT"]
         commands["--help", "ours"] = [*mine, "--help"]

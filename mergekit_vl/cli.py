@@ -259,7 +259,7 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
     )
     if plan.backbone.name == "micro":
         typer.echo(
-            f"time      about {max(1, round(cells * (4 + epochs * 0.16)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
+            f"time      about {max(1, round(cells * (5 + epochs * 0.25)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
         )
     else:
         typer.echo("time      depends on the backbone: the first progress line says how long")

@@ -1,6 +1,6 @@
 """Pretrain the embedded micro CLIP on the microworld (CPU, resumable) and write it into the package.
 
-python scripts/pretrain_micro.py --steps 2500 --state /tmp/micro.pt
+python scripts/pretrain_micro.py --steps 2500 --state micro.pt
 """
 
 from __future__ import annotations

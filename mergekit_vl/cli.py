@@ -103,13 +103,13 @@ def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
     """Take a run folder for this recipe; the report if it is done already. Raises UserError for another recipe's folder."""
     import shutil
 
-    from mergekit_vl.files import write_text
+    from mergekit_vl.files import PARTIAL, write_text
     from mergekit_vl.report import load
 
     mark = folder / ".recipe-hash"
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file", where=str(folder), mend="choose another --out")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
         if not mark.exists() or mark.read_text().strip() != plan.hash:
             raise UserError(
                 "this folder belongs to another recipe, or to other settings of it",
@@ -121,6 +121,8 @@ def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
         elif (report := load(folder)) is not None:
             return report
     write_text(mark, plan.hash + "\n")
+    for path in folder.rglob(f".*{PARTIAL}"):  # a kill left them
+        path.unlink()
     return None
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from mergekit_vl.errors import UserError
 
+PARTIAL = ".partial"
+"""How the name of a file ends whose writing a kill cut short."""
+
 
 def slug(label: str) -> str:
     """A label as part of a file's name."""
@@ -20,7 +23,7 @@ def slug(label: str) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

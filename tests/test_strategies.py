@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.data import Split, few_shot
 from mergekit_vl.errors import UserError
 from mergekit_vl.evaluate import harmonic_mean, score, wilson
@@ -174,3 +175,19 @@ def test_intervals_resample_tasks_not_seeds():
     assert one.verdict == "above"
     two = over_images([[[right, right]] * 2, [[wrong, right]] * 2])  # a second seed of the same task narrows nothing
     assert two.high - two.low == pytest.approx(one.high - one.low, rel=0.2)
+
+
+def test_templates_of_all_three_forms_and_their_average():
+    class Lengths:
+        """Texts as (number of letters, 1)."""
+
+        def encode_texts(self, texts):
+            return torch.tensor([[float(len(text)), 1.0] for text in texts])
+
+    classes = Classes(("ox", "bird"), ("a {}", "the {c}.", lambda name: name.upper()))
+    assert classes.texts() == [["a ox", "a bird"], ["the ox.", "the bird."], ["OX", "BIRD"]]
+    unit = lambda n: torch.nn.functional.normalize(torch.tensor([float(n), 1.0]), dim=0)  # noqa: E731
+    expected = torch.stack([(unit(4) + unit(7) + unit(2)) / 3, (unit(6) + unit(9) + unit(4)) / 3])
+    torch.testing.assert_close(ZeroShot().text_features(Lengths(), classes), expected)
+    with pytest.raises(UserError, match="template 'a photo' has no place for the class name"):
+        Classes(("ox",), ("a photo",)).texts()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from mergekit_vl.backbones.clip import Clip
-from mergekit_vl.strategies.mergetune import distance, interpolate
+from mergekit_vl.strategies.mergetune import interpolate
+from mergekit_vl.surrogates import cosine
 from mergekit_vl.tuners.context import cross_entropy
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -79,9 +80,7 @@ def main() -> None:
 
     def our_step():
         text = backbone.encode_prompts(prompts, ctx)
-        loss = cross_entropy(backbone.scale, text, features, labels) + LAMBDA * distance(
-            text, text1, "cosine", mean_rows=True
-        )
+        loss = cross_entropy(backbone.scale, text, features, labels) + LAMBDA * cosine(text, text1)
         loss = loss + BETA * cross_entropy(backbone.scale, interpolate(text, text2, alphas), features, labels)
         loss.backward()
         return loss

@@ -22,6 +22,8 @@ def register_backbones(register: Register) -> None:
 def register_adapters(register: Register) -> None:
     register("zero_shot", "mergekit_vl.adapters.zero_shot:ZeroShot", "class names in templates, nothing is tuned")
     register("prompt", "mergekit_vl.adapters.prompt:Prompt", "learnt context vectors before the class name")
+    register("linear_head", "mergekit_vl.adapters.linear_head:LinearHead", "a weight vector and a bias per class")
+    register("tower", "mergekit_vl.adapters.tower:Tower", "other weights for the backbone itself, perhaps with a head")
 
 
 @hookimpl
@@ -31,6 +33,16 @@ def register_tuners(register: Register) -> None:
     )
     register(
         "kgcoop", "mergekit_vl.tuners.kgcoop:KgCoOp", "CoOp held near the template's text features (Yao et al. 2023)"
+    )
+    register(
+        "linear_probe",
+        "mergekit_vl.tuners.linear_probe:LinearProbe",
+        "a linear head on stored features: logistic regression by L-BFGS or SGD",
+    )
+    register(
+        "full",
+        "mergekit_vl.tuners.full:Full",
+        "fine-tuning of the whole image tower, with a head or under the text tower; LP-FT",
     )
 
 
@@ -145,4 +157,17 @@ def register_protocols(register: Register) -> None:
         "base_to_novel",
         "mergekit_vl.protocols.base_to_novel:BaseToNovel",
         "tune on half of the classes, test on both halves",
+    )
+    register(
+        "few_shot", "mergekit_vl.protocols.few_shot:FewShot", "tune on k images of each class, test on all classes"
+    )
+    register(
+        "robust",
+        "mergekit_vl.protocols.robust:Robust",
+        "tune on one distribution, test on it (ID) and on the dataset's shifts (OOD)",
+    )
+    register(
+        "multi_task",
+        "mergekit_vl.protocols.multi_task:MultiTask",
+        "tune a model on each dataset, merge them into one, test it on all of them",
     )

@@ -36,16 +36,19 @@ text = classifier(["dog", "cat"])
 
 def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, *, prompt: bool) -> str:
     """Markdown; `backbone` is the recipe's mapping, `prompt` says whether merged.safetensors holds a shared context."""
+    columns = report["metric"]["columns"]
+    headline = [report["metric"]["headline"]] * (len(columns) > 1)
     lines = [
         f"# {report['recipe']}: {report['main']}",
         "",
         f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
         "",
-        "| row | base | novel | HM | heads a sample |",
-        "|---|---|---|---|---|",
+        "| row | " + " | ".join([*columns, *headline]) + " | heads a sample |",
+        "|---" * (2 + len(columns) + len(headline)) + "|",
     ]
     for r in report["summary"]:
-        lines.append(f"| {r['row']} | {r['base']:.1f} | {r['novel']:.1f} | {r['hm']:.1f} | {r['forwards']} |")
+        cells = [f"{c['acc1']:.1f}" for c in r["columns"].values()] + [f"{r['score']:.1f}"] * len(headline)
+        lines.append(f"| {r['row']} | {' | '.join(cells)} | {r['forwards']} |")
     lines += ["", f"{gain}.", ""]
     if prompt:
         lines += [

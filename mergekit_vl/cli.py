@@ -178,15 +178,17 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     from rich.console import Console
     from rich.table import Table
 
+    from mergekit_vl.page import sizes
     from mergekit_vl.report import gain
 
     console = Console()
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
+    metric = report["metric"]
+    several = len(metric["columns"]) > 1
     table = Table(
-        title=f"{report['recipe']}: {title} (halves: {report['halves']})",
-        caption=f"± half of the 95% interval; n = {report['summary'][0]['base_n']} base, "
-        f"{report['summary'][0]['novel_n']} novel",
+        title=f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
+        caption=f"± half of the 95% interval; n = {sizes(report)}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -194,18 +196,19 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
         pad_edge=False,
         collapse_padding=True,
     )
-    for header in ("row", "base", "novel", "HM", f"{report['main']} minus it", "heads"):
-        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=True)
+    headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
+    for header in (*headers, f"{report['main']} minus it", "heads"):
+        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
     minus = {d["minus"]: d for d in report["differences"]}
     for row in report["summary"]:
         d = minus.get(row["row"])
         text = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if d else ""
-        accuracies = []
-        for test in ("base", "novel"):
-            low, high = row[f"{test}_interval"]
-            accuracies.append(f"{row[test]:.1f} ±{(high - low) / 2:.1f}")
-        hm = f"{row['hm']:.1f}"
-        table.add_row(row["row"], *accuracies, hm, text, str(row["forwards"]), style="bold" if d is None else "")
+        cells = []
+        for column in row["columns"].values():
+            low, high = column["interval"]
+            cells.append(f"{column['acc1']:.1f} ±{(high - low) / 2:.1f}")
+        cells += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
+        table.add_row(row["row"], *cells, text, str(row["forwards"]), style="bold" if d is None else "")
     console.print(table)
     for line in _recorded_suite(plan):
         console.print(line, highlight=False)
@@ -217,10 +220,11 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
 def _recorded_suite(plan: Recipe) -> list[str]:
     """The suite's means as measured with the recipe mergetune_suite, beside a run on one microworld task."""
     file = Path(__file__).parent / "assets" / "suite.json"
-    if len(plan.datasets) > 1 or plan.datasets[0].name != "microworld" or not file.exists():
+    one_task = len(plan.datasets) == 1 and plan.datasets[0].name == "microworld"
+    if not one_task or plan.protocol.name != "base_to_novel" or not file.exists():
         return []
     suite = json.loads(file.read_text())
-    means = ", ".join(f"{row['row']} {row['hm']:.1f}" for row in suite["summary"])
+    means = ", ".join(f"{row['row']} {row['score']:.1f}" for row in suite["summary"])
     return [
         f"recorded mean HM of the whole suite ({suite['tasks']} tasks, {suite['seeds']} seeds; run mergetune_suite repeats it): {means}"
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -73,6 +73,8 @@ class Dataset:
     """Base and novel halves are redrawn per seed (the microworld) instead of sorted (real data)."""
     few_give_all: bool = False
     """A class with fewer images than shots gives all it has (CoOp's data sets) instead of being refused."""
+    shifts: Mapping[str, Split] = field(default_factory=dict)
+    """Test images of the same classes, or of some of them, under other distributions (protocol `robust`)."""
 
 
 @dataclass(frozen=True)

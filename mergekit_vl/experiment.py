@@ -23,16 +23,18 @@ from mergekit_vl.files import slug, write_json
 from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
 from mergekit_vl.recipe import Recipe, TunedSpec
+from mergekit_vl.strategy import MergeInputs
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.data import Dataset
     from mergekit_vl.features import FeatureStore
-    from mergekit_vl.model import Model
-    from mergekit_vl.protocols.base_to_novel import Task
-    from mergekit_vl.strategy import MergeInputs
+    from mergekit_vl.model import Model, Single
+    from mergekit_vl.protocol import Task
 
 PATH_POINTS = 11
+SPACES = {"ctx": "contexts", "head": "heads", "tower": "towers"}
+"""What is merged along the path, by the space of the tuned model."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,26 @@ class Experiment:
     strategies: tuple[tuple[str, Any], ...]
     """(label, strategy); the first is the recipe's main one."""
 
+    registry: Registry
+    """For the adapters that stored models are of."""
+
     @property
     def rows(self) -> tuple[str, ...]:
         return (
-            "zero-shot",
+            self.base_label,
             *self.tuned_labels,
             *(label for label, _ in self.controls),
             *(label for label, _ in self.strategies),
         )
+
+    @property
+    def base_label(self) -> str:
+        return getattr(self.backbone, "base", "zero-shot")
+
+    @property
+    def joint(self) -> bool:
+        """Whether all datasets make one cell, a model being tuned on each and those merged."""
+        return getattr(self.protocol, "joint", False)
 
     @property
     def controls(self) -> tuple[tuple[str, Any], ...]:
@@ -83,10 +97,8 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
             labels.append(item.tuner.label)
         else:
             path = Path(str(item.checkpoint)).expanduser()
-            if not path.is_file():
-                raise UserError(
-                    "no such checkpoint", where=f"tuned.{i}: {path}", mend="give the file of a tuned prompt"
-                )
+            if not path.exists():
+                raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", mend="give the file of a tuned model")
             tuners.append(item)
             labels.append(item.label or path.stem)
     experiment = Experiment(
@@ -97,6 +109,7 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
         tuners=tuple(tuners),
         tuned_labels=tuple(labels),
         strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
+        registry=registry,
     )
     files = [slug(row) for row in experiment.rows]
     twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
@@ -104,7 +117,7 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
         raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, mend="give one of them a label")
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
         for name in ("shots", "epochs", "batch", "lr", "n_context"):
-            if hasattr(what, name) and not getattr(what, name) > 0:
+            if getattr(what, name, None) is not None and not getattr(what, name) > 0:
                 raise UserError(
                     f"{name}={getattr(what, name)}",
                     where=f"{recipe.name}: {type(what).__name__}",
@@ -130,9 +143,6 @@ def run(
     import torch
 
     from mergekit_vl import report
-    from mergekit_vl.adapters.zero_shot import ZeroShot
-    from mergekit_vl.model import Single
-    from mergekit_vl.strategy import MergeInputs
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
@@ -140,26 +150,52 @@ def run(
     backbone = experiment.backbone.build(device)
     for note in backbone.notes:
         warn(note)
-    base = Single(backbone, ZeroShot())
-    experiment = dataclasses.replace(experiment, tuners=tuple(_loaded(tuner, backbone) for tuner in experiment.tuners))
-    tasks = []
-    for dataset in _datasets(experiment, progress):
+    datasets = _datasets(experiment, progress)
+    for dataset in datasets if backbone.text is not None else ():
         for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
             backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
         _warn_of_unknown_words(backbone, dataset, warn)
-        tasks += [(dataset, seed, experiment.protocol.task(dataset, seed)) for seed in experiment.recipe.seeds]
+    experiment = dataclasses.replace(
+        experiment, tuners=tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
+    )
+    tasks = []
+    for dataset in [datasets] if experiment.joint else datasets:
+        name = " + ".join(d.name for d in dataset) if isinstance(dataset, list) else dataset.name
+        tasks += [(name, seed, experiment.protocol.task(dataset, seed)) for seed in experiment.recipe.seeds]
+    for _, _, task in tasks:
+        known = {name for data in task.data for name in data.classes.names}
+        if experiment.joint or not all(known.issuperset(classes.names) for _, classes, _ in task.tests):
+            backbone.require_text()
     cells = []
-    for number, (dataset, seed, task) in enumerate(tasks, 1):
+    for number, (name, seed, task) in enumerate(tasks, 1):
         if len(tasks) > 1:
             progress(number - 1, len(tasks), "all cells")
-        where = f"[{number}/{len(tasks)}] {dataset.name} seed {seed}"
+        where = f"[{number}/{len(tasks)}] {name} seed {seed}"
         told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
         store.report = told
-        inputs = MergeInputs(base, (), (task.train,), store, seed, device, told)
-        cell = _Cell(experiment, task, inputs, out / "state" / report.cell_name(dataset.name, seed))
-        cells.append(cell.run(dataset, seed, warn))
+        folder = out / "state" / report.cell_name(name, seed)
+        inputs = MergeInputs(
+            _base(backbone, task, store), (), task.data[:1], store, seed, device, told, folder / "scratch"
+        )
+        cells.append(_Cell(experiment, task, inputs, folder).run(name, seed, warn))
     progress(0, 0, "writing the report")
     return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
+
+
+def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
+    """The model before fine-tuning: zero-shot, or the nearest class mean where there is no text tower."""
+    import torch
+
+    from mergekit_vl.adapters.linear_head import class_means
+    from mergekit_vl.adapters.zero_shot import ZeroShot
+    from mergekit_vl.model import ImagePath, Single
+
+    if backbone.text is not None:
+        return Single(backbone, ZeroShot())
+    data = task.data[0]
+    features = store.features(ImagePath(backbone), data.train)
+    head = class_means(features, torch.from_numpy(data.train.labels), data.classes, normalise=False)
+    return Single(backbone, head.to(backbone.device))
 
 
 def _datasets(experiment: Experiment, progress: Progress) -> list[Dataset]:
@@ -187,17 +223,15 @@ def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[
         )
 
 
-def _loaded(tuner: Any, backbone: Backbone) -> Any:
+def _loaded(tuner: Any, backbone: Backbone, registry: Registry) -> Any:
     """A tuner as it is; a checkpoint as the model it holds, read before anything is computed."""
-    from mergekit_vl.adapters.prompt import Prompt
+    from mergekit_vl.adapters.tuned import load_tuned
     from mergekit_vl.model import Single
 
     if not isinstance(tuner, TunedSpec):
         return tuner
     path = Path(str(tuner.checkpoint)).expanduser()
-    prompt = Prompt.load(path, device=backbone.device, init=tuner.init)
-    prompt.check(backbone)
-    return Single(backbone, prompt)
+    return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
 
 
 @dataclass
@@ -207,16 +241,20 @@ class _Cell:
     inputs: MergeInputs
     folder: Path
 
-    def run(self, dataset: Dataset, seed: int, warn: Callable[[str], None]) -> dict[str, Any]:
+    def run(self, name: str, seed: int, warn: Callable[[str], None]) -> dict[str, Any]:
         self._claim(warn)
-        write_json(self.folder / "shots.json", self._shots(dataset, seed))
-        rows = [self._row("zero-shot", "zero-shot", lambda: self.inputs.base)[1]]
-        tuned = []
+        write_json(self.folder / "shots.json", self._shots(name, seed))
+        rows = [self._row(self.experiment.base_label, "zero-shot", lambda: self.inputs.base)[1]]
+        tuned, data = [], []
         for label, tuner in zip(self.experiment.tuned_labels, self.experiment.tuners):
-            model, row = self._row(label, "tuned", lambda tuner=tuner: self._tune(tuner))
-            tuned.append(model)
-            rows.append(row)
-        inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=self.inputs.data * len(tuned))
+            for i, of_task in enumerate(self.task.data):
+                inputs = dataclasses.replace(self.inputs, data=(of_task,))
+                row = f"{label} on {self.task.tests[i][0]}" if len(self.task.data) > 1 else label
+                model, scores = self._row(row, "tuned", lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs))
+                tuned.append(model)
+                data.append(of_task)
+                rows.append(scores)
+        inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data))
         for label, control in self.experiment.controls:
             rows.append(self._row(label, "control", lambda control=control: control.merge(inputs))[1])
         merged = []
@@ -224,24 +262,27 @@ class _Cell:
             model, row = self._row(label, "merged", lambda strategy=strategy: strategy.merge(inputs))
             merged.append(model)
             rows.append(row)
+        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
         return {
-            "dataset": dataset.name,
+            "dataset": name,
             "seed": seed,
-            "halves": "redrawn per seed" if dataset.shuffled_halves else "sorted labels",
+            "note": self.task.note,
+            "metric": dataclasses.asdict(self.task.metric),
             "counts": {
-                "train": len(self.task.train.train),
-                "val": len(self.task.train.val or ()),
+                "train": sum(len(data.train) for data in self.task.data),
+                "val": sum(len(data.val or ()) for data in self.task.data),
                 **{name: len(split) for name, _, split in self.task.tests},
             },
             "rows": rows,
-            "path": self._path(inputs, merged[0]),
+            "path": self._path(inputs, merged[0]) if len(self.task.data) == 1 else [],
         }
 
     def _claim(self, warn: Callable[[str], None]) -> None:
         """Forget stored rows that were made with other images, weights or checkpoints than these."""
+        splits = [data.train for data in self.task.data] + [split for _, _, split in self.task.tests]
         key = {
             "backbone": self.inputs.base.backbone.digest,
-            "images": [split.key for split in (self.task.train.train, *(split for _, _, split in self.task.tests))],
+            "images": [split.key for split in splits],
             "checkpoints": [_digest(t) for t in self.experiment.tuners if not hasattr(t, "tune")],
         }
         file = self.folder / "key.json"
@@ -250,40 +291,35 @@ class _Cell:
             shutil.rmtree(self.folder)
         write_json(file, key)
 
-    def _shots(self, dataset: Dataset, seed: int) -> dict[str, Any]:
+    def _shots(self, dataset: str, seed: int) -> dict[str, Any]:
         """The few-shot selection: rows of each split, and the files they are where there are files."""
-        out: dict[str, Any] = {"dataset": dataset.name, "seed": seed}
-        for name, part in (("base", self.task.base), ("novel", self.task.novel)):
-            out[name] = [dataset.classes[i] for i in part]
-        for name, split in (("train", self.task.train.train), ("val", self.task.train.val)):
-            files = getattr(split.source, "files", None)
-            out[name] = [
-                {"row": row, "class": self.task.train.classes.names[label]} | ({"file": files[row]} if files else {})
-                for row, label in zip(split.rows.tolist(), split.labels.tolist())
-            ]
+        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts}
+        for name in ("train", "val"):
+            out[name] = []
+            for data in self.task.data:
+                split = getattr(data, name)
+                files = getattr(split.source, "files", None) if split is not None else None
+                out[name] += [
+                    {"row": row, "class": data.classes.names[label]} | ({"file": files[row]} if files else {})
+                    for row, label in zip(split.rows.tolist(), split.labels.tolist())
+                ]
         return out
-
-    def _tune(self, tuner: Any) -> Model:
-        return tuner.tune(self.inputs) if hasattr(tuner, "tune") else tuner
 
     def _row(self, label: str, kind: str, make: Callable[[], Model]) -> tuple[Model, dict[str, Any]]:
         """A model and its scores: from the run folder if they are there, else made now and written at once."""
-        from mergekit_vl.adapters.prompt import Prompt
-        from mergekit_vl.evaluate import evaluate, harmonic_mean
-        from mergekit_vl.model import Single
+        from mergekit_vl import saved
+        from mergekit_vl.evaluate import evaluate
 
-        result_file, weights_file = (self.folder / f"{slug(label)}.{kind}" for kind in ("json", "safetensors"))
-        backbone = self.inputs.base.backbone
+        result_file = self.folder / f"{slug(label)}.json"
         began = time.time()
         stored = json.loads(result_file.read_text()) if result_file.exists() else None
-        if stored and weights_file.exists():
-            return Single(backbone, Prompt.load(weights_file, device=self.inputs.device)), stored
-        model = make()
         if stored:
-            return model, stored
+            found = saved.load(self.folder, slug(label), self.inputs.base.backbone, self.experiment.registry.adapter)
+            return found or make(), stored
+        model = make()
         made = time.time() - began
-        if isinstance(model, Single) and isinstance(model.adapter, Prompt):
-            model.adapter.save(weights_file, backbone=backbone.spec)
+        if saved.can_save(model) and self._keeps(label, kind, model):
+            saved.save(model, self.folder, slug(label))
         tests, seconds, right = {}, [], {}
         for test, classes, split in self.task.tests:
             scores, per_sample, hits = evaluate(model, classes, split, self.inputs.features)
@@ -294,7 +330,7 @@ class _Cell:
             "row": label,
             "kind": kind,
             "tests": tests,
-            "hm": harmonic_mean(*(tests[test]["acc1"] for test in ("base", "novel"))),
+            "score": self.task.metric.of({test: scores["acc1"] for test, scores in tests.items()}),
             "parameters": model.parameters,
             "forwards": model.forwards,
             "right": right,
@@ -303,38 +339,60 @@ class _Cell:
         write_json(result_file, row)
         return model, row
 
+    def _keeps(self, label: str, kind: str, model: Model) -> bool:
+        """Whole towers are kept where they were trained and for the main row; a closed form makes the others again."""
+        from mergekit_vl.adapters.tower import Tower
+
+        members = getattr(model, "members", (model,))
+        towers = any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
+        trained = kind in ("tuned", "control") or label == self.experiment.strategies[0][0]
+        return not towers or trained or hasattr(dict(self.experiment.strategies)[label], "epochs")
+
     def _path(self, inputs: MergeInputs, merged: Model) -> list[dict[str, Any]]:
-        """Accuracy along straight lines: zero-shot to tuned between contexts and between classifiers (WiSE-FT's sweep), and by
-        way of the merged model between classifiers.
+        """Accuracy along straight lines: from the start to the tuned model between their tensors (WiSE-FT's sweep), and, where
+        classifiers are made of texts, between those too and by way of the merged model.
         """
         from mergekit_vl.evaluate import evaluate
-        from mergekit_vl.model import Mixture
+        from mergekit_vl.model import Mixture, Single
         from mergekit_vl.strategies.wise_ft import WiseFT
 
         first = dataclasses.replace(inputs, tuned=inputs.tuned[:1])
-        ends = {"zero-shot": inputs.base, "tuned": first.tuned[0]}
-        legs = [("zero-shot", "tuned")]
-        if hasattr(merged, "text_features"):
-            ends["merged"] = merged
+        tuned = first.tuned[0]
+        assert isinstance(tuned, Single)
+        texts = inputs.base.makes_texts and tuned.makes_texts
+        ends = {"zero-shot": inputs.base, "tuned": tuned}
+        legs = [("zero-shot", "tuned")] if texts else []
+        if texts and getattr(merged, "makes_texts", False):
+            ends["merged"] = merged  # type: ignore[assignment]
             legs += [("zero-shot", "merged"), ("merged", "tuned")]
         points = []
 
         def add(leg: str, space: str, alpha: float, model: Model) -> None:
-            accs = {
+            accuracies = {
                 t: evaluate(model, classes, split, inputs.features)[0].acc1 for t, classes, split in self.task.tests
             }
-            points.append({"leg": leg, "space": space, "alpha": alpha, **accs})
+            points.append({"leg": leg, "space": space, "alpha": alpha, "tests": accuracies})
 
         for i in range(PATH_POINTS):
             alpha = i / (PATH_POINTS - 1)
+            inputs.progress(i, PATH_POINTS, "path")
             for start, end in legs:
-                mix = Mixture((ends[start], ends[end]), (1 - alpha, alpha))  # type: ignore[arg-type]
+                mix = Mixture((ends[start], ends[end]), (1 - alpha, alpha))
                 add(f"{start} -> {end}", "classifiers", alpha, mix)
             with contextlib.suppress(UserError):  # a prompt that started at random has no zero-shot context
-                add("zero-shot -> tuned", "contexts", alpha, WiseFT(alpha).merge(first))
+                add("zero-shot -> tuned", SPACES.get(tuned.adapter.space, "own"), alpha, WiseFT(alpha).merge(first))
         return points
 
 
+def _tune(tuner: Any, inputs: MergeInputs) -> Model:
+    """What a tuner makes; or a checkpoint's model, whose head is told the start that its file does not tell."""
+    from mergekit_vl.adapters.tuned import with_start
+
+    return tuner.tune(inputs) if hasattr(tuner, "tune") else with_start(tuner, inputs)
+
+
 def _digest(model: Model) -> str:
-    tensors = model.adapter.tensors  # type: ignore[attr-defined]
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors.values())).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for tensor in model.adapter.tensors.values():  # type: ignore[attr-defined]
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mergekit_vl.data import Augment, Split
     from mergekit_vl.model import ImagePath
 
-CHUNK = 1024  # images decoded before they are encoded: memory stays flat in the number of images
+THREADS = min(8, os.cpu_count() or 1)
 
 
 def default_folder() -> Path:
@@ -38,7 +39,8 @@ def default_folder() -> Path:
 class FeatureStore:
     """Features by (image path, images, transform). Features are raw float32 [N, D]."""
 
-    folder: Path = field(default_factory=default_folder)
+    folder: Path | None = field(default_factory=default_folder)
+    """None: nothing is kept."""
     report: Progress = silent
     encoded: int = 0
     """Images that went through a tower so far."""
@@ -79,6 +81,10 @@ class FeatureStore:
                 out[epoch] = self._keep(key, rows.clone())
         return torch.stack(out)  # type: ignore[arg-type]
 
+    def temporary(self) -> FeatureStore:
+        """A store that keeps nothing, for models that are looked at once: the towers of single epochs."""
+        return FeatureStore(None)
+
     def _key(self, path: ImagePath, split: str, transform: str) -> str:
         text = json.dumps([path.key, split, transform, path.backbone.preprocess, "float32", 1])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -91,6 +97,8 @@ class FeatureStore:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if key not in self.memory and self.folder is None:
+            return None
         if key not in self.memory:
             file = self.folder / key[:2] / f"{key}.safetensors"
             try:
@@ -102,20 +110,36 @@ class FeatureStore:
     def _keep(self, key: str, features: Tensor) -> Tensor:
         from safetensors.torch import save
 
+        if self.folder is None:
+            return features
         self.memory[key] = features
         write_bytes(self.folder / key[:2] / f"{key}.safetensors", save({"features": features.contiguous()}))
         return features
 
     def _encode(self, path: ImagePath, n: int, load: Callable[[int], Tensor], what: str) -> Tensor:
         out = []
-        for start in range(0, n, CHUNK):
-            batch = torch.stack([load(i) for i in range(start, min(start + CHUNK, n))])
+        done = 0
+        for batch in prefetched(load, n, path.backbone.block):
             out.append(path.encode(batch).cpu())
             self.encoded += len(batch)
-            self.report(min(start + CHUNK, n), n, what)
+            done += len(batch)
+            self.report(done, n, what)
         if not out:
             raise UserError("there are no images to encode", mend="check the dataset's splits")
         return torch.cat(out)
+
+
+def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Tensor]:
+    """Batches of `size` of load(0), ..., load(n - 1): the next one is loaded by threads while one is worked on, so memory is flat."""
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def ask(start: int) -> list[Future[Tensor]]:
+            return [pool.submit(load, i) for i in range(start, min(start + size, n))]
+
+        waiting = ask(0)
+        for start in range(size, n + size, size):
+            batch, waiting = waiting, ask(start)
+            yield torch.stack([each.result() for each in batch])
 
 
 def test_view(image: Image, path: ImagePath) -> Tensor:

@@ -88,12 +88,18 @@ class Adapter(Protocol):
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter: ...
-    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
-        """Raw (un-normalised) text features [K, D]."""
+    def image_path(self, backbone: Backbone) -> ImagePath: ...
+    def bind(self, backbone: Backbone, classes: Classes) -> Head: ...
+    def anchor(self, backbone: Backbone) -> Adapter:
+        """The point in this adapter's space that fine-tuning started from."""
         ...
 
-    def anchor(self, backbone: Backbone) -> Adapter:
-        """The zero-shot point in this adapter's space."""
+
+class TextAdapter(Adapter, Protocol):
+    """An adapter whose classifier is made of texts; classifiers of these can be mixed."""
+
+    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
+        """Raw (un-normalised) text features [K, D]."""
         ...
 
 
@@ -122,6 +128,22 @@ def cosine_head(backbone: Backbone, text: Tensor) -> CosineHead:
 
 
 @dataclass(frozen=True)
+class AffineHead:
+    """features @ weight.T + bias, of normalised features where `normalise`."""
+
+    key: str
+    weight: Tensor  # [K, D]
+    bias: Tensor  # [K]
+    normalise: bool
+
+    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+        import torch.nn.functional as F
+
+        x = features[self.key]
+        return (F.normalize(x, dim=-1) if self.normalise else x) @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
 class Single:
     """One adapter on one backbone."""
 
@@ -130,16 +152,30 @@ class Single:
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:
-        return (ImagePath(self.backbone),)
+        return (self.adapter.image_path(self.backbone),)
 
     def text_features(self, classes: Classes) -> Tensor:
+        """Raw text features [K, D]; raises UserError for a model that has none."""
+        if not self.makes_texts:
+            raise UserError(
+                f"a model of the space {self.adapter.space} has no text features",
+                mend="merge its tensors (space=own), or ensemble its outputs",
+            )
         import torch
 
         with torch.no_grad():
-            return self.adapter.text_features(self.backbone, classes)
+            return self.adapter.text_features(self.backbone, classes)  # type: ignore[attr-defined]
+
+    @property
+    def makes_texts(self) -> bool:
+        """Whether its classifier is made of texts on the backbone's own image features."""
+        return hasattr(self.adapter, "text_features")
 
     def bind(self, classes: Classes) -> Head:
-        return cosine_head(self.backbone, self.text_features(classes))
+        import torch
+
+        with torch.no_grad():
+            return self.adapter.bind(self.backbone, classes)
 
     @property
     def parameters(self) -> int:

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_vl.protocol import Metric
+
 
 def plot(report: dict[str, Any]) -> tuple[str, bytes]:
-    """Base against novel accuracy with lines of equal HM, and the path zero-shot, merged, fine-tuned; as SVG and PNG."""
+    """What each row gains and keeps, and the path zero-shot, merged, fine-tuned; as SVG and PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "mergekit-vl"
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    _plane(left, report)
-    _path(right, report)
-    for axis in (left, right):
+    panels = [_plane, _path] if report["path"] else [_plane]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.8), layout="constrained", squeeze=False)
+    for panel, axis in zip(panels, axes[0]):
+        panel(axis, report)
         axis.spines[["top", "right"]].set_visible(False)
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -37,58 +39,100 @@ STYLES = {
 }
 
 
+def columns_of(report: dict[str, Any]) -> list[str]:
+    return list(report["metric"]["columns"])
+
+
+def _at(entry: dict[str, Any], column: str) -> float:
+    return entry["columns"][column]["acc1"]
+
+
 def _plane(axis, report: dict[str, Any]) -> None:
+    """The first column against the last, with lines of equal headline; one bar a row where there are not two columns."""
+    columns = columns_of(report)
+    if len(columns) != 2:
+        return _bars(axis, report)
     rows = report["summary"]
-    bases, novels = ([r[k] for r in rows] for k in ("base", "novel"))
+    first, last = columns
+    bases, novels = ([_at(r, k) for r in rows] for k in columns)
     xs = [min(bases) - 3, max(bases) + 5]
     ys = [min(novels) - 3, max(novels) + 3]
-    grid_x, grid_y = np.meshgrid(np.linspace(*xs, 80), np.linspace(*ys, 80))
-    lines = axis.contour(
-        grid_x, grid_y, 2 * grid_x * grid_y / (grid_x + grid_y), levels=8, colors="#d5d5d5", linewidths=0.8
-    )
-    axis.clabel(lines, fmt="HM %.0f", fontsize=7)
+    grid = np.meshgrid(np.linspace(*xs, 80), np.linspace(*ys, 80))
+    levels = Metric(**report["metric"]).score(grid)
+    lines = axis.contour(*grid, levels, levels=8, colors="#d5d5d5", linewidths=0.8)
+    axis.clabel(lines, fmt="HM %.0f" if report["metric"]["harmonic"] else "mean %.0f", fontsize=7)
     for leg, colour in (
         ("zero-shot -> tuned", "#aaaaaa"),
         ("zero-shot -> merged", "#2f78c4"),
         ("merged -> tuned", "#2f78c4"),
     ):
         points = _leg(report, leg)
-        axis.plot([p["base"] for p in points], [p["novel"] for p in points], "-", color=colour, lw=1.2, zorder=1)
+        axis.plot([_at(p, first) for p in points], [_at(p, last) for p in points], "-", color=colour, lw=1.2, zorder=1)
     placed: list[tuple[float, float]] = []
     for r in sorted(rows, key=lambda r: r["row"] != report["main"]):
         colour, marker = STYLES[r["kind"]]
         big = r["row"] == report["main"]
         axis.scatter(
-            r["base"], r["novel"], c=colour, marker=marker, s=90 if big else 40, zorder=3,
+            _at(r, first), _at(r, last), c=colour, marker=marker, s=90 if big else 40, zorder=3,
             edgecolors="black" if big else "none",
         )  # fmt: skip
         # a label that would cover an earlier one moves down
-        x, y = (r["base"] - xs[0]) / (xs[1] - xs[0]), (r["novel"] - ys[0]) / (ys[1] - ys[0])
+        x, y = (_at(r, first) - xs[0]) / (xs[1] - xs[0]), (_at(r, last) - ys[0]) / (ys[1] - ys[0])
         while any(abs(x - a) < 0.22 and abs(y - b) < 0.035 for a, b in placed):
             y -= 0.036
         placed.append((x, y))
         axis.annotate(
-            r["row"], (r["base"], r["novel"]), xytext=(x + 0.013, y + 0.01), textcoords="axes fraction",
+            r["row"], (_at(r, first), _at(r, last)), xytext=(x + 0.013, y + 0.01), textcoords="axes fraction",
             fontsize=8, weight="bold" if big else "normal",
         )  # fmt: skip
-    axis.set(xlim=xs, ylim=ys, xlabel="base accuracy (%)", ylabel="novel accuracy (%)")
+    axis.set(xlim=xs, ylim=ys, xlabel=f"{first} accuracy (%)", ylabel=f"{last} accuracy (%)")
     axis.set_title("What each method gains (right) and keeps (up)")
 
 
+def _bars(axis, report: dict[str, Any]) -> None:
+    rows = report["summary"][::-1]
+    scores = [r["score"] for r in rows]
+    axis.barh([r["row"] for r in rows], scores, color=[STYLES[r["kind"]][0] for r in rows], height=0.6)
+    if len(columns_of(report)) == 1:
+        low, high = zip(*(next(iter(r["columns"].values()))["interval"] for r in rows))
+        errors = np.abs(np.array([low, high]) - scores)
+        axis.errorbar(scores, range(len(rows)), xerr=errors, fmt="none", ecolor="#333333", lw=1)
+    for y, score in enumerate(scores):
+        axis.text(score + 1, y + 0.32, f"{score:.1f}", va="center", fontsize=8)
+    axis.set(xlabel=f"{report['metric']['headline']} (%)", xlim=(0, 105))
+    axis.set_title("Each row" + (" with its 95% interval" if len(columns_of(report)) == 1 else ""))
+
+
+COLOURS = ("#d9534f", "#2f78c4", "#2a9d6f", "#8e5bb5", "#e69f00", "#555555")
+
+
 def _path(axis, report: dict[str, Any]) -> None:
-    for test, colour in (("base", "#d9534f"), ("novel", "#2f78c4")):
-        through = [(p["alpha"], p[test]) for p in _leg(report, "zero-shot -> merged")]
-        through += [(1 + p["alpha"], p[test]) for p in _leg(report, "merged -> tuned")]
+    for test, colour in zip(columns_of(report), COLOURS):
+        through = [(p["alpha"], _at(p, test)) for p in _leg(report, "zero-shot -> merged")]
+        through += [(1 + p["alpha"], _at(p, test)) for p in _leg(report, "merged -> tuned")]
         if through:
             axis.plot(*zip(*through), "-o", ms=3, color=colour, label=f"{test}, by way of {report['main']}")
-        straight = [(2 * p["alpha"], p[test]) for p in _leg(report, "zero-shot -> tuned")]
-        axis.plot(*zip(*straight), "--", lw=1, color=colour, alpha=0.7, label=f"{test}, straight (WiSE-FT)")
-    axis.set_xticks([0, 1, 2], ["zero-shot", f"{report['main']} / halfway", report["anchor"]])
-    axis.set(ylabel="accuracy (%)", title="The path zero-shot → merged → fine-tuned")
+        line = _leg(report, "zero-shot -> tuned")
+        if not line:
+            continue
+        x, y = [2 * p["alpha"] for p in line], [_at(p, test) for p in line]
+        axis.plot(x, y, "--", lw=1, color=colour, alpha=0.7, label=f"{test}, straight (WiSE-FT)")
+        if not through:
+            low, high = zip(*(p["columns"][test]["interval"] for p in line))
+            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+    middle = f"{report['main']} / halfway" if _leg(report, "merged -> tuned") else "halfway"
+    axis.set_xticks([0, 1, 2], [report["base"], middle, report["anchor"]])
+    axis.set(ylabel="accuracy (%)", title=f"The path {report['base']} → fine-tuned")
     axis.legend(fontsize=8, frameon=False)
 
 
-def _leg(report: dict[str, Any], leg: str, space: str = "classifiers") -> list[dict[str, Any]]:
+SPACES = ("classifiers", "heads", "towers", "own", "contexts")
+"""What the path is drawn in: the first of these that it has."""
+
+
+def _leg(report: dict[str, Any], leg: str, space: str | None = None) -> list[dict[str, Any]]:
+    spaces = {p["space"] for p in report["path"]}
+    space = space or next((s for s in SPACES if s in spaces), "")
     return [p for p in report["path"] if p["leg"] == leg and p["space"] == space]
 
 
@@ -102,28 +146,25 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
     parts = [
         f"<h1>{escape(report['recipe'])}</h1>",
         f"<p class=lead>{escape(gain)}.</p>",
-        f"<p>{escape(report['protocol'])} on {escape(where)}; halves: {escape(report['halves'])}; images"
+        f"<p>{escape(report['protocol'])} on {escape(where)}; {escape(report['note'] + '; ' if report['note'] else '')}images"
         f"{' of the first cell' if len(cells) > 1 else ''}: {escape(counts)}. {escape(report['selection'])}.</p>",
         f"<figure>{svg}</figure>",
         "<h2>Accuracy</h2>",
-        f"<p>Percent, n = {report['summary'][0]['base_n']} base and {report['summary'][0]['novel_n']} novel images. "
-        f"HM is the harmonic mean of the averages (the field's). Intervals: 95%, {interval}.</p>",
-        _accuracy(report["summary"], report["main"]),
+        f"<p>Percent, n = {sizes(report)} images. {_headline(report)} Intervals: 95%, {interval}.</p>",
+        _accuracy(report["summary"], report),
         "<h2>Differences</h2>",
         f"<p>Paired, with a bootstrap over {report['differences'][0]['over']}; “above” and “below” only where the interval "
         "excludes 0.</p>",
-        _differences(report["differences"], report["main"]),
+        _differences(report["differences"], report),
         _forgetting(report),
         "<h2>Beyond top-1</h2>",
         _more(report["summary"], report["main"]),
-        "<h2>Coefficients</h2>",
-        "<p>The straight line from zero-shot (0) to fine-tuned (1), merged as contexts and as classifiers (WiSE-FT). "
-        "Reading the best coefficient off this table is a choice made on test.</p>",
         _coefficients(report),
         "<h2>Cost</h2>",
         "<p>What a model adds to its backbone. An ensemble runs a head for each member.</p>",
         _cost(report["summary"], report["main"]),
-        _by_task(cells, tasks),
+        _by_task(cells, tasks, report),
+        _by_test(cells, report),
         "<h2>Repeat it</h2>",
         f"<pre>mergekit-vl run recipe.yaml</pre><p>{escape(', '.join(f'{k} {v}' for k, v in report['environment'].items()))};"
         f" {report['seconds']:.0f} s.</p>",
@@ -157,25 +198,39 @@ def _range(low: float, high: float, form: str = ".1f") -> str:
     return f"<span class=range>{low:{form}} to {high:{form}}</span>"
 
 
-def _accuracy(rows: list[dict[str, Any]], main: str) -> str:
-    return _table(
-        ["row", "base", "95%", "novel", "95%", "HM", "mean of HMs"],
-        [
-            [
-                escape(r["row"]),
-                *(x for t in ("base", "novel") for x in (f"{r[t]:.1f}", _range(*r[f"{t}_interval"]))),
-                f"{r['hm']:.1f}",
-                f"{r['mean_of_hms']:.1f}",
-            ]
-            for r in rows
-        ],
-        main,
-    )
+def sizes(report: dict[str, Any]) -> str:
+    """Test images by column."""
+    return ", ".join(f"{c['n']} {name}" for name, c in report["summary"][0]["columns"].items())
 
 
-def _differences(rows: list[dict[str, Any]], main: str) -> str:
+def _headline(report: dict[str, Any]) -> str:
+    metric = report["metric"]
+    if metric["harmonic"]:
+        return "HM is the harmonic mean of the averages (the field's)."
+    parts = [f"{c} is the mean of {', '.join(tests)}." for c, tests in metric["columns"].items() if len(tests) > 1]
+    if metric["normalised"]:
+        parts.append("Normalised: each accuracy divided by that of the task's own tuned model, averaged.")
+    return escape(" ".join(parts))
+
+
+def _accuracy(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
+    metric = Metric(**report["metric"])
+    several = len(metric.columns) > 1
+    heads = ["row", *(x for name in metric.columns for x in (name, "95%"))]
+    heads += [metric.headline] * several + ["mean of HMs"] * metric.harmonic + ["normalised"] * metric.normalised
+    body = []
+    for r in rows:
+        cells = [escape(r["row"])]
+        for column in r["columns"].values():
+            cells += [f"{column['acc1']:.1f}", _range(*column["interval"])]
+        cells += [f"{r['score']:.1f}"] * several + [f"{r['mean_of_scores']:.1f}"] * metric.harmonic
+        body.append(cells + [f"{r.get('normalised', 0):.1f}"] * metric.normalised)
+    return _table(heads, body, report["main"])
+
+
+def _differences(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     return _table(
-        [f"{main} minus", "HM points", "95%", "verdict"],
+        [f"{report['main']} minus", f"{report['metric']['headline']}, points", "95%", "verdict"],
         [[escape(d["minus"]), f"{d['mean']:+.2f}", _range(d["low"], d["high"], "+.2f"), d["verdict"]] for d in rows],
     )
 
@@ -188,33 +243,42 @@ def _forgetting(report: dict[str, Any]) -> str:
         f"<h2>Where {escape(report['anchor'])} forgets</h2><p>The tasks whose novel accuracy it lowers by 4 points or more: "
         f"{escape(', '.join(part['tasks']))}. They are picked by {escape(report['anchor'])}'s own result on test, which "
         f"flatters every other row against it.</p>"
-        + _accuracy(part["summary"], report["main"])
-        + _differences(part["differences"], report["main"])
+        + _accuracy(part["summary"], report)
+        + _differences(part["differences"], report)
     )
 
 
 def _more(rows: list[dict[str, Any]], main: str) -> str:
-    kinds = [(t, k, w) for k, w in (("acc5", "top-5"), ("mean_per_class_recall", "mean per class"), ("nll", "NLL"), ("ece", "ECE")) for t in ("base", "novel")]  # fmt: skip
+    columns = list(rows[0]["columns"])
+    kinds = [(t, k, w) for k, w in (("acc5", "top-5"), ("mean_per_class_recall", "mean per class"), ("nll", "NLL"), ("ece", "ECE")) for t in columns]  # fmt: skip
     percent = ("acc5", "mean_per_class_recall")
-    return _table(
-        ["row", *(f"{t} {w}" for t, _, w in kinds)],
-        [
-            [
-                escape(r["row"]),
-                *(f"{100 * r[f'{t}_{k}']:.1f}" if k in percent else f"{r[f'{t}_{k}']:.3f}" for t, k, _ in kinds),
-            ]
-            for r in rows
-        ],
-        main,
-    )
+    body = []
+    for r in rows:
+        values = [(r["columns"][t][k], k in percent) for t, k, _ in kinds]
+        body.append([escape(r["row"]), *(f"{100 * v:.1f}" if percent else f"{v:.3f}" for v, percent in values)])
+    return _table(["row", *(f"{t} {w}" for t, _, w in kinds)], body, main)
 
 
 def _coefficients(report: dict[str, Any]) -> str:
-    spaces = [s for s in ("contexts", "classifiers") if _leg(report, "zero-shot -> tuned", s)]
+    spaces = [s for s in SPACES if _leg(report, "zero-shot -> tuned", s)]
+    if not spaces:
+        return ""
     lines = zip(*(_leg(report, "zero-shot -> tuned", s) for s in spaces))
-    return _table(
-        ["coefficient", *(f"{s}: {t}" for s in spaces for t in ("base", "novel"))],
-        [[f"{ps[0]['alpha']:.1f}", *(f"{p[t]:.1f}" for p in ps for t in ("base", "novel"))] for ps in lines],
+    columns = columns_of(report)
+    table = _table(
+        ["coefficient", *(x for s in spaces for t in columns for x in (f"{s}: {t}", "95%"))],
+        [
+            [
+                f"{ps[0]['alpha']:.1f}",
+                *(x for p in ps for t in columns for x in (f"{_at(p, t):.1f}", _range(*p["columns"][t]["interval"]))),
+            ]
+            for ps in lines
+        ],
+    )
+    return (
+        f"<h2>Coefficients</h2><p>The straight line from {escape(report['base'])} (0) to {escape(report['anchor'])} (1), "
+        f"merged as {escape(' and as '.join(spaces))} (WiSE-FT). Reading the best coefficient off this table is a choice made "
+        "on test.</p>" + table
     )
 
 
@@ -235,10 +299,23 @@ def _cost(rows: list[dict[str, Any]], main: str) -> str:
     )
 
 
-def _by_task(cells: list[dict[str, Any]], tasks: list[str]) -> str:
+def _by_task(cells: list[dict[str, Any]], tasks: list[str], report: dict[str, Any]) -> str:
     if len(tasks) == 1:
         return ""
     names = [r["row"] for r in cells[0]["rows"]]
-    mean = lambda task, i: 100 * np.mean([c["rows"][i]["hm"] for c in cells if c["dataset"] == task])  # noqa: E731
+    mean = lambda task, i: 100 * np.mean([c["rows"][i]["score"] for c in cells if c["dataset"] == task])  # noqa: E731
     rows = [[escape(t), *(f"{mean(t, i):.1f}" for i in range(len(names)))] for t in tasks]
-    return "<h2>HM by task</h2>" + _table(["task", *names], rows)
+    return f"<h2>{escape(report['metric']['headline'])} by task</h2>" + _table(["task", *names], rows)
+
+
+def _by_test(cells: list[dict[str, Any]], report: dict[str, Any]) -> str:
+    """Every test of its own, where a column is the mean of several."""
+    if all(len(tests) == 1 for tests in report["metric"]["columns"].values()):
+        return ""
+    tests = list(cells[0]["rows"][0]["tests"])
+    inside = [c for c in cells if list(c["rows"][0]["tests"]) == tests]
+    rows = []
+    for i, row in enumerate(cells[0]["rows"]):
+        means = [100 * np.mean([c["rows"][i]["tests"][test]["acc1"] for c in inside]) for test in tests]
+        rows.append([escape(row["row"]), *(f"{m:.1f}" for m in means)])
+    return "<h2>Every test</h2>" + _table(["row", *tests], rows, report["main"])

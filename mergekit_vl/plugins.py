@@ -60,6 +60,10 @@ class Registry:
             )
         return self.entries[kind][name]
 
+    def adapter(self, name: str) -> Any:
+        """The class of a registered adapter."""
+        return self.find("adapters", name).resolve()
+
     def add_commands(self, app: Any) -> None:
         """Let plugins add commands to the Typer application; one that raises is named in `failures`."""
         for owner, plugin in self.manager.list_name_plugin():

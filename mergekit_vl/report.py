@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ import numpy as np
 
 from mergekit_vl import __version__
 from mergekit_vl.card import card
-from mergekit_vl.evaluate import harmonic_mean, wilson
+from mergekit_vl.evaluate import wilson
 from mergekit_vl.files import slug, write_bytes, write_json, write_text
 from mergekit_vl.page import html, plot
+from mergekit_vl.protocol import Metric
 from mergekit_vl.statistics import clustered, over_images
 
 if TYPE_CHECKING:
@@ -31,18 +33,21 @@ def write(
 
     recipe = experiment.recipe
     main = experiment.strategies[0][0]
+    anchor = next(row["row"] for row in cells[0]["rows"] if row["kind"] == "tuned")
     report = {
         "recipe": recipe.name,
         "hash": recipe.hash,
         "protocol": recipe.protocol.name,
-        "halves": cells[0]["halves"],
+        "metric": cells[0]["metric"],
+        "note": cells[0]["note"],
         "selection": "nothing was chosen on test; hyperparameters are the recipe's",
         "main": main,
-        "anchor": experiment.tuned_labels[0],
+        "base": experiment.base_label,
+        "anchor": anchor,
         "cells": [{k: v for k, v in cell.items() if k != "path"} for cell in cells],
         "summary": summary(cells),
         "differences": differences(cells, main),
-        "forgetting": forgetting(cells, main, experiment.tuned_labels[0]),
+        "forgetting": forgetting(cells, main, anchor),
         "path": _mean_path(cells),
         "environment": {
             "mergekit_vl": __version__,
@@ -55,7 +60,7 @@ def write(
     }
     write_text(out / "recipe.yaml", _yaml(recipe.plain))
     scores = [
-        {"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], "hm": r["hm"], "tests": r["tests"]}
+        {"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], "score": r["score"], "tests": r["tests"]}
         for c in cells
         for r in c["rows"]
     ]
@@ -85,43 +90,76 @@ def cell_name(dataset: str, seed: int) -> str:
     return f"{slug(dataset)}-seed{seed}"
 
 
-def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a row of the table, averaged over cells, in percent; HM is that of the averages, as the field prints it.
+def metric_of(cell: dict[str, Any]) -> Metric:
+    return Metric(**cell["metric"])
 
-    The interval of an accuracy is a bootstrap over tasks where there are several, else Wilson's with one seed's images.
+
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a row of the table, averaged over cells, in percent; the headline is that of the averages, as the field prints it.
+
+    The interval of an accuracy is a bootstrap over tasks where there are several, else that of one seed's images.
     """
     out = []
+    tuned = [i for i, row in enumerate(cells[0]["rows"]) if row["kind"] == "tuned"]
     for i, first in enumerate(cells[0]["rows"]):
         rows = [cell["rows"][i] for cell in cells]
-        acc = {test: 100 * float(np.mean([r["tests"][test]["acc1"] for r in rows])) for test in ("base", "novel")}
+        columns: dict[str, Any] = {}
+        for name in metric_of(cells[0]).columns:
+            values = [_column(cell, row, name, "acc1") for cell, row in zip(cells, rows)]
+            if len({cell["dataset"] for cell in cells}) > 1:
+                d = clustered(values, [cell["dataset"] for cell in cells])
+                low, high = d.low, d.high
+            else:
+                low, high = _interval(cells[0], rows, name, float(np.mean(values)))
+            columns[name] = {
+                "acc1": 100 * float(np.mean(values)),
+                "interval": [100 * low, 100 * high],
+                "n": sum(row["tests"][t]["n"] for cell, row in zip(cells, rows) for t in metric_of(cell).columns[name]),
+                **{
+                    key: float(np.mean([_column(cell, row, name, key) for cell, row in zip(cells, rows)]))
+                    for key in ("acc5", "mean_per_class_recall", "nll", "ece")
+                },
+            }
+        metric = metric_of(cells[0])
         entry = {
             "row": first["row"],
             "kind": first["kind"],
-            **acc,
-            "hm": harmonic_mean(acc["base"], acc["novel"]),
-            "mean_of_hms": 100 * float(np.mean([r["hm"] for r in rows])),
+            "columns": columns,
+            "score": metric.score([column["acc1"] for column in columns.values()]),
+            "mean_of_scores": 100 * float(np.mean([r["score"] for r in rows])),
             "parameters": first["parameters"],
             "forwards": first["forwards"],
             "seconds": float(np.mean([r["cost"]["seconds"] for r in rows])),
             "ms_per_sample": float(np.median([r["cost"]["ms_per_sample"] for r in rows])),
         }
-        for test in ("base", "novel"):
-            for key in ("acc5", "mean_per_class_recall", "nll", "ece"):
-                entry[f"{test}_{key}"] = float(np.mean([r["tests"][test][key] for r in rows]))
-            ns = [r["tests"][test]["n"] for r in rows]
-            entry[f"{test}_n"] = sum(ns)
-            if len({cell["dataset"] for cell in cells}) > 1:
-                d = clustered([r["tests"][test]["acc1"] for r in rows], [cell["dataset"] for cell in cells])
-                low, high = d.low, d.high
-            else:
-                low, high = wilson(acc[test] / 100 * min(ns), min(ns))
-            entry[f"{test}_interval"] = [100 * low, 100 * high]
+        if metric.normalised:
+            own = [
+                _column(cell, row, name, "acc1") / _column(cell, cell["rows"][j], name, "acc1")
+                for cell, row in zip(cells, rows)
+                for j, name in zip(tuned, metric.columns)
+            ]
+            entry["normalised"] = 100 * float(np.mean(own))
         out.append(entry)
     return out
 
 
+def _column(cell: dict[str, Any], row: dict[str, Any], name: str, key: str) -> float:
+    return metric_of(cell).column(name, {test: scores[key] for test, scores in row["tests"].items()})
+
+
+def _interval(cell: dict[str, Any], rows: list[dict[str, Any]], name: str, mean: float) -> tuple[float, float]:
+    """Of a column with the images of one seed: Wilson's, or the normal one of a mean of several tests."""
+    tests = metric_of(cell).columns[name]
+    ns = [min(row["tests"][test]["n"] for row in rows) for test in tests]
+    if len(tests) == 1:
+        return wilson(mean * ns[0], ns[0])
+    rates = [float(np.mean([row["tests"][test]["acc1"] for row in rows])) for test in tests]
+    half = 1.959964 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(rates, ns))) / len(tests)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
-    """HM of the main row minus each other row's, in points, with a 95% interval: over tasks, or over the images of a single cell."""
+    """Headline of the main row minus each other row's, in points, with a 95% interval: over tasks, or over the images of a single cell."""
     out = []
     names = [row["row"] for row in cells[0]["rows"]]
     ours = names.index(main)
@@ -130,10 +168,11 @@ def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
         if i == ours:
             continue
         if len(set(tasks)) > 1:
-            d = clustered([cell["rows"][ours]["hm"] - cell["rows"][i]["hm"] for cell in cells], tasks)
+            d = clustered([cell["rows"][ours]["score"] - cell["rows"][i]["score"] for cell in cells], tasks)
             over = "tasks"
         else:
-            d = over_images([[_hits(cell["rows"][j]) for cell in cells] for j in (ours, i)])
+            hits = [[_hits(cell["rows"][j]) for cell in cells] for j in (ours, i)]
+            d = over_images(hits, lambda rates: metric_of(cells[0]).of(dict(zip(cells[0]["rows"][0]["tests"], rates))))
             over = "test images"
         out.append(
             {
@@ -150,6 +189,8 @@ def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
 
 def forgetting(cells: list[dict[str, Any]], main: str, anchor: str) -> dict[str, Any]:
     """The same table over the tasks where the anchor's novel accuracy is at least 4 points below zero-shot's."""
+    if "novel" not in metric_of(cells[0]).columns:
+        return {"tasks": []}
     novel: dict[str, list[float]] = {}
     for cell in cells:
         by_row = {row["row"]: row["tests"]["novel"]["acc1"] for row in cell["rows"]}
@@ -162,17 +203,29 @@ def forgetting(cells: list[dict[str, Any]], main: str, anchor: str) -> dict[str,
 
 
 def _hits(row: dict[str, Any]) -> list[np.ndarray]:
-    return [np.frombuffer(row["right"][test].encode(), dtype=np.uint8) - ord("0") for test in ("base", "novel")]
+    return [np.frombuffer(hits.encode(), dtype=np.uint8) - ord("0") for hits in row["right"].values()]
 
 
 def _mean_path(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            **point,
-            **{test: 100 * float(np.mean([cell["path"][i][test] for cell in cells])) for test in ("base", "novel")},
-        }
-        for i, point in enumerate(cells[0]["path"])
-    ]
+    """Points of the path, their columns averaged over cells, in percent, with intervals as in the summary."""
+    out = []
+    for i, point in enumerate(cells[0]["path"]):
+        columns = {}
+        for name in metric_of(cells[0]).columns:
+            values = [metric_of(cell).column(name, cell["path"][i]["tests"]) for cell in cells]
+            if len({cell["dataset"] for cell in cells}) > 1:
+                d = clustered(values, [cell["dataset"] for cell in cells])
+                low, high = d.low, d.high
+            else:
+                ns = cells[0]["counts"]
+                rows = [
+                    {"tests": {t: {"n": ns[t], "acc1": a} for t, a in cell["path"][i]["tests"].items()}}
+                    for cell in cells
+                ]
+                low, high = _interval(cells[0], rows, name, float(np.mean(values)))
+            columns[name] = {"acc1": 100 * float(np.mean(values)), "interval": [100 * low, 100 * high]}
+        out.append({"leg": point["leg"], "space": point["space"], "alpha": point["alpha"], "columns": columns})
+    return out
 
 
 def _yaml(plain) -> str:
@@ -182,7 +235,7 @@ def _yaml(plain) -> str:
 
 
 def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """One result as `clip_benchmark build` reads it (accuracies as fractions, over both halves), our fields beside."""
+    """One result as `clip_benchmark build` reads it (accuracies as fractions, over all tests), our fields beside."""
     tests = row["tests"]
     n = sum(t["n"] for t in tests.values())
     mean = {k: sum(t[k] * t["n"] for t in tests.values()) / n for k in ("acc1", "acc5", "mean_per_class_recall")}
@@ -198,12 +251,16 @@ def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str,
         "recipe_hash": experiment.recipe.hash,
         "seed": cell["seed"],
         "selection_split": None,
-        "base_acc1": tests["base"]["acc1"],
-        "novel_acc1": tests["novel"]["acc1"],
-        "hm": row["hm"],
+        **{f"{test}_acc1": scores["acc1"] for test, scores in tests.items()},
+        cell["metric"]["headline"].lower().replace(" ", "_"): row["score"],
         "n": n,
         "version": __version__,
     }
+
+
+def points(report: dict[str, Any]) -> str:
+    """The unit of differences: HM, or points of accuracy."""
+    return "HM" if report["metric"]["headline"] == "HM" else f"points ({report['metric']['headline']})"
 
 
 def gain(report: dict[str, Any]) -> str:
@@ -214,7 +271,7 @@ def gain(report: dict[str, Any]) -> str:
         if d["verdict"] == "above"
         else f" ({d['verdict']}: the interval {'lies below' if d['verdict'] == 'below' else 'contains'} 0)"
     )
-    return f"{report['main']} against {report['anchor']}: {d['mean']:+.1f} HM, 95% interval {d['low']:+.1f} to {d['high']:+.1f} over {d['over']}{seen}"
+    return f"{report['main']} against {report['anchor']}: {d['mean']:+.1f} {points(report)}, 95% interval {d['low']:+.1f} to {d['high']:+.1f} over {d['over']}{seen}"
 
 
 def load(out: Path) -> dict[str, Any] | None:

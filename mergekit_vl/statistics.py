@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +36,15 @@ def clustered(differences: Sequence[float], clusters: Sequence[str], *, seed: in
     return Difference(float(values.mean()), float(low), float(high))
 
 
-def over_images(rows: Sequence[Sequence[Sequence[np.ndarray]]], *, seed: int = 0) -> Difference:
-    """Bootstrap over test images of the difference in harmonic mean of two rows: rows[row][cell][test] is a 0/1 array,
-    paired by image. Cells (the seeds of one task) share images, so their intervals are averaged, not narrowed.
+def over_images(
+    rows: Sequence[Sequence[Sequence[np.ndarray]]],
+    score: Callable[[Sequence[np.ndarray]], np.ndarray],
+    *,
+    seed: int = 0,
+) -> Difference:
+    """Bootstrap over test images of the difference in `score` of two rows: rows[row][cell][test] is a 0/1 array, paired by image,
+    and `score` makes one number of the accuracies of the tests. Cells (the seeds of one task) share images, so their intervals
+    are averaged, not narrowed.
     """
     rng = np.random.default_rng(seed)
     cells = []
@@ -49,11 +55,6 @@ def over_images(rows: Sequence[Sequence[Sequence[np.ndarray]]], *, seed: int = 0
             kinds = np.bincount(2 * a.astype(int) + b.astype(int), minlength=4)
             counts = rng.multinomial(len(a), kinds / len(a), size=DRAWS) / len(a)
             rates.append((counts[:, 2] + counts[:, 3], counts[:, 1] + counts[:, 3]))
-        low, high = np.quantile(_hm([r[0] for r in rates]) - _hm([r[1] for r in rates]), [0.025, 0.975])
-        cells.append((_hm([a.mean() for a in ours]) - _hm([b.mean() for b in theirs]), low, high))
+        low, high = np.quantile(score([r[0] for r in rates]) - score([r[1] for r in rates]), [0.025, 0.975])
+        cells.append((score([a.mean() for a in ours]) - score([b.mean() for b in theirs]), low, high))
     return Difference(*(float(x) for x in np.mean(cells, 0)))
-
-
-def _hm(rates):
-    rates = np.maximum(np.stack([np.asarray(r, dtype=np.float64) for r in rates]), 1e-12)
-    return len(rates) / (1 / rates).sum(0)

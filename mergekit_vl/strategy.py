@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from mergekit_vl.data import Progress, silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mergekit_vl.data import Split
     from mergekit_vl.features import FeatureStore
     from mergekit_vl.model import Classes, Model, Single
@@ -24,7 +26,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """`base` is the zero-shot model; `tuned` the fine-tuned ones in recipe order, base never among them; `data` aligned with `tuned`."""
+    """`base` is the model before fine-tuning (zero-shot; class means where there is no text tower); `tuned` the fine-tuned ones in recipe order, base never among them; `data` aligned with `tuned`."""
 
     base: Single
     tuned: tuple[Model, ...]
@@ -33,6 +35,8 @@ class MergeInputs:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = silent
+    scratch: Path | None = None
+    """A folder for what a long training needs to go on after a kill; none: it starts again."""
 
 
 class Strategy(Protocol):

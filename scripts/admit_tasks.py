@@ -8,11 +8,11 @@ from __future__ import annotations
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.datasets.microworld import Microworld
-from mergekit_vl.evaluate import evaluate, harmonic_mean
+from mergekit_vl.evaluate import evaluate
 from mergekit_vl.features import FeatureStore
 from mergekit_vl.microworld.tasks import ADMITTED, CANDIDATES, TASKS
 from mergekit_vl.model import Single
-from mergekit_vl.protocols.base_to_novel import BaseToNovel
+from mergekit_vl.protocols.base_to_novel import METRIC, BaseToNovel
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
             for seed in (1, 2, 3)
         ]
         base, novel = (100 * sum(column) / 3 for column in zip(*runs))
-        hm = harmonic_mean(base, novel)
+        hm = METRIC.score([base, novel])
         admitted += [name] if name in CANDIDATES and 50 <= hm <= 80 else []
         print(
             f"{name:28s} base {base:5.1f}  novel {novel:5.1f}  HM {hm:5.1f}",

@@ -30,7 +30,8 @@ def main() -> None:
         "recipe_hash": report["hash"],
         "environment": report["environment"],
         "summary": [
-            {k: r[k] if k == "row" else round(r[k], 2) for k in ("row", "base", "novel", "hm")}
+            {"row": r["row"], "score": round(r["score"], 2)}
+            | {name: round(column["acc1"], 2) for name, column in r["columns"].items()}
             for r in report["summary"]
         ],
     }
@@ -57,7 +58,7 @@ def tables(report: dict[str, Any], tasks: list[str]) -> str:
     by_task = []
     for task in tasks:
         cells = [c for c in report["cells"] if c["dataset"] == task]
-        means = (100 * sum(c["rows"][i]["hm"] for c in cells) / len(cells) for i in range(len(rows)))
+        means = (100 * sum(c["rows"][i]["score"] for c in cells) / len(cells) for i in range(len(rows)))
         by_task.append([task, *(f"{m:.1f}" for m in means)])
     parts += ["HM by task, mean over seeds:\n", _table(["task", *rows], by_task)]
     return "\n".join(parts)
@@ -65,7 +66,7 @@ def tables(report: dict[str, Any], tasks: list[str]) -> str:
 
 def _both(summary: list[dict[str, Any]], differences: list[dict[str, Any]], main: str) -> list[str]:
     scores = [
-        [r["row"], *(f"{r[t]:.1f} ({r[f'{t}_interval'][0]:.1f} to {r[f'{t}_interval'][1]:.1f})" for t in ("base", "novel")), f"{r['hm']:.1f}", f"{r['mean_of_hms']:.1f}"]
+        [r["row"], *("{acc1:.1f} ({interval[0]:.1f} to {interval[1]:.1f})".format(**c) for c in r["columns"].values()), f"{r['score']:.1f}", f"{r['mean_of_scores']:.1f}"]
         for r in summary
     ]  # fmt: skip
     minus = [

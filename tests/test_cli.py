@@ -76,7 +76,7 @@ BAD = {
     ),
     "foreign checkpoint": (
         ["run", COOP, "tuned=[{checkpoint: foreign.safetensors}]"],
-        "foreign.safetensors: this is not a prompt",
+        "foreign.safetensors: a checkpoint of another architecture than micro",
     ),
     "NaN": (
         ["run", COOP, "tuned=[{checkpoint: nan.safetensors}]"],

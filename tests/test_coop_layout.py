@@ -56,9 +56,9 @@ def test_the_few_shots_are_coops(tree, shots, seed):
     root, split = tree
     dataset = CoOpLayout(str(root), "oxford_pets").load()
     task = BaseToNovel(shots).task(dataset, seed)
-    ours = [[part.source.files[row] for row in part.rows] for part in (task.train.train, task.train.val)]
+    ours = [[part.source.files[row] for row in part.rows] for part in (task.data[0].train, task.data[0].val)]
     assert ours == coops_choice(split, shots, seed)
-    assert task.base == (0, 1, 2) and set(task.train.train.labels) == {0, 1, 2}
+    assert task.parts["base"] == task.data[0].classes.names and set(task.data[0].train.labels) == {0, 1, 2}
 
 
 def test_splits_names_templates_and_images(tree):

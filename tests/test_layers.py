@@ -10,11 +10,11 @@ LAYERS = (
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading"),
     ("closed_form", "surveys", "task_vectors"),
-    ("features", "strategy", "weights", "evaluate"),
+    ("features", "strategy", "protocol", "weights", "evaluate", "surrogates"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),
     ("strategies",),
-    ("experiment", "report", "page", "card", "streaming"),
+    ("saved", "experiment", "report", "page", "card", "streaming"),
     ("merge_command", "mergekit_yaml"),
     ("cli",),
 )

@@ -133,7 +133,7 @@ def test_the_other_anchor_and_drawn_alphas(step):
 
 MUTATIONS = {
     "interpolate": lambda w, w2, alphas: w + alphas.view(-1, 1, 1) * (w2 - w),
-    "distance": lambda w, w1, surrogate, mean_rows: 2 * (1 - torch.cosine_similarity(w, w1, dim=-1)).mean(),
+    "surrogates.cosine": lambda w, w1: 2 * (1 - torch.cosine_similarity(w, w1, dim=-1)).mean(),
     "cross_entropy": lambda scale, text, images, labels: tuners.context.cross_entropy(scale, text, images, labels) / 2,
 }
 
@@ -144,7 +144,7 @@ def test_a_mutated_term_is_noticed(step, monkeypatch, term):
     options = {"beta": 0.7, "path": "features", "surrogate": "cosine"}
     literal = step.literal(lam=3.0, alphas=(0.1, 0.4), **options)
     assert agrees(step.product(lambda_=3.0, alphas=(0.1, 0.4), **options), literal)
-    monkeypatch.setattr(mergetune, term, MUTATIONS[term])
+    monkeypatch.setattr(f"mergekit_vl.strategies.mergetune.{term}", MUTATIONS[term])
     assert not agrees(step.product(lambda_=3.0, alphas=(0.1, 0.4), **options), literal)
 
 

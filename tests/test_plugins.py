@@ -15,15 +15,15 @@ from mergekit_vl.plugins import KINDS, load_plugins
 ROOT = Path(__file__).parents[1]
 BUILTINS = {
     "backbones": ["micro", "clip", "vision"],
-    "adapters": ["zero_shot", "prompt"],
-    "tuners": ["coop", "kgcoop"],
+    "adapters": ["zero_shot", "prompt", "linear_head", "tower"],
+    "tuners": ["coop", "kgcoop", "linear_probe", "full"],
     "strategies": [
         *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
         *("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *("breadcrumbs", "breadcrumbs_ties", "model_stock", "ensemble", "mergetune"),
     ],
     "datasets": ["microworld", "folder", "coop_layout"],
-    "protocols": ["base_to_novel"],
+    "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],
 }
 METHODS = {
     "backbones": "build",
@@ -137,7 +137,7 @@ def test_light_modules_import_without_torch():
     [
         ("strategies", "mergetun", "unknown strategy 'mergetun' (did you mean 'mergetune'?)"),
         ("tuners", "co-op", "unknown tuner 'co-op' (did you mean 'coop'?)"),
-        ("protocols", "zzz", "unknown protocol 'zzz' (known: base_to_novel)"),
+        ("protocols", "zzz", "unknown protocol 'zzz' (known: base_to_novel, few_shot, multi_task, robust)"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(kind, name, message):

@@ -48,7 +48,8 @@ def test_what_a_run_leaves(finished):
     )
     assert rows["zero-shot"]["parameters"] == 0 and rows["coop"]["parameters"] == 4 * 128
     for row in rows.values():
-        assert row["hm"] == pytest.approx(2 / (1 / row["base"] + 1 / row["novel"]))
+        base, novel = (column["acc1"] for column in row["columns"].values())
+        assert row["score"] == pytest.approx(2 / (1 / base + 1 / novel))
     assert report["cells"][0]["counts"] == {"train": 40, "val": 40, "base": 400, "novel": 400}
     result = json.loads(sorted((run / "results").glob("*.json"))[0].read_text())
     assert {"dataset", "model", "pretrained", "task", "metrics", "language"} <= result.keys()
@@ -63,6 +64,10 @@ def test_what_a_run_leaves(finished):
     )
 
 
+def same(one, other):
+    return all(one["columns"][c]["acc1"] == pytest.approx(other["columns"][c]["acc1"]) for c in ("base", "novel"))
+
+
 def test_the_path_ends_where_its_models_stand(finished):
     report = json.loads((finished[0] / "first" / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
@@ -72,9 +77,7 @@ def test_the_path_ends_where_its_models_stand(finished):
         ("zero-shot -> tuned", 1.0, "coop"),
         ("merged -> tuned", 0.0, "mergetune"),
     ):
-        assert ends[leg, alpha]["base"] == pytest.approx(rows[row]["base"]) and ends[leg, alpha][
-            "novel"
-        ] == pytest.approx(rows[row]["novel"])
+        assert same(ends[leg, alpha], rows[row])
 
 
 def test_the_coefficients_are_those_of_wise_ft_in_both_spaces(finished):
@@ -82,8 +85,7 @@ def test_the_coefficients_are_those_of_wise_ft_in_both_spaces(finished):
     rows = {row["row"]: row for row in report["summary"]}
     middle = {p["space"]: p for p in report["path"] if p["leg"] == "zero-shot -> tuned" and p["alpha"] == 0.5}
     for space, row in (("contexts", "average"), ("classifiers", "average of classifiers")):
-        assert middle[space]["base"] == pytest.approx(rows[row]["base"])
-        assert middle[space]["novel"] == pytest.approx(rows[row]["novel"])
+        assert same(middle[space], rows[row])
 
 
 def test_the_cards_lines_use_the_merged_prompt_in_plain_open_clip(finished, monkeypatch):
@@ -154,7 +156,7 @@ def test_a_checkpoint_takes_the_tuners_place(finished):
         json.loads(done.stdout)["summary"],
         json.loads((place / "first" / "report.json").read_text())["summary"],
     )
-    assert [(r["base"], r["novel"]) for r in ours] == [(r["base"], r["novel"]) for r in theirs]
+    assert all(same(*rows) for rows in zip(ours, theirs, strict=True))
 
 
 def test_another_checkpoint_under_the_same_name_starts_its_cell_again(finished, tmp_path):
@@ -188,7 +190,7 @@ def test_a_folder_of_pictures(finished, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "micro was never trained on these words of pets: quokka" in done.stderr
-    assert "halves: sorted labels" in done.stdout
+    assert "halves of the sorted labels" in done.stdout
 
 
 def test_the_recorded_suite_is_that_of_the_recipe():

@@ -12,8 +12,9 @@ from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.data import Split, few_shot
 from mergekit_vl.errors import UserError
-from mergekit_vl.evaluate import harmonic_mean, score, wilson
+from mergekit_vl.evaluate import score, wilson
 from mergekit_vl.model import Classes, Ensemble, Mixture, Single
+from mergekit_vl.protocols.base_to_novel import METRIC
 from mergekit_vl.statistics import clustered, over_images
 from mergekit_vl.strategies import greedy_soup
 from mergekit_vl.strategies.ensemble import OutputEnsemble
@@ -143,7 +144,7 @@ def test_scores_by_hand():
     assert scores.ece == pytest.approx(0.75 * (0.75 - 2 / 3) + 0.25 * 0.5)
     assert (scores.low, scores.high) == pytest.approx((0.15003, 0.84996), abs=1e-4)
     assert wilson(0, 10)[0] == 0.0
-    assert harmonic_mean(0.6, 0.4) == pytest.approx(0.48) and harmonic_mean(0.0, 0.0) == 0.0
+    assert METRIC.score([0.6, 0.4]) == pytest.approx(0.48) and METRIC.score([0.0, 0.0]) == 0.0
 
 
 def test_few_shots_are_the_fields_own():
@@ -169,11 +170,13 @@ def test_intervals_resample_tasks_not_seeds():
     assert clustered([-1.0, 2.0], ["a", "b"]).verdict == "not shown"
     right, wrong = np.ones(50, dtype=int), np.zeros(50, dtype=int)
     right[0] = 0
-    d = over_images([[[right, right]], [[right, right]]])
+    d = over_images([[[right, right]], [[right, right]]], METRIC.score)
     assert d.mean == d.low == d.high == 0.0
-    one = over_images([[[right, right]], [[wrong, right]]])
+    one = over_images([[[right, right]], [[wrong, right]]], METRIC.score)
     assert one.verdict == "above"
-    two = over_images([[[right, right]] * 2, [[wrong, right]] * 2])  # a second seed of the same task narrows nothing
+    two = over_images(
+        [[[right, right]] * 2, [[wrong, right]] * 2], METRIC.score
+    )  # a second seed of the same task narrows nothing
     assert two.high - two.low == pytest.approx(one.high - one.low, rel=0.2)
 
 

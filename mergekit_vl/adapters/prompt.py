@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_vl.adapters import stored
 from mergekit_vl.errors import UserError
+from mergekit_vl.model import ImagePath, cosine_head
+from mergekit_vl.output import METADATA_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.backbones.text import Prompts
-    from mergekit_vl.model import Classes
+    from mergekit_vl.model import Classes, Head
 
-METADATA_KEY = "mergekit_vl"
 DASSL_KEYS = ("ctx", "token_prefix", "token_suffix")
 DASSL_INIT = "a photo of a"
 FILES = "give a run's merged.safetensors or tuned anchor, or the prompt_learner/model.pth.tar-N of CoOp or KgCoOp"
@@ -87,6 +89,12 @@ class Prompt:
                     mend="use the backbone it was tuned on",
                 )
 
+    def image_path(self, backbone: Backbone) -> ImagePath:
+        return ImagePath(backbone)
+
+    def bind(self, backbone: Backbone, classes: Classes) -> Head:
+        return cosine_head(backbone, self.text_features(backbone, classes))
+
     def anchor(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""
         if not self.init:
@@ -103,15 +111,8 @@ class Prompt:
         return replace(self, ctx=ctx.expand_as(self.ctx).clone())
 
     def save(self, path: Path, *, backbone: str) -> None:
-        from safetensors.torch import save
-
-        # one metadata key with canonical JSON: several keys come out in any order
-        meta = json.dumps(
-            {"adapter": "prompt", "backbone": backbone, "init": self.init, "names": list(self.names)}, sort_keys=True
-        )
-        from mergekit_vl.files import write_bytes
-
-        write_bytes(path, save({"ctx": self.ctx.detach().cpu().contiguous()}, metadata={METADATA_KEY: meta}))
+        facts = {"adapter": "prompt", "backbone": backbone, "init": self.init, "names": list(self.names)}
+        stored.write(path, self.tensors, facts)
 
     @classmethod
     def load(cls, path: Path, *, device: str = "cpu", init: str | None = None) -> Prompt:

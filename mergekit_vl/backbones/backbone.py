@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,12 @@ class Backbone:
     """image_size (a number or (height, width)), mean, std; optional interpolation (bicubic), resize_mode (shortest), crop_pct (1)."""
     spec: str
     """How messages call it."""
+    width: int | None = None
+    """Of the image features, D, where it is known."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the library builds the model from: open_clip's model_cfg, or timm's arch and options."""
+    read: Callable[[Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Classifier | None]] = lambda state: (state, None)
+    """A checkpoint of this architecture, in any names that are known, to `model`'s names and its classifier, where it has one."""
     settings: str = ""
     """What the image features depend on besides weights and preprocessing (the activation, say); part of the key."""
     device: str = "cpu"
@@ -69,6 +76,31 @@ class Backbone:
         """The library's own model: open_clip's or timm's."""
         return (self.text or self.image).model  # type: ignore[union-attr,return-value]
 
+    def image_weights(self) -> dict[str, Tensor]:
+        """Copies of the image tower's tensors, by their names in `model`."""
+        own = {name: tensor.data_ptr() for name, tensor in self.image.state_dict().items()}
+        return {name: t.clone() for name, t in self.model.state_dict().items() if t.data_ptr() in own.values()}
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
+        """The same architecture with other tensors for these of `model`'s names; they are shared, not copied."""
+        memo = {} if self.text is None else {id(self.text.tokenizer): self.text.tokenizer}  # type: ignore[attr-defined]
+        image, text = copy.deepcopy((self.image, self.text), memo)
+        model = (text or image).model  # type: ignore[union-attr]
+        own = model.state_dict()
+        for name, tensor in weights.items():
+            if name not in own or own[name].shape != tensor.shape:
+                found = tuple(own[name].shape) if name in own else "missing"
+                raise UserError(
+                    f"weights of another architecture: {name} is {tuple(tensor.shape)} in them, {found} in the model",
+                    where=self.spec,
+                    mend="use the backbone they were tuned on",
+                )
+        model.load_state_dict(
+            {name: tensor.to(own[name]) for name, tensor in weights.items()}, strict=False, assign=True
+        )
+        scale_bias = {key: getattr(model, key, None) for key in ("logit_scale", "logit_bias")}
+        return replace(self, image=image, text=text, notes=(), classifier=None, **scale_bias)
+
     @property
     def scale(self) -> Tensor:
         """Of the cosine in the logits; 1 where there is no text tower."""
@@ -97,7 +129,7 @@ class Backbone:
         try:
             return self._encode_image(images, self.block)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         fits = self.block // 2
         while fits:
@@ -105,7 +137,7 @@ class Backbone:
                 self._encode_image(images[:1], fits)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 fits //= 2
         raise UserError(
@@ -131,7 +163,7 @@ class Backbone:
             raise UserError(
                 "an image classifier has no text tower, so it knows no class names: no zero-shot rows, no prompts",
                 where=self.spec,
-                mend="use a backbone with a text tower (clip, micro), or one that tunes a linear head",
+                mend="use a backbone with a text tower (clip, micro), or tune a linear head: protocol few_shot, tuner linear_probe",
             )
         return self.text
 
@@ -157,7 +189,7 @@ class Backbone:
         return self.require_text()(prompts, context)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     words = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words

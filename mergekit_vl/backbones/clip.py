@@ -77,6 +77,7 @@ class Clip:
             model,
             tokenizer,
             spec=f"clip:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
+            config=config,
             preprocess=source.preprocess,
             settings=json.dumps([config["vision_cfg"], config["embed_dim"], quick_gelu], sort_keys=True),
             device=device,
@@ -273,13 +274,14 @@ def backbone_of(
     *,
     spec: str,
     preprocess: Mapping[str, Any],
+    config: Mapping[str, Any] = {},
     settings: str = "",
     device: str = "cpu",
     notes: tuple[str, ...] = (),
     warn: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda names: (),
     block: int = 128,
 ) -> Backbone:
-    """A Backbone of a model of open_clip's classes; `preprocess` holds what departs from CLIP's own."""
+    """A Backbone of a model of open_clip's classes; `config` is its model_cfg, `preprocess` what departs from CLIP's own."""
     import open_clip
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -298,6 +300,9 @@ def backbone_of(
         text=OpenClipText(model, tokenizer, spec),
         preprocess={"image_size": size, **full, "mean": list(full["mean"]), "std": list(full["std"])},
         spec=spec,
+        width=config.get("embed_dim"),
+        config=config,
+        read=lambda state: (convert(model, dict(state)), None),
         settings=settings,
         device=device,
         logit_scale=model.logit_scale,

@@ -122,4 +122,6 @@ class Micro:
         from mergekit_vl.backbones.clip import backbone_of
 
         preprocess = {"mean": MEAN, "std": STD}
-        return backbone_of(load(), tokenizer(), spec="micro", preprocess=preprocess, device=device, warn=unknown_words)
+        return backbone_of(
+            load(), tokenizer(), spec="micro", config=CONFIG, preprocess=preprocess, device=device, warn=unknown_words
+        )

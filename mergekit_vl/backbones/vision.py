@@ -15,9 +15,11 @@ from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
 
-    from mergekit_vl.backbones.backbone import Backbone
+    from torch import Tensor, nn
+
+    from mergekit_vl.backbones.backbone import Backbone, Classifier
 
 MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 """timm's crop modes by open_clip's names. Borders are black here, timm fills them with its mean colour."""
@@ -32,6 +34,9 @@ class Vision:
         None, "tag, or a local checkpoint or folder; none: the tag in arch, else random weights"
     )
     batch: int = option(128, "images encoded at once")
+
+    base = "class means"
+    """What stands in the place of zero-shot."""
 
     def build(self, device: str) -> Backbone:
         import torch
@@ -50,12 +55,17 @@ class Vision:
             features = TimmFeatures(model)
             classifier = own_classifier(model, features(probe), logits)
             model.reset_classifier(0)  # it is no part of the features, nor of their key
+        arch = self.arch.split(".")[0]
+        names = _classifier_names(arch)
         return Backbone(
             image=features,
             text=None,
             preprocess=preprocess,
             spec=f"vision:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
-            settings=self.arch.split(".")[0],
+            width=features(probe).shape[1],
+            config={"architecture": arch, "classifier": names},
+            read=lambda state: _split(state, names),
+            settings=arch,
             device=device,
             classifier=classifier,
             block=self.batch,
@@ -100,13 +110,35 @@ def _from_checkpoint(arch: str, path: Path) -> nn.Module:
     from mergekit_vl.loading import load_into, read
 
     state = read(path)
-    heads = timm.get_pretrained_cfg(arch, allow_unregistered=True)
-    name = (heads.classifier if heads else None) or "head"
-    name = name if isinstance(name, str) else name[0]
-    weight = state.get(f"{name}.weight")
+    names = _classifier_names(arch)
+    weight = state.get(f"{names[0]}.weight")
     model = timm.create_model(arch, num_classes=0 if weight is None else weight.shape[0])
     load_into(model, state, where=str(path), mend=f"give {arch} its own weights")
     return model
+
+
+def _classifier_names(arch: str) -> tuple[str, ...]:
+    """Where timm keeps the classifier: fc, head.fc; distilled models have two."""
+    import timm
+
+    told = timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    found = (told.classifier if told else None) or "head"
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _split(state: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[Mapping[str, Tensor], Classifier | None]:
+    """A checkpoint's tower and its classifier; the two of a distilled model are left out."""
+    import torch
+
+    from mergekit_vl.backbones.backbone import Classifier
+
+    heads = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    tower = {name: tensor for name, tensor in state.items() if name not in heads}
+    weight = state.get(f"{names[0]}.weight")
+    if weight is None or len(names) > 1 or weight.ndim != 2:
+        return tower, None
+    bias = state.get(f"{names[0]}.bias")
+    return tower, Classifier(weight, torch.zeros(len(weight)) if bias is None else bias)
 
 
 def _preprocess(model: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mergekit_vl.data import Dataset, Progress, Split, silent
-from mergekit_vl.errors import unknown
+from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.microworld.tasks import TASKS
 from mergekit_vl.options import option
 
@@ -31,22 +31,52 @@ class RenderedImages:
         return Image.fromarray(self.images[index])
 
 
+NAMES = (
+    "clean", "texture", "emboss", "negative", "thermal", "mosaic", "halftone", "swirl", "blur", "scatter", "night",
+    "blinds", "hue",
+)  # fmt: skip
+"""Shifts by name, without importing torch; a test holds them to `shifts.SHIFTS`."""
+
+
 @dataclass(frozen=True)
 class Microworld:
     """One task of the microworld's suite."""
 
     task: str = option("animals_emboss", "a task: its classes and its shift")
+    shifts: tuple[str, ...] = option(
+        (), "other renderings to test on, each clean or a shift with its strength: [clean, night, blur:0.6]"
+    )
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise unknown("microworld task", self.task, TASKS, where="dataset.task")
+        for given in self.shifts:
+            name, _, strength = given.partition(":")
+            if name not in NAMES:
+                raise unknown("shift", name, NAMES, where="dataset.shifts")
+            if strength and not _is_share(strength):
+                raise UserError(f"strength {strength!r}", where="dataset.shifts", mend="a number above 0, 1 at most")
 
     def load(self, progress: Progress = silent) -> Dataset:
         spec = TASKS[self.task]
-        splits = []
-        for name in ("train", "val", "test"):
-            images, labels = spec.images(name)
-            source = RenderedImages(images, hashlib.sha256(images.tobytes()).hexdigest())
-            splits.append(Split(source, np.arange(len(labels)), labels))
+        splits = [_split(*spec.images(name)) for name in ("train", "val", "test")]
+        shifts = {given: _split(*spec.images("test", shift=_shift(given))) for given in self.shifts}
         names = tuple(name for name, _, _ in spec.members)
-        return Dataset(self.task, names, ("a photo of a {}.",), *splits, shuffled_halves=True)
+        return Dataset(self.task, names, ("a photo of a {}.",), *splits, shuffled_halves=True, shifts=shifts)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    source = RenderedImages(images, hashlib.sha256(images.tobytes()).hexdigest())
+    return Split(source, np.arange(len(labels)), labels)
+
+
+def _shift(given: str) -> tuple[str, float]:
+    name, _, strength = given.partition(":")
+    return name, float(strength or 0.5)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False

@@ -7,7 +7,7 @@ of one thing have much else in common. A prompt that learns the habitats of the 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,8 +44,22 @@ class MicroTask:
             return tuple((f"{COLOUR_NAMES[c]} {SHAPES[s]}", INDEX[SHAPES[s]], c) for c, s in pairs)
         return tuple((name, INDEX[name], -1) for _, name in GLYPHS[self.group][: self.classes])
 
-    def images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [N, 48, 48, 3] and labels [N]; the same bytes every time."""
+    def images(self, split: str, *, shift: tuple[str, float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [N, 48, 48, 3] and labels [N]; the same bytes every time.
+
+        With a `shift` (name and strength; clean for none, texture for painted things) other scenes of the same classes under
+        that one instead of the task's own.
+        """
+        if shift is not None:
+            name, strength = shift
+            shifts = () if name in ("clean", "texture") else (shift,)
+            other = replace(
+                self, name=f"{self.name}:{name}:{strength}", shifts=shifts, swap=strength if name == "texture" else 0.0
+            )
+            return other._rendered(split, habitat=self.name)
+        return self._rendered(split, habitat=self.name)
+
+    def _rendered(self, split: str, *, habitat: str) -> tuple[np.ndarray, np.ndarray]:
         from mergekit_vl.microworld.pretraining import PALETTE, jitter
         from mergekit_vl.microworld.render import Scenes, render
         from mergekit_vl.microworld.shifts import SHIFTS
@@ -54,7 +68,7 @@ class MicroTask:
         members = self.members
         labels = np.repeat(np.arange(len(members)), PER_CLASS[split])
         n = len(labels)
-        habitat_rng = np.random.default_rng((SEED + 1, zlib.crc32(self.name.encode())))
+        habitat_rng = np.random.default_rng((SEED + 1, zlib.crc32(habitat.encode())))
         home_colour = habitat_rng.integers(0, len(COLOURS), (len(members), 2))[labels]
         home_texture = habitat_rng.integers(1, len(TEXTURES), len(members))[labels]
         at_home = rng.random(n) < self.habitat

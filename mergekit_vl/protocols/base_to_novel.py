@@ -9,17 +9,18 @@ from mergekit_vl.data import Dataset, Split, few_shot
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Classes
 from mergekit_vl.options import option
+from mergekit_vl.protocol import Metric, Task
 from mergekit_vl.strategy import TaskData
 
+METRIC = Metric("HM", {"base": ("base",), "novel": ("novel",)}, harmonic=True)
 
-@dataclass(frozen=True)
-class Task:
-    """What is tuned on and what is tested: `train` never overlaps a test, each test is (name, classes, split)."""
 
-    train: TaskData
-    tests: tuple[tuple[str, Classes, Split], ...]
-    base: tuple[int, ...]
-    novel: tuple[int, ...]
+def draw_shots(dataset: Dataset, shots: int, seed: int) -> tuple[Split, Split]:
+    """Train and validation as CoOp draws them: one generator for both, min(shots, 4) images a class for validation."""
+    draw = random.Random(seed)
+    name = dataset.name
+    train = few_shot(dataset.train, shots, draw, name=name, classes=dataset.classes, at_most=dataset.few_give_all)
+    return train, few_shot(dataset.val, min(shots, 4), draw, name=f"{name} (validation)", at_most=True)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class BaseToNovel:
     """Base is the first ceil(n/2) of the sorted labels and novel the rest, each relabelled from 0 and tested against its own names.
 
     On the microworld the classes are shuffled by the seed before they are halved, and reports say so. Shots are drawn over all
-    classes and then cut to base, as the field does; validation has min(shots, 4) images a class.
+    classes and then cut to base, as the field does; validation has min(shots, 4) images a class. The headline is the harmonic
+    mean (HM) of both accuracies.
     """
 
     shots: int = option(16, "images per class to tune on")
@@ -42,14 +44,10 @@ class BaseToNovel:
         half = (n + 1) // 2
         base, novel = tuple(sorted(order[:half])), tuple(sorted(order[half:]))
         classes = Classes(dataset.classes, dataset.templates)
-        draw = random.Random(seed)  # one for both, as in CoOp: val is drawn from where train left off
-        name = dataset.name
-        train = few_shot(
-            dataset.train, self.shots, draw, name=name, classes=dataset.classes, at_most=dataset.few_give_all
-        )
-        val = few_shot(dataset.val, min(self.shots, 4), draw, name=f"{name} (validation)", at_most=True)
-        tests = tuple(
-            (name, classes.subset(half), dataset.test.of_classes(half))
-            for name, half in (("base", base), ("novel", novel))
-        )
-        return Task(TaskData(classes.subset(base), train.of_classes(base), val.of_classes(base)), tests, base, novel)
+        train, val = draw_shots(dataset, self.shots, seed)
+        halves = {"base": base, "novel": novel}
+        tests = tuple((name, classes.subset(half), dataset.test.of_classes(half)) for name, half in halves.items())
+        data = TaskData(classes.subset(base), train.of_classes(base), val.of_classes(base))
+        parts = {name: classes.subset(half).names for name, half in halves.items()}
+        note = "halves redrawn per seed" if dataset.shuffled_halves else "halves of the sorted labels"
+        return Task((data,), tests, METRIC, parts, note)

@@ -1,0 +1,186 @@
+"""Linear heads: one weight vector and one bias per class, on the features of a frozen image tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mergekit_vl.adapters import stored
+from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.errors import UserError
+from mergekit_vl.model import AffineHead, ImagePath
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.model import Classes, Head
+
+Unseen = Literal["refuse", "zero_shot"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """logits = x @ weight.T + bias; weight [K, D], bias [K], x the image features [B, D], normalised where `normalise`.
+
+    `start` is the head that tuning began with: its zero-shot point, kept beside it so that every merge knows it.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    names: tuple[str, ...]
+    """Of the classes, in the order of the rows; empty: the classes it is asked for, as many and in that order."""
+    normalise: bool
+    start: LinearHead | None = None
+    unseen: Unseen = "refuse"
+    """What to do with other class names: refuse them, or give them their zero-shot row."""
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """What was chosen on validation images while it was tuned."""
+
+    space = "head"
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LinearHead:
+        return replace(self, weight=tensors["weight"], bias=tensors["bias"])
+
+    def to(self, device: str) -> LinearHead:
+        start = self.start and self.start.to(device)
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), start=start)
+
+    def anchor(self, backbone: Backbone) -> LinearHead:
+        """The head that tuning started from; raises UserError where the file does not tell."""
+        if self.start is None:
+            raise UserError(
+                "nothing tells the head that this one was tuned from",
+                where=f"linear head of {len(self.weight)} classes",
+                mend="tune it with linear_probe or full, or ensemble its outputs instead of merging",
+            )
+        return replace(self.start, start=self.start)
+
+    def image_path(self, backbone: Backbone) -> ImagePath:
+        return ImagePath(backbone)
+
+    def bind(self, backbone: Backbone, classes: Classes) -> Head:
+        """Rows by class name. Raises UserError for names that the head does not know, unless `unseen` is zero_shot."""
+        self.check(backbone)
+        if not self.names:
+            if len(classes.names) != len(self.weight):
+                raise UserError(
+                    f"a head of {len(self.weight)} classes for a data set of {len(classes.names)}",
+                    where=backbone.spec,
+                    mend="use the data set it was tuned on",
+                )
+            return AffineHead(backbone.key, self.weight, self.bias, self.normalise)
+        index = {name: i for i, name in enumerate(self.names)}
+        unknown = [name for name in classes.names if name not in index]
+        if unknown and (self.unseen == "refuse" or backbone.text is None):
+            raise UserError(
+                f"the linear head knows no class {unknown[0]!r}"
+                + (f" (nor {len(unknown) - 1} more)" * (len(unknown) > 1)),
+                where=f"its classes: {', '.join(self.names[:5])}{', ...' * (len(self.names) > 5)}",
+                mend="test it on its own classes (protocol few_shot or robust), or tune with unseen=zero_shot on a CLIP",
+            )
+        rows = zero_shot(backbone, classes) if unknown else None
+        weight, bias = (
+            _stack([ours[index[name]] if name in index else theirs[i] for i, name in enumerate(classes.names)])  # type: ignore[index]
+            for ours, theirs in zip((self.weight, self.bias), (rows.weight, rows.bias) if rows else (None, None))
+        )
+        return AffineHead(backbone.key, weight, bias, self.normalise)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError where image tower and head do not fit."""
+        if backbone.width not in (None, self.weight.shape[1]):
+            raise UserError(
+                f"the head reads features of width {self.weight.shape[1]}, {backbone.spec} gives {backbone.width}",
+                mend="use the backbone it was tuned on",
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Tensors and facts, as `restored` reads them."""
+        tensors = dict(self.tensors)
+        if self.start is not None:
+            tensors |= {f"start.{name}": tensor for name, tensor in self.start.tensors.items()}
+        facts = {"names": list(self.names), "normalise": self.normalise, "unseen": self.unseen}
+        return tensors, facts | {"chosen": dict(self.chosen)}
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> LinearHead:
+        known: dict = {**facts, "names": tuple(facts["names"])}  # type: ignore[arg-type]
+        head = cls(
+            tensors["weight"], tensors["bias"], **{k: known[k] for k in ("names", "normalise", "unseen", "chosen")}
+        )
+        if "start.weight" not in tensors:
+            return head
+        return replace(head, start=replace(head, weight=tensors["start.weight"], bias=tensors["start.bias"]))
+
+    def save(self, path: Path, *, backbone: str) -> None:
+        tensors, facts = self.state()
+        stored.write(path, tensors, {"adapter": "linear_head", "backbone": backbone, **facts})
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu") -> LinearHead:
+        tensors, facts = stored.read(path, "linear_head", device)
+        return cls.restored(tensors, facts)
+
+
+def zero_shot(backbone: Backbone, classes: Classes) -> LinearHead:
+    """The zero-shot classifier as a head of normalised features: rows are scale x normalised text features."""
+    import torch.nn.functional as F
+
+    text = F.normalize(ZeroShot().text_features(backbone, classes), dim=-1)
+    return LinearHead(backbone.scale * text, backbone.bias.expand(len(text)).clone(), classes.names, True)
+
+
+def class_means(features: Tensor, labels: Tensor, classes: Classes, *, normalise: bool) -> LinearHead:
+    """The nearest class mean (Mensink et al. 2013) as a linear head: logits = t (x . mu_k - |mu_k|^2 / 2) = -t |x - mu_k|^2 / 2 + c(x).
+
+    features [B, D], labels [B]. The inverse temperature t is the one with the least cross-entropy where each image is left out of
+    its own class's mean; with one image a class nobody can be left out, and t puts mean classes 5 nats apart.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    x = (F.normalize(features, dim=-1) if normalise else features).double()
+    k = len(classes.names)
+    counts = torch.bincount(labels, minlength=k).double()
+    if int(counts.min()) == 0:
+        empty = classes.names[int(counts.argmin())]
+        raise UserError(f"no image of class {empty!r}", where="class means", mend="raise protocol.shots")
+    sums = torch.zeros(k, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, labels, x)
+    means = sums / counts.to(x)[:, None]
+    t = _inverse_temperature(x, labels, sums, counts.to(x))
+    return LinearHead((t * means).float(), (-t / 2 * means.square().sum(-1)).float(), classes.names, normalise)
+
+
+def _inverse_temperature(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Golden-section search over log t; the cross-entropy is convex in t."""
+    import torch
+    import torch.nn.functional as F
+
+    means = sums / counts[:, None]
+    distances = torch.cdist(x, means).square()  # [B, K]
+    apart = torch.pdist(means).square().mean().clamp_min(1e-12)
+    several = counts[labels] > 1
+    if not bool(several.any()):
+        return 10 / apart
+    others = (sums[labels] - x) / (counts[labels] - 1).clamp_min(1)[:, None]
+    distances[torch.arange(len(x)), labels] = (x - others).square().sum(-1)
+    distances, labels = distances[several], labels[several]
+    low, high = (1e-3 / apart).log(), (1e4 / apart).log()
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(60):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        losses = [F.cross_entropy(-t.exp() / 2 * distances, labels) for t in (a, b)]
+        low, high = (low, b) if losses[0] < losses[1] else (a, high)
+    return ((low + high) / 2).exp()
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.stack(rows)

@@ -1,0 +1,98 @@
+"""Fine-tuned checkpoints, whoever wrote them, as adapters of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.adapters import stored
+from mergekit_vl.adapters.linear_head import LinearHead, zero_shot
+from mergekit_vl.adapters.prompt import DASSL_KEYS, Prompt
+from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.errors import UserError
+from mergekit_vl.model import Single
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.saved import AdapterClass
+    from mergekit_vl.strategy import MergeInputs
+
+
+def load_tuned(path: Path, backbone: Backbone, adapter: AdapterClass, *, init: str | None = None) -> Any:
+    """What a run wrote, a prompt of CoOp or KgCoOp, or weights of the backbone's architecture (all of them or the image tower's).
+
+    A classifier among the weights becomes a linear head over the classes of the data set, in its order. Raises UserError for a
+    file that is missing, damaged, of another architecture or of another width.
+    """
+    from mergekit_vl.checkpoints import open_checkpoint
+    from mergekit_vl.loading import read
+
+    checkpoint = open_checkpoint(str(path))
+    names = list(checkpoint.tensors)
+    checkpoint.close()
+    told = stored.adapter_name(path) if path.is_file() else None
+    if told not in (None, "prompt"):
+        found = adapter(told).load(path, device=backbone.device)
+    elif told == "prompt" or "ctx" in names or set(names) & set(DASSL_KEYS):
+        found = Prompt.load(path, device=backbone.device, init=init)
+    else:
+        found = _weights(read(path), backbone, where=str(path))
+    check = getattr(found, "check", None)
+    if check is not None:
+        check(backbone)
+    return found
+
+
+def with_start(model: Single, inputs: MergeInputs) -> Single:
+    """The model, its head (if it has one without a start) told to have started from the model before fine-tuning."""
+    adapter = model.adapter
+    head = adapter.head if isinstance(adapter, Tower) else adapter
+    if not isinstance(head, LinearHead) or head.start is not None:
+        return model
+    base, classes = inputs.base.adapter, inputs.data[0].classes
+    start = base if isinstance(base, LinearHead) else zero_shot(model.backbone, classes)
+    if start.weight.shape != head.weight.shape:
+        raise UserError(
+            f"the checkpoint's head has {len(head.weight)} classes of width {head.weight.shape[1]}, the data set needs "
+            f"{len(start.weight)} of width {start.weight.shape[1]}",
+            where=model.backbone.spec,
+            mend="use the data set it was tuned on",
+        )
+    head = replace(head, names=head.names or classes.names, start=start)
+    return Single(model.backbone, replace(adapter, head=head) if isinstance(adapter, Tower) else head)
+
+
+def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> Tower:
+    own = backbone.model.state_dict()
+    given, classifier = backbone.read(state)
+    made = dict(backbone.model.named_buffers()).keys() - own.keys()
+    given = {name: tensor for name, tensor in given.items() if name not in made}
+    visual = {name for name in own if name.startswith("visual.")}
+    needed = visual if visual and set(given) <= visual else own.keys()
+    differing = []
+    for name in [*needed, *(name for name in given if name not in own)]:
+        want, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))
+        if want != found:
+            differing.append(f"{name} is {found} in the checkpoint, {want} in the model")
+    if differing:
+        raise UserError(
+            f"a checkpoint of another architecture than {backbone.spec}, {len(differing)} tensors differ: "
+            + "; ".join(differing[:3]),
+            where=where,
+            mend="give weights that were tuned from the recipe's backbone",
+        )
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name} has values that are not finite", where=where, mend="use an undamaged checkpoint")
+    weights = {name: tensor.to(own[name]) for name, tensor in given.items()}
+    head = None
+    if classifier is not None:
+        weight, bias = (t.float().to(backbone.device) for t in (classifier.weight, classifier.bias))
+        head = LinearHead(weight, bias, (), normalise=False)
+    elif backbone.text is None:
+        raise UserError("no classifier is in it", where=where, mend="give a timm checkpoint with its classifier")
+    return Tower(weights, head)

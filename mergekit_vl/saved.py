@@ -1,0 +1,70 @@
+"""Models as files of a run folder: one safetensors per adapter, and a JSON beside them for what is made of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.adapters import stored
+from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.errors import UserError
+from mergekit_vl.files import write_json
+from mergekit_vl.model import Ensemble, Mixture, Single
+
+if TYPE_CHECKING:
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.model import Model
+
+    AdapterClass = Callable[[str], Any]
+    """A registered adapter's class by its name."""
+
+
+def can_save(model: Model) -> bool:
+    """A plugin's own kind of model may have no file."""
+    if isinstance(model, Single):
+        return isinstance(model.adapter, ZeroShot) or hasattr(model.adapter, "save")
+    return isinstance(model, (Mixture, Ensemble)) and all(can_save(member) for member in model.members)
+
+
+def save(model: Model, folder: Path, name: str) -> None:
+    """Write `name.safetensors`, or `name.model.json` and the members as `name.0.safetensors` and so on."""
+    if isinstance(model, Single):
+        if isinstance(model.adapter, ZeroShot):
+            write_json(folder / f"{name}.model.json", {"kind": "zero_shot"})
+        else:
+            model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)  # type: ignore[attr-defined]
+        return
+    assert isinstance(model, (Mixture, Ensemble))
+    kind = "mixture" if isinstance(model, Mixture) else "ensemble"
+    for i, member in enumerate(model.members):
+        save(member, folder, f"{name}.{i}")
+    write_json(folder / f"{name}.model.json", {"kind": kind, "weights": model.weights})
+
+
+def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> Model | None:
+    """What `save` wrote under this name, or None where nothing is."""
+    file = folder / f"{name}.safetensors"
+    if file.exists():
+        return Single(backbone, load_adapter(file, backbone, adapter))
+    told = folder / f"{name}.model.json"
+    if not told.exists():
+        return None
+    facts = json.loads(told.read_text())
+    if facts["kind"] == "zero_shot":
+        return Single(backbone, ZeroShot())
+    members = [load(folder, f"{name}.{i}", backbone, adapter) for i in range(len(facts["weights"]))]
+    if None in members:
+        raise UserError("a member is missing", where=str(told), mend="run it again with --force")
+    return (Mixture if facts["kind"] == "mixture" else Ensemble)(tuple(members), tuple(facts["weights"]))  # type: ignore[arg-type]
+
+
+def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:
+    """One of our adapters, by what its metadata says it is."""
+    name = stored.adapter_name(file)
+    if name is None:
+        raise UserError(
+            "this file does not tell what adapter it holds", where=str(file), mend="give one that a run wrote"
+        )
+    return adapter(name).load(file, device=backbone.device)

@@ -1,0 +1,117 @@
+"""Linear probing: a head on cached features of a frozen image tower (Radford et al. 2021, arXiv 2103.00020, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mergekit_vl.adapters.linear_head import LinearHead, Unseen
+from mergekit_vl.data import Augment
+from mergekit_vl.errors import UserError
+from mergekit_vl.evaluate import evaluate
+from mergekit_vl.model import ImagePath, Single
+from mergekit_vl.options import option
+from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.tuners.context import Schedule
+from mergekit_vl.tuners.head import Init, fit_head, inputs_of, matrix, mean_square, start_head, with_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+NO_VALIDATION = 1e-2
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Multinomial logistic regression with a penalty l2 / 2 * u * |w - w_start|^2, w = [weight, bias], u the mean squared feature norm.
+
+    CLIP's protocol pulls towards 0 and searches the strength on validation images; here the pull is towards the start (L2-SP, Li et
+    al. 2018), which for `init=random` is almost the same, and for zero-shot or class means is what keeps what was known. Without
+    l2 it is chosen among seven powers of ten by accuracy on validation, the stronger one where they tie; without validation images
+    it is 0.01. L-BFGS runs to the optimum (the problem is convex); SGD is there for many images and for comparison.
+    """
+
+    init: Init | None = option(
+        None, "zero_shot, class_mean, random, own; none: zero_shot, class_mean without a text tower"
+    )
+    solver: Literal["lbfgs", "sgd"] = option("lbfgs", "full batch to the optimum, or minibatches")
+    l2: float | None = option(
+        None, "pull towards the start, in units of the mean squared feature norm; none: by validation"
+    )
+    views: int = option(0, "augmented views of each image to train on; 0: the test view alone")
+    epochs: int = option(50, "passes over the shots (sgd)")
+    batch: int = option(128, "images a step (sgd)")
+    lr: float = option(1.0, "cosine by epoch, in units of 1 / mean squared feature norm (sgd)")
+    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes (views)")
+    flip: bool = option(True, "flip half of the images (views)")
+    unseen: Unseen = option("refuse", "other class names: refuse, or zero_shot rows")
+
+    def __post_init__(self) -> None:
+        for name in ("l2", "views"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}", where="tuner linear_probe", mend="0 or more")
+
+    def tune(self, inputs: MergeInputs) -> Single:
+        import torch
+
+        backbone, data = inputs.base.backbone, inputs.data[0]
+        start = start_head(backbone, inputs, self.init, self.unseen)
+        path = ImagePath(backbone)
+        if self.views:
+            augment = Augment(self.crop, self.flip)
+            views = inputs.features.views(path, data.train, epochs=self.views, seed=inputs.seed, augment=augment)
+        else:
+            views = inputs.features.features(path, data.train)[None]
+        labels = torch.from_numpy(data.train.labels)
+        has_val = data.val is not None and len(data.val) > 0
+        grid = GRID if self.l2 is None and has_val else (NO_VALIDATION if self.l2 is None else self.l2,)
+        best, score, head = start, -1.0, start
+        for i, l2 in enumerate(grid):
+            head = self._fit(head if self.solver == "lbfgs" else start, start, l2, views, labels, inputs)
+            inputs.progress(i + 1, len(grid), "linear_probe")
+            if len(grid) == 1:
+                return Single(backbone, head)
+            accuracy = evaluate(Single(backbone, head), data.classes, data.val, inputs.features)[0].acc1  # type: ignore[arg-type]
+            if accuracy > score:
+                best, score = replace(head, chosen={"l2": l2}), accuracy
+        return Single(backbone, best)
+
+    def _fit(
+        self, warm: LinearHead, start: LinearHead, l2: float, views: Tensor, labels: Tensor, inputs: MergeInputs
+    ) -> LinearHead:
+        import torch.nn.functional as F
+
+        w0 = matrix(start)
+        if self.solver == "sgd":
+            unit = mean_square(inputs_of(start, views)).item()
+
+            def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+                return F.cross_entropy(x @ w.T, y) + l2 / 2 * unit * (w - w0).square().sum()
+
+            schedule = Schedule(self.epochs, self.batch, self.lr, weight_decay=0.0)
+            return fit_head(start, views, labels, schedule, loss, inputs, what="linear_probe")
+        x = inputs_of(start, views.to(w0.device)).flatten(0, 1)
+        return with_matrix(start, lbfgs(matrix(warm), w0, x, labels.to(x.device).repeat(len(views)), l2))
+
+
+def lbfgs(warm: Tensor, w0: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:
+    """argmin_w CE(x w^T, labels) + l2 / 2 * mean |x|^2 * |w - w0|^2, in float64, from `warm`; all [K, D + 1]."""
+    import torch
+    import torch.nn.functional as F
+
+    x, w0, w = x.double(), w0.double(), warm.double().clone().requires_grad_(True)
+    unit = mean_square(x)
+    optimizer = torch.optim.LBFGS(
+        [w], lr=1, max_iter=1000, tolerance_grad=1e-7 * float(unit.sqrt()), tolerance_change=1e-12, history_size=20,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ w.T, labels) + l2 / 2 * unit * (w - w0).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return w.detach()

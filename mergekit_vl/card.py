@@ -1,13 +1,18 @@
-"""The model card of a run: the table, the gain, and the few lines that use the merged prompt in plain open_clip."""
+"""The model card of a run: the table, the gain, and the few lines that use the merged model in plain open_clip or timm."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import __version__
+from mergekit_vl.adapters.linear_head import LinearHead
+from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.tower import Tower
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from mergekit_vl.model import Model
 
 USE = """
 ctx = load_file("merged.safetensors")["ctx"]  # [M, W]
@@ -34,8 +39,20 @@ text = classifier(["dog", "cat"])
 """
 
 
-def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, *, prompt: bool) -> str:
-    """Markdown; `backbone` is the recipe's mapping, `prompt` says whether merged.safetensors holds a shared context."""
+HEAD = """
+head = load_file("{file}")  # weight [K, D] and bias [K]
+# features = {features}
+# logits = features @ head["weight"].T + head["bias"]
+"""
+TEXT_TOWER = """
+tokenizer = open_clip.get_tokenizer("local-dir:merged")
+# text = model.encode_text(tokenizer([f"a photo of a {name}." for name in names]), normalize=True)
+# logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ text.T
+"""
+
+
+def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, model: Model) -> str:
+    """Markdown; `backbone` is the recipe's mapping, `model` the main one of the first cell."""
     columns = report["metric"]["columns"]
     headline = [report["metric"]["headline"]] * (len(columns) > 1)
     lines = [
@@ -49,27 +66,60 @@ def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, *, prom
     for r in report["summary"]:
         cells = [f"{c['acc1']:.1f}" for c in r["columns"].values()] + [f"{r['score']:.1f}"] * len(headline)
         lines.append(f"| {r['row']} | {' | '.join(cells)} | {r['forwards']} |")
-    lines += ["", f"{gain}.", ""]
-    if prompt:
-        lines += [
-            f"`merged.safetensors` holds the context vectors that `{report['main']}` made in the first cell. "
-            "They go before a class name:",
-            "",
-            "```python",
-            "import torch",
-            *_loading(backbone),
-            "from safetensors.torch import load_file",
-            USE.rstrip(),
-            "```",
-        ]
-    else:
-        lines += [f"`{report['main']}` makes a model that is not one prompt, so there is no merged.safetensors."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"{gain}.", "", *_use(report["main"], backbone, model)]) + "\n"
+
+
+def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
+    """How to use the model without this toolkit."""
+    adapter = getattr(model, "adapter", None)
+    space = getattr(adapter, "space", "")
+    if isinstance(adapter, Prompt):
+        told = f"`merged.safetensors` holds the context vectors that `{main}` made in the first cell. They go before a class name:"
+        return _code(
+            told, ["import torch", *_loading(backbone), "from safetensors.torch import load_file", USE.rstrip()]
+        )
+    if isinstance(adapter, LinearHead):
+        told = f"`merged.safetensors` holds the linear head that `{main}` made in the first cell; its classes: {_names(adapter)}."
+        features = (
+            "model.encode_image(images, normalize=True)"
+            if adapter.normalise
+            else "what the timm model's classifier reads"
+        )
+        lines = [*_loading(backbone), "from safetensors.torch import load_file"]
+        return _code(told, [*lines, HEAD.format(file="merged.safetensors", features=features).rstrip()])
+    if isinstance(adapter, Tower) and model.backbone.text is None:  # type: ignore[union-attr]
+        told = f"`merged/` holds the whole model that `{main}` made in the first cell; its classes: {_names(adapter.head)}."
+        arch = model.backbone.config["architecture"]  # type: ignore[union-attr]
+        made = f'model = timm.create_model("{arch}", num_classes={len(adapter.head.weight)}, checkpoint_path="merged/model.safetensors")'
+        return _code(told, ["import timm", made])
+    if isinstance(adapter, Tower):
+        told = f"`merged/` holds the whole model that `{main}` made in the first cell, as open_clip's own folder."
+        lines = ["import open_clip", 'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:merged")']
+        if adapter.head is None:
+            return _code(told, [*lines, TEXT_TOWER.rstrip()])
+        told += f" Its classifier is a linear head; its classes: {_names(adapter.head)}."
+        head = HEAD.format(file="linear_head.safetensors", features="model.encode_image(images, normalize=True)")
+        return _code(told, [*lines, "from safetensors.torch import load_file", head.rstrip()])
+    return [
+        f"`{main}` makes a model of several{f' ({space})' if space else ''}, so there is no single file of it; `mergekit-vl predict` and "
+        "`mergekit-vl eval` use it from this folder."
+    ]
+
+
+def _names(head: LinearHead | None) -> str:
+    names = head.names if head is not None else ()
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _code(told: str, lines: list[str]) -> list[str]:
+    return [told, "", "```python", *lines, "```"]
 
 
 def _loading(backbone: Mapping[str, Any]) -> list[str]:
     if backbone["name"] == "micro":
         return ["from mergekit_vl.backbones import micro", "model, tokenizer = micro.load(), micro.tokenizer()"]
+    if backbone["name"] == "vision":
+        return ["import timm", f"model = timm.create_model({backbone.get('arch')!r}, num_classes=0).eval()"]
     import open_clip
 
     arch, pretrained = backbone.get("arch"), backbone.get("pretrained")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergekit_vl import __version__, merge_command, options, plugins
+from mergekit_vl import __version__, merge_command, options, plugins, use_commands
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 
@@ -232,6 +232,63 @@ def _recorded_suite(plan: Recipe) -> list[str]:
 
 app.command()(merge_command.merge)
 app.command()(merge_command.verify)
+
+
+@app.command("eval")
+def eval_(
+    model: use_commands.ModelArgument,
+    words: Annotated[list[str] | None, typer.Argument(help="options of the dataset: path=~/pets")] = None,
+    dataset: Annotated[str | None, typer.Option(help="see mergekit-vl list datasets; default the run's own")] = None,
+    split: Annotated[str, typer.Option(help="test, val, train, or a shift of the dataset")] = "test",
+    row: use_commands.Row = None,
+    checkpoint: use_commands.CheckpointOption = None,
+    device: use_commands.Device = "auto",
+    as_json: use_commands.AsJson = False,
+) -> None:
+    """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
+    with _Progress(not as_json) as progress:
+        scores = use_commands.evaluate_model(
+            model, words or [], _registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
+            device=_device(device), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    metrics = scores["metrics"]
+    typer.echo(
+        f"{scores['model']} on {scores['dataset']} ({scores['split']}, {scores['n']} images, {scores['classes']} classes)"
+    )
+    typer.echo(
+        f"  accuracy        {100 * metrics['acc1']:.1f}  (95% {100 * scores['low']:.1f} to {100 * scores['high']:.1f})"
+    )
+    typer.echo(f"  top-5           {100 * metrics['acc5']:.1f}")
+    typer.echo(f"  mean per class  {100 * metrics['mean_per_class_recall']:.1f}")
+    typer.echo(f"  NLL, ECE        {scores['nll']:.3f}, {scores['ece']:.3f}")
+
+
+@app.command()
+def predict(
+    model: use_commands.ModelArgument,
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    classes: Annotated[str | None, typer.Option(help="dog,cat,... or a file of lines; default the run's own")] = None,
+    top: Annotated[int, typer.Option(min=1, help="answers an image")] = 3,
+    row: use_commands.Row = None,
+    checkpoint: use_commands.CheckpointOption = None,
+    device: use_commands.Device = "auto",
+    as_json: use_commands.AsJson = False,
+) -> None:
+    """Name what is on images, with probabilities."""
+    with _Progress(not as_json) as progress:
+        found = use_commands.predict_images(
+            model, images, _registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
+            device=_device(device), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for each in found:
+        answers = ", ".join(f"{answer['class']} {answer['p']:.2f}" for answer in each["classes"])
+        typer.echo(f"{each['image']}: {answers}")
 
 
 @app.command()

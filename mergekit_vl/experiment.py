@@ -166,7 +166,7 @@ def run(
         known = {name for data in task.data for name in data.classes.names}
         if experiment.joint or not all(known.issuperset(classes.names) for _, classes, _ in task.tests):
             backbone.require_text()
-    cells = []
+    cells, first = [], None
     for number, (name, seed, task) in enumerate(tasks, 1):
         if len(tasks) > 1:
             progress(number - 1, len(tasks), "all cells")
@@ -177,9 +177,11 @@ def run(
         inputs = MergeInputs(
             _base(backbone, task, store), (), task.data[:1], store, seed, device, told, folder / "scratch"
         )
-        cells.append(_Cell(experiment, task, inputs, folder).run(name, seed, warn))
+        main, cell = _Cell(experiment, task, inputs, folder).run(name, seed, warn)
+        first = main if number == 1 else first
+        cells.append(cell)
     progress(0, 0, "writing the report")
-    return report.write(experiment, cells, out, device=device, seconds=time.time() - began)
+    return report.write(experiment, cells, first, out, device=device, seconds=time.time() - began)
 
 
 def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
@@ -241,7 +243,8 @@ class _Cell:
     inputs: MergeInputs
     folder: Path
 
-    def run(self, name: str, seed: int, warn: Callable[[str], None]) -> dict[str, Any]:
+    def run(self, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, dict[str, Any]]:
+        """The main strategy's model, and the cell as plain data."""
         self._claim(warn)
         write_json(self.folder / "shots.json", self._shots(name, seed))
         rows = [self._row(self.experiment.base_label, "zero-shot", lambda: self.inputs.base)[1]]
@@ -263,7 +266,7 @@ class _Cell:
             merged.append(model)
             rows.append(row)
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        return {
+        return merged[0], {
             "dataset": name,
             "seed": seed,
             "note": self.task.note,
@@ -293,7 +296,10 @@ class _Cell:
 
     def _shots(self, dataset: str, seed: int) -> dict[str, Any]:
         """The few-shot selection: rows of each split, and the files they are where there are files."""
-        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts}
+        tested = {name: classes for _, classes, _ in self.task.tests for name in classes.names}
+        first = self.task.tests[0][1]
+        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
+        out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
         for name in ("train", "val"):
             out[name] = []
             for data in self.task.data:

@@ -52,9 +52,9 @@ class ImagePath:
     def key(self) -> str:
         return self.backbone.key
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, block: int | None = None) -> Tensor:
         """Normalised-by-the-backbone images [B, 3, H, W] to raw features [B, D]."""
-        return self.backbone.encode_image(images)
+        return self.backbone.encode_image(images, block)
 
 
 class Head(Protocol):

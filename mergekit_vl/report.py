@@ -20,16 +20,19 @@ from mergekit_vl.statistics import clustered, over_images
 
 if TYPE_CHECKING:
     from mergekit_vl.experiment import Experiment
+    from mergekit_vl.model import Model
 
 FORGETTING = 0.04
 """A tuned anchor forgets where its novel accuracy lies this much below zero-shot's."""
 
 
 def write(
-    experiment: Experiment, cells: list[dict[str, Any]], out: Path, *, device: str, seconds: float
+    experiment: Experiment, cells: list[dict[str, Any]], first: Model, out: Path, *, device: str, seconds: float
 ) -> dict[str, Any]:
-    """Write every file of a finished run; report.json comes last and marks it as done."""
+    """Write every file of a finished run; `first` is the main model of the first cell. report.json comes last and marks it as done."""
     import torch
+
+    from mergekit_vl.export import export, is_whole
 
     recipe = experiment.recipe
     main = experiment.strategies[0][0]
@@ -75,10 +78,12 @@ def write(
                 out / "results" / f"{cell_name(cell['dataset'], cell['seed'])}-{slug(row['row'])}.json",
                 _clip_benchmark(experiment, cell, row),
             )
-    first = out / "state" / cell_name(cells[0]["dataset"], cells[0]["seed"]) / f"{slug(main)}.safetensors"
-    if first.exists():
-        write_bytes(out / "merged.safetensors", first.read_bytes())
-    write_text(out / "README.md", card(report, recipe.plain["backbone"], gain(report), prompt=first.exists()))
+    stored = out / "state" / cell_name(cells[0]["dataset"], cells[0]["seed"]) / f"{slug(main)}.safetensors"
+    if is_whole(first):
+        export(first, out / "merged")
+    elif stored.exists():
+        write_bytes(out / "merged.safetensors", stored.read_bytes())
+    write_text(out / "README.md", card(report, recipe.plain["backbone"], gain(report), first))
     svg, png = plot(report)
     write_bytes(out / "path.png", png)
     write_text(out / "report.html", html(report, svg, gain(report)))

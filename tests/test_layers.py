@@ -14,8 +14,9 @@ LAYERS = (
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),
     ("strategies",),
-    ("saved", "experiment", "report", "page", "card", "streaming"),
-    ("merge_command", "mergekit_yaml"),
+    ("saved", "export"),
+    ("experiment", "runs", "report", "page", "card", "streaming"),
+    ("merge_command", "mergekit_yaml", "use_commands"),
     ("cli",),
 )
 

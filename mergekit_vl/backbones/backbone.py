@@ -44,7 +44,7 @@ class Backbone:
     width: int | None = None
     """Of the image features, D, where it is known."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What the library builds the model from: open_clip's model_cfg, or timm's arch and options."""
+    """What the library builds the model from: open_clip's `model_cfg`, or timm's `architecture` and names of its `classifier`."""
     read: Callable[[Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Classifier | None]] = lambda state: (state, None)
     """A checkpoint of this architecture, in any names that are known, to `model`'s names and its classifier, where it has one."""
     settings: str = ""
@@ -121,13 +121,13 @@ class Backbone:
         return self._digest  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> raw features [B, D] in float32, in fixed blocks.
+    def encode_image(self, images: Tensor, block: int | None = None) -> Tensor:
+        """[B, 3, H, W] -> raw features [B, D] in float32, in fixed blocks; another `block` changes the last bits.
 
         Raises UserError where memory ends, with the largest halving of the block that fits.
         """
         try:
-            return self._encode_image(images, self.block)
+            return self._encode_image(images, block or self.block)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

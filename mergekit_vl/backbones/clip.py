@@ -65,6 +65,7 @@ class Clip:
                 raise UserError(
                     f"{key} is of no use: {self.arch} takes none from the hub", where=where, mend="remove it"
                 )
+        told = dict(config)  # as open_clip knows it, without folders of this machine
         if self.hf_text:
             config["text_cfg"] = {**config["text_cfg"], "hf_model_name": str(Path(self.hf_text).expanduser())}
         tokenizer = load_tokenizer(config["text_cfg"], self.tokenizer or self.hf_text or source.folder, where)
@@ -77,7 +78,7 @@ class Clip:
             model,
             tokenizer,
             spec=f"clip:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
-            config=config,
+            config=told,
             preprocess=source.preprocess,
             settings=json.dumps([config["vision_cfg"], config["embed_dim"], quick_gelu], sort_keys=True),
             device=device,
@@ -301,7 +302,7 @@ def backbone_of(
         preprocess={"image_size": size, **full, "mean": list(full["mean"]), "std": list(full["std"])},
         spec=spec,
         width=config.get("embed_dim"),
-        config=config,
+        config={"model_cfg": dict(config)} if config else {},
         read=lambda state: (convert(model, dict(state)), None),
         settings=settings,
         device=device,

@@ -46,7 +46,7 @@ class FolderImages:
         """The image as RGB, upright by its EXIF orientation; raises UserError for a file that is gone or damaged since the dataset was."""
         file = self.root / self.files[index]
         try:
-            return _decode(file)
+            return decode(file)
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders raise nearly anything
@@ -272,7 +272,7 @@ def _verified(progress: Progress, root: Path, files: Sequence[str]) -> tuple[Fol
     def look(file: str) -> str | None:
         try:
             data = (root / file).read_bytes()
-            _decode(data, draft=True)
+            decode(data, draft=True)
         except MemoryError:
             raise
         except Exception:  # PIL's decoders raise nearly anything
@@ -289,7 +289,7 @@ def _verified(progress: Progress, root: Path, files: Sequence[str]) -> tuple[Fol
     return FolderImages(root, good, key), [file for file, line in zip(files, lines) if not line]
 
 
-def _decode(file: Path | bytes, *, draft: bool = False) -> Image:
+def decode(file: Path | bytes, *, draft: bool = False) -> Image:
     """RGB. A draft reads all the bytes too, but a JPEG comes out small, which is much cheaper."""
     import io
 

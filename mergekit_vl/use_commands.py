@@ -1,0 +1,179 @@
+"""`eval` and `predict`: a finished model on a dataset, and on single images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl import options
+from mergekit_vl.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mergekit_vl.data import Progress
+    from mergekit_vl.model import Classes
+    from mergekit_vl.plugins import Registry
+    from mergekit_vl.runs import Used
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote")
+]
+Row = Annotated[str | None, typer.Option(help="row of the run; default its main strategy")]
+CheckpointOption = Annotated[Path | None, typer.Option(help="tuned weights, a prompt or a head on the model")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+
+
+def evaluate_model(
+    given: str,
+    words: Sequence[str],
+    registry: Registry,
+    *,
+    dataset: str | None,
+    split: str,
+    row: str | None,
+    checkpoint: Path | None,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores of a model on a split of a dataset, as CLIP_benchmark writes them, with ours beside."""
+    from mergekit_vl.evaluate import evaluate
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.model import Classes
+    from mergekit_vl.runs import open_model
+
+    progress(0, 0, "loading the model")
+    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint)
+    data = _dataset(used, dataset, words, registry).load(progress)
+    parts = {"test": data.test, "val": data.val, "train": data.train, **data.shifts}
+    if split not in parts:
+        raise unknown("split", split, parts, where=data.name)
+    part = parts[split]
+    shown = tuple(sorted(set(part.labels.tolist()))) if split in data.shifts else tuple(range(len(data.classes)))
+    classes = Classes(data.classes, data.templates).subset(shown)
+    store = FeatureStore(report=progress)
+    scores, seconds, _ = evaluate(used.model, classes, part.of_classes(shown), store)
+    told = scores.as_dict()
+    return {
+        "dataset": data.name,
+        "split": split,
+        "model": used.label,
+        "task": "zeroshot_classification",
+        "language": "en",
+        "classes": len(classes.names),
+        "metrics": {key: told.pop(key) for key in ("acc1", "acc5", "mean_per_class_recall")},
+        **told,
+        "ms_per_sample": 1000 * seconds,
+    }
+
+
+def _dataset(used: Used, name: str | None, words: Sequence[str], registry: Registry) -> Any:
+    """The named dataset with `key=value` options, or the run's own first one with those changed."""
+    given = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not an option", where="command line", mend="write key=value: path=~/pets")
+        given[key] = _parsed(value)
+    if name is None:
+        if used.recipe is None:
+            raise UserError("no dataset", where="command line", mend="name one: --dataset folder path=~/pets")
+        spec = used.recipe.datasets[0]
+        name, given = spec.name, {**spec.options, **given}
+    return options.build(registry.find("datasets", name).resolve(), given, where=f"dataset {name}")
+
+
+def _parsed(value: str) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(f"v: {value}"))["v"]  # type: ignore[index,call-overload]
+
+
+def predict_images(
+    given: str,
+    images: Sequence[Path],
+    registry: Registry,
+    *,
+    classes: str | None,
+    top: int,
+    row: str | None,
+    checkpoint: Path | None,
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The `top` classes of each image with their probabilities."""
+    import torch
+
+    from mergekit_vl.features import prefetched, test_view
+    from mergekit_vl.runs import open_model
+
+    files = _files(images)
+    progress(0, 0, "loading the model")
+    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint)
+    known = _classes(used, classes)
+    head = used.model.bind(known)
+    out: list[dict[str, Any]] = []
+    load = _loader(files)
+    size = min(len(files), *(path.backbone.block for path in used.model.paths))
+    features: dict[str, list[Any]] = {}
+    for path in used.model.paths:
+        features[path.key] = []
+        for batch in prefetched(lambda i, path=path: test_view(load(i), path), len(files), size):  # type: ignore[misc]
+            features[path.key].append(path.encode(batch, block=size))
+            progress(sum(map(len, features[path.key])), len(files), "images")
+    with torch.no_grad():
+        probabilities = head({key: torch.cat(parts) for key, parts in features.items()}).float().softmax(-1).cpu()
+    for file, row_ in zip(files, probabilities):
+        best = row_.topk(min(top, len(known.names)))
+        answers = [{"class": known.names[i], "p": p} for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        out.append({"image": str(file), "classes": answers})
+    return out
+
+
+def _classes(used: Used, given: str | None) -> Classes:
+    from mergekit_vl.model import Classes
+
+    if given is None:
+        if used.classes is None:
+            raise UserError(
+                "no class names", where="command line", mend="name them: --classes dog,cat or a file of lines"
+            )
+        return used.classes
+    path = Path(given).expanduser()
+    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(f"class names {given!r}", where="--classes", mend="at least two, each once")
+    return Classes(tuple(names), used.classes.templates if used.classes else Classes.templates)
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    from PIL import Image
+
+    kinds = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files: list[Path] = []
+    for path in given:
+        path = path.expanduser()
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError("no such image", where=str(path), mend="give image files or folders of them")
+    if not files:
+        raise UserError("no images", where=", ".join(map(str, given)), mend="give image files or folders of them")
+    return files
+
+
+def _loader(files: Sequence[Path]) -> Callable[[int], Any]:
+    from mergekit_vl.datasets.folder import decode
+
+    def load(i: int) -> Any:
+        try:
+            return decode(files[i])
+        except Exception as error:  # PIL's decoders raise nearly anything
+            raise UserError(f"cannot be decoded: {error}", where=str(files[i]), mend="leave it out") from None
+
+    return load

@@ -196,19 +196,21 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
         pad_edge=False,
         collapse_padding=True,
     )
-    headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
-    for header in (*headers, f"{report['main']} minus it", "heads"):
-        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
     minus = {d["minus"]: d for d in report["differences"]}
+    texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
+    headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
+    for header in headers:
+        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
+    table.add_column(f"{report['main']} minus it", justify="right", min_width=max(map(len, texts.values())))
+    table.add_column("heads", justify="right")
     for row in report["summary"]:
-        d = minus.get(row["row"])
-        text = f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if d else ""
         cells = []
         for column in row["columns"].values():
             low, high = column["interval"]
             cells.append(f"{column['acc1']:.1f} ±{(high - low) / 2:.1f}")
         cells += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
-        table.add_row(row["row"], *cells, text, str(row["forwards"]), style="bold" if d is None else "")
+        main = row["row"] not in minus
+        table.add_row(row["row"], *cells, texts.get(row["row"], ""), str(row["forwards"]), style="bold" if main else "")
     console.print(table)
     for line in _recorded_suite(plan):
         console.print(line, highlight=False)

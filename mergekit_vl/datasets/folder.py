@@ -72,6 +72,10 @@ class Folder:
     val_share: float = option(0.1, "share of each class that becomes val where there is no val folder")
     test_share: float = option(0.3, "share of each class that becomes test where there are no train and test folders")
     split_seed: int = option(0, "draws the shares")
+    shifts: tuple[str, ...] = option(
+        (),
+        "folders of test images of the same class folders, or some of them, under other distributions (protocol robust)",
+    )
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, with a warning, instead of stopping")
 
     def load(self, progress: Progress = silent) -> Dataset:
@@ -87,36 +91,60 @@ class Folder:
         folders = self._check(root, found)
         names = self._names(folders)
 
-        source, corrupt = _verified(
-            progress, root, sorted(file for classes in found.values() for files in classes.values() for file in files)
-        )
-        if corrupt:
-            if not self.skip_corrupt:
-                raise UserError(
-                    f"{_count(corrupt, 'image')} cannot be decoded: {_some(corrupt)}",
-                    where=str(root),
-                    mend="remove it, or set dataset.skip_corrupt=true",
-                )
-            warnings.warn(
-                f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2
-            )
-            gone = set(corrupt)
-            found = {
-                split: {f: [x for x in files if x not in gone] for f, files in classes.items()}
-                for split, classes in found.items()
-            }
-            self._check(root, found)
-
+        source, found = self._decodable(progress, root, found)
+        self._check(root, found)
         row = {file: i for i, file in enumerate(source.files)}
         parts = self._parts(root, found)
         splits = []
         for part in ("train", "val", "test"):
-            pairs = sorted(
-                (row[file], label) for label, folder in enumerate(folders) for file in parts[part].get(folder, ())
+            splits.append(_split(source, row, folders, parts[part]))
+        shifts = {}
+        for given in self.shifts:
+            shifted = Path(given).expanduser().resolve()
+            if shifted.name in shifts or shifted.name in ("ID", root.name):
+                raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", mend="rename a folder")
+            shifts[shifted.name] = self._shift(progress, shifted, folders)
+        return Dataset(root.name, names, templates, *splits, shifts=shifts)
+
+    def _shift(self, progress: Progress, root: Path, folders: Sequence[str]) -> Split:
+        """All images of a folder of class folders, as test images of those of our classes that it shows."""
+        if not root.is_dir():
+            raise UserError("no such folder", where=str(root), mend="check dataset.shifts")
+        found = {"": {folder: files for folder, files in _classes_in(root, root).items() if files}}
+        if not found[""]:
+            raise UserError("no class folder holds an image", where=str(root), mend="check dataset.shifts")
+        if alone := sorted(folder for folder in found[""] if folder not in folders):
+            raise UserError(
+                f"{_count(alone, 'class', 'classes')} that {self.path} does not have: {_some(alone)}",
+                where=str(root),
+                mend="name the class folders as there, or leave these out",
             )
-            rows, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-            splits.append(Split(source, rows.copy(), labels.copy()))
-        return Dataset(root.name, names, templates, *splits)
+        source, found = self._decodable(progress, root, found)
+        return _split(source, {file: i for i, file in enumerate(source.files)}, folders, found[""])
+
+    def _decodable(
+        self, progress: Progress, root: Path, found: dict[str, Classes]
+    ) -> tuple[FolderImages, dict[str, Classes]]:
+        """The images that decode; the others are refused, or left out with a warning where `skip_corrupt`."""
+        source, corrupt = _verified(
+            progress, root, sorted(file for classes in found.values() for files in classes.values() for file in files)
+        )
+        if not corrupt:
+            return source, found
+        if not self.skip_corrupt:
+            raise UserError(
+                f"{_count(corrupt, 'image')} cannot be decoded: {_some(corrupt)}",
+                where=str(root),
+                mend="remove it, or set dataset.skip_corrupt=true",
+            )
+        warnings.warn(
+            f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2
+        )
+        gone = set(corrupt)
+        return source, {
+            split: {f: [x for x in files if x not in gone] for f, files in classes.items()}
+            for split, classes in found.items()
+        }
 
     def _checked_templates(self) -> tuple[str, ...]:
         templates = tuple(self.templates) or (self.template,)
@@ -221,6 +249,12 @@ class Folder:
             parts["val"][folder] = files[n_test : n_test + n_val]
             parts["train"][folder] = files[n_test + n_val :]
         return parts
+
+
+def _split(source: FolderImages, row: dict[str, int], folders: Sequence[str], part: Classes) -> Split:
+    pairs = sorted((row[file], label) for label, folder in enumerate(folders) for file in part.get(folder, ()))
+    rows, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return Split(source, rows.copy(), labels.copy())
 
 
 def _scan(root: Path) -> dict[str, Classes]:

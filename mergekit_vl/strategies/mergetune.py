@@ -10,12 +10,15 @@ takes a diagonal H instead (`surrogates.py`); nobody has published that, and doc
 
 What "w" means, by what was tuned:
 
-| tuned  | path     | space of w, w1, w2 in the two path terms   | S with cosine            | S with l2 (fisher: weighted by F, mean 1) |
-|--------|----------|--------------------------------------------|--------------------------|-------------------------------------------|
-| prompt | features | raw text features [K, D]                   | mean over K of 1 - cos   | mean over K of the squared distance       |
-| prompt | weights  | context vectors [M, W]                     | mean over M of 1 - cos   | sum over M, W of squared differences      |
-| head   | weights  | weight and bias [K, D + 1]                 | mean over K of 1 - cos   | squared distance / that of w2             |
-| tower  | weights  | the image tower's weights, and the head's  | not there                | squared distance / that of w2             |
+| tuned  | path     | space of w, w1, w2 in the two path terms   | S with cosine            | S with l2, that is |w - w1|^2 divided by |
+|--------|----------|--------------------------------------------|--------------------------|------------------------------------------|
+| prompt | features | raw text features [K, D]                   | mean over K of 1 - cos   | K                                        |
+| prompt | weights  | context vectors [M, W]                     | mean over M of 1 - cos   | 1                                        |
+| head   | weights  | weight and bias [K, D + 1]                 | mean over K of 1 - cos   | |w1|^2 + |w2|^2                          |
+| tower  | weights  | the image tower's weights, and the head's  | not there                | |w2 - w1|^2                              |
+
+With fisher each coordinate of the squared distance is weighted by F, which has mean 1, and the divisor is that of l2; but for text
+features it is 2 |w1|^2, so that F = 1 and features that turn without growing give the cosine's S and lambda keeps its meaning.
 
 In prompts `tau` mixes context vectors in both rows, w1 being the embeddings of the initial words; in the path `features` the w1 of S
 is `anchor`: `template`, the features of the dataset's hand-written template, or `context`, those of the initial words. Interpolated
@@ -25,8 +28,8 @@ class, [K, M, W], works alike, its rows being K M.
 
 The logits of a head are linear in its weights, so the points of its path cost nothing: z2 + alpha (z - z2). A tower's step is
 1 + N_alpha forwards and backwards of the image tower; `alphas=[] n_alpha=1` draws one point a step, which is unbiased. What the
-paper divides by in S for heads and towers is not known to us; dividing by |w2 - w1|^2 makes lambda the price of standing as far from
-zero-shot as the fine-tuned model does, whatever the size of the model.
+paper divides by in S for heads and towers is not known to us. Ours make lambda comparable between models of any size: a head's S is
+about 1 - cos, a tower's is the price of standing as far from zero-shot as the fine-tuned model does.
 
 Paper and released code differ (the paper's values are known to us second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in
 the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100 epochs in the code. The defaults are the
@@ -152,28 +155,29 @@ class MergeTune:
         text2 = tuned[0].text_features(classes)
         draw = torch.Generator().manual_seed(inputs.seed + 1)
         fisher = self._prompt_fisher(inputs, zero_shot, text1) if self.surrogate == "fisher" else None
+        apart = 2 * float(text1.square().sum())
 
         def loss(encode: context.Encode, ctx: Tensor, images: Tensor, labels: Tensor) -> Tensor:
             alphas = self._draw_alphas(draw, ctx)
             if self.path == "features":
                 text = encode(ctx)  # [K, D]
                 points = interpolate(text, text2, alphas)  # [A, K, D]
-                pull = self._distance(text, text1, fisher, rows=len(text))
+                pull = self._distance(text, text1, fisher, divisor=len(text) if fisher is None else apart)
             else:
                 contexts = torch.cat([ctx[None], interpolate(ctx, ctx2, alphas)])  # [1 + A, M, W] or [1 + A, K, M, W]
                 text, *points = encode(contexts if ctx.ndim == 3 else contexts[:, None])
                 points = torch.stack(points)
-                pull = self._distance(ctx, ctx1, fisher, rows=1)
+                pull = self._distance(ctx, ctx1, fisher, divisor=1)
             task = cross_entropy(scale, text, images, labels)
             return task + self.beta * cross_entropy(scale, points, images, labels) + self.lambda_ * pull
 
         return WiseFT(self.tau).merge(inputs), loss  # type: ignore[return-value]
 
-    def _distance(self, w: Tensor, w1: Tensor, fisher: Tensor | None, *, rows: float) -> Tensor:
-        """The surrogate S(w, w1) of the module's table; squared distances are divided by `rows`."""
+    def _distance(self, w: Tensor, w1: Tensor, fisher: Tensor | None, *, divisor: float) -> Tensor:
+        """The surrogate S(w, w1) of the module's table."""
         if self.surrogate in (None, "cosine"):
             return surrogates.cosine(w, w1)
-        return surrogates.squared(w, w1, fisher).sum() / rows
+        return surrogates.squared(w, w1, fisher).sum() / divisor
 
     def _prompt_fisher(self, inputs: MergeInputs, zero_shot: Single, text1: Tensor) -> Tensor:
         import torch
@@ -223,7 +227,7 @@ class MergeTune:
         zero_shot, tuned = anchors(inputs)
         first, second = zero_shot.adapter, tuned[0].adapter
         w1, w2 = matrix(first), matrix(second)  # type: ignore[arg-type]
-        apart = (w2 - w1).square().sum().clamp_min(1e-12)
+        apart = float((w1.square() + w2.square()).sum())
         x1 = inputs_of(first, views.to(w1.device)).flatten(0, 1)  # type: ignore[arg-type]
         fisher = surrogates.of_head(w1, x1) if self.surrogate == "fisher" else None
         draw = torch.Generator().manual_seed(inputs.seed + 1)
@@ -231,7 +235,7 @@ class MergeTune:
         def loss(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
             z, z2 = x @ w.T, x @ w2.T  # [B, K]; logits are linear in w, so those of a point lie between them
             points = interpolate(z, z2, self._draw_alphas(draw, z)).flatten(0, 1)  # [A B, K]
-            pull = self._distance(w, w1, fisher, rows=float(apart))
+            pull = self._distance(w, w1, fisher, divisor=apart)
             path = torch.nn.functional.cross_entropy(points, labels.repeat(len(points) // len(labels)))
             return torch.nn.functional.cross_entropy(z, labels) + self.beta * path + self.lambda_ * pull
 

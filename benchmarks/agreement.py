@@ -45,6 +45,10 @@ CASES = {
     "ties, normalize: false": "merge_method: ties\nparameters: {normalize: false, lambda: 0.5}\n" + DENSE,
     "breadcrumbs": "merge_method: breadcrumbs\nparameters: {gamma: 0.05}\n" + DENSE,
     "breadcrumbs_ties": "merge_method: breadcrumbs_ties\nparameters: {gamma: 0.05}\n" + DENSE,
+    "sce": "merge_method: sce\nparameters: {select_topk: 0.3}\n"
+    + THREE.replace(", parameters: {weight: 0.3}", "").replace(", parameters: {weight: 0.9}", ""),
+    "sce, all": "merge_method: sce\n"
+    + THREE.replace(", parameters: {weight: 0.3}", "").replace(", parameters: {weight: 0.9}", ""),
     "dare_linear, density 1": "merge_method: dare_linear\n" + THREE,
     "dare_ties, density 1": "merge_method: dare_ties\n" + THREE,
     "della, density 1": "merge_method: della\n" + THREE,

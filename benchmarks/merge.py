@@ -57,6 +57,8 @@ OWN = {
     "multislerp": ["multislerp"],
     "nuslerp": ["nuslerp"],
     "nuslerp, along=last": ["nuslerp", "along=last"],
+    "lines": ["lines"],
+    "sce": ["sce"],
     "ema": ["ema"],
     "uniform_soup": ["uniform_soup"],
 }

@@ -92,6 +92,11 @@ def register_strategies(register: Register) -> None:
         "mergekit_vl.strategies.task_arithmetic:TaskArithmetic",
         "base plus scaled task vectors (Ilharco et al. 2023)",
     )
+    register(
+        "lines",
+        "mergekit_vl.strategies.lines:Lines",
+        "task vectors scaled linearly with depth, little in the first blocks (Wang et al. 2024)",
+    )
     register("ties", "mergekit_vl.strategies.ties:Ties", "trim, elect signs, disjoint mean (Yadav et al. 2023)")
     register(
         "dare_linear",
@@ -125,6 +130,11 @@ def register_strategies(register: Register) -> None:
         "model_stock",
         "mergekit_vl.strategies.model_stock:ModelStock",
         "mean of the tuned models pulled to the base by their angle (Jang et al. 2024)",
+    )
+    register(
+        "sce",
+        "mergekit_vl.strategies.sce:Sce",
+        "select by variance, weigh by squares, erase minority signs (Wan et al. 2024)",
     )
     register("ensemble", "mergekit_vl.strategies.ensemble:OutputEnsemble", "mean of the members' probabilities")
     register(

@@ -47,6 +47,11 @@ def matches(name: str, key: str) -> bool:
     return fnmatchcase(name, key) if set("*?") & set(key) else key in name
 
 
+def in_block(name: str) -> bool:
+    """Whether a tensor is one of a tower's blocks'."""
+    return BLOCK.match(name) is not None
+
+
 def depths(names: Iterable[str]) -> dict[str, float]:
     """The depth of each tensor, 0 to 1, counted over the blocks of its tower."""
     names = list(names)

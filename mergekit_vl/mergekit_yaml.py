@@ -28,10 +28,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "breadcrumbs": (*TASK[:4], "gamma", "int8_mask"),
     "breadcrumbs_ties": (*TASK[:4], "gamma", "int8_mask"),
     "model_stock": ("filter_wise",),
+    "sce": ("select_topk", "int8_mask"),
 }
 """The parameters of each method that are understood, of a model or of all."""
 NEED_BASE = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs")
-NEED_BASE += ("breadcrumbs_ties", "model_stock")
+NEED_BASE += ("breadcrumbs_ties", "model_stock", "sce")
 MEAN_BY_DEFAULT = ("ties", "della")
 
 
@@ -108,6 +109,8 @@ def _options(method: str, each: Any, one: Any, has_base: bool, where: str) -> di
         return {"weights": each("weight"), "normalise": one("normalize_weights", True), "task_vectors": has_base}
     if method == "karcher":
         return {"steps": int(one("max_iter", 10)), "tolerance": one("tol", 1e-5)}
+    if method == "sce":
+        return {"density": one("select_topk", 1.0), "of": "varying", "mean": True, "equal_below": 1e-6}
     if method == "model_stock":
         return {"along": "row" if one("filter_wise", False) else "tensor"}
     return _task_vectors(method, each, one, where)

@@ -59,13 +59,21 @@ def model_ranks(
 
 
 def tensor_ranks(
-    models: Models, vector: Vector, ranks: Callable[[Tensor, int], Sequence[int]], run: Run, chunk: int
+    models: Models,
+    vector: Vector,
+    ranks: Callable[[Tensor, int], Sequence[int]],
+    run: Run,
+    chunk: int,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, list[list[float]]]:
-    """The same within each tensor: by its name, for model i, the magnitudes at the positions ranks(tensor, i)."""
+    """The same within each tensor: by its name, for model i, the magnitudes at the positions ranks(tensor, i).
+
+    `labels` are of the vectors, where these are not one for each model.
+    """
 
     def job(tensor: Tensor) -> tuple[str, list[list[float]]]:
         found = []
-        for i, label in enumerate(models.labels):
+        for i, label in enumerate(models.labels if labels is None else labels):
             select = _Select(ranks(tensor, i))
             for piece in models.pieces("elementwise", chunk, tensor):
                 select.count_high(magnitude(vector(piece, i)))

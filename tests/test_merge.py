@@ -366,7 +366,19 @@ def test_a_mergekit_recipe_runs_mergekits_variant(monkeypatch, capsys):
     assert options["trim"] == "tensor" and options["elect"] == "weighted" and options["mean"] is False
 
 
+def test_mergekits_sce_is_its_variant(monkeypatch, capsys):
+    three()
+    models = "base_model: ZS.safetensors\nmodels: [{model: A.safetensors}, {model: B.safetensors}]\n"
+    Path("m.yml").write_text(f"merge_method: sce\n{models}parameters: {{select_topk: 0.3, int8_mask: true}}\n")
+    code, out, _ = call(monkeypatch, capsys, "merge", "m.yml", "-o", "out")
+    assert code == 0 and out.startswith("mergekit's sce: density=0.3 of=varying mean=True equal_below=1e-06\n")
+    Path("m.yml").write_text(f"merge_method: sce\n{models}")
+    call(monkeypatch, capsys, "merge", "m.yml", "-o", "out", "--force")
+    assert streaming.read_metadata(Path("out"))[0]["options"]["density"] == 1.0
+
+
 MERGEKIT_WRONG = {
+    "sce": ("merge_method: sce\nmodels: [{model: A}, {model: B}]", "sce needs a base_model"),
     "densty": (
         "merge_method: ties\nbase_model: Z\nmodels: [{model: A, parameters: {weight: 1, densty: 1}}]",
         "unknown parameter 'densty' (did you mean 'density'?)",

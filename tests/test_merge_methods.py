@@ -27,9 +27,11 @@ from mergekit_vl.strategies.della_linear import DellaLinear
 from mergekit_vl.strategies.ema import Ema
 from mergekit_vl.strategies.karcher import Karcher
 from mergekit_vl.strategies.linear import Linear
+from mergekit_vl.strategies.lines import Lines
 from mergekit_vl.strategies.model_stock import ModelStock
 from mergekit_vl.strategies.multislerp import MultiSlerp
 from mergekit_vl.strategies.nuslerp import NuSlerp
+from mergekit_vl.strategies.sce import Sce
 from mergekit_vl.strategies.slerp import Slerp
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
@@ -90,6 +92,8 @@ EVERY = (
         DellaLinear(rescale="none"),
     ),
     *(Breadcrumbs(), BreadcrumbsTies(0.3)),
+    *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
+    *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
 )
 """At least every closed form, and the variants that take another way through the code; for a base and two tuned models."""
 
@@ -141,6 +145,25 @@ def test_every_closed_form_is_tested():
         (DareTies(1.0, weights=(1.0, 3.0), elect="weighted", mean=False), [0], [[-2], [1]], [3]),
         (Breadcrumbs(0.5, gamma=0.2, scale=1.0), [0] * 10, [range(1, 11)], [0, 0, 0, 4, 5, 6, 7, 8, 0, 0]),
         (BreadcrumbsTies(0.5, gamma=0.25), [0] * 4, [[1, 2, 3, 4], [4, -3, 2, 1]], [0, -3, 2.5, 0]),
+        (Lines(0.25), [4, 8], [[0, 4]], [3, 7]),  # in no block: alpha
+        (Lines(), [0, 0], [[2, 0], [4, 2]], [3, 1]),  # half of the sum
+        (Lines(0.5, combine="mean"), [0, 0], [[2, 0], [4, 2]], [1.5, 0.5]),
+        (Lines(0.5, 0.25, outside="depth"), [0, 0], [[2, 0], [4, 2]], [4.5, 1.5]),  # behind the last block
+        (Sce(0.5), [0] * 4, [[1, 4, 2, 3], [1, -2, 4, 3]], [0, 2, 3, 0]),  # variances 0, 9, 1, 0; both weigh 20 / 40
+        (
+            Sce(2 / 3),
+            [1] * 3,
+            [[2, 4, 3], [2, 0, -3]],
+            [1, 2.3, -1.2666667],
+        ),  # of (0, 3, 2) and (0, -1, -4): 13 / 30, 17 / 30
+        (Sce(2 / 3, mean=True), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 3, -4]),
+        (Sce(2 / 3, mean=True, merged="all"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [1, 3, -4]),
+        (Sce(0.5, of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, -3.2]),  # one of two; 4 / 20, 16 / 20
+        (Sce(0.4, of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, 0]),  # none of two
+        (Sce(0.5), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, -3.2]),  # one of three
+        (Sce(1.0), [0, 0], [[1e-2, 0], [0, 2e-2]], [2e-3, 1.6e-2]),
+        (Sce(1.0, equal_below=1e-3), [0, 0], [[1e-2, 0], [0, 2e-2]], [5e-3, 1e-2]),
+        (Sce(0.1), [0] * 3, [[1, 3, 2]] * 3, [1, 3, 2]),  # no variance: equal to the threshold, all stay
         (TaskArithmetic(0.5), [1, 0], [[2, 0], [1, 4]], [1.5, 2]),
         (TaskArithmetic(-1.0), [1, 2], [[2, 4]], [0, 0]),  # negation
         (TaskArithmetic(scales=(-1.0, 1.0, 1.0)), [1, 1], [[2, 1], [1, 3], [4, 1]], [3, 3]),  # analogy
@@ -148,6 +171,21 @@ def test_every_closed_form_is_tested():
 )
 def test_by_hand(method, base, tuned, expected):
     np.testing.assert_allclose(merged(method, models(*tuned, base=base)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lines_scales_each_tower_from_its_first_block_to_its_last():
+    names = ["conv1", "visual.blocks.0.w", "visual.blocks.1.w", "visual.blocks.2.w", "h.0.w", "h.1.w", "visual.proj"]
+    zeros = {name: [0.0] for name in names}
+    ones, threes = ({name: [value] for name in names} for value in (1.0, 3.0))
+
+    def factors(method, *tuned):
+        return [round(float(v[0]), 6) for v in merged(method, models(*tuned, base=zeros)).values()]
+
+    assert factors(Lines(0.2, 0.6), ones) == [0.2, 0.2, 0.5, 0.8, 0.2, 0.8, 0.2]
+    assert factors(Lines(0.2, 0.6, outside="depth"), ones) == [0.2, 0.2, 0.5, 0.8, 0.2, 0.8, 0.8]
+    assert factors(Lines(0.2), ones) == [0.2, 0.2, 0.6, 1.0, 0.2, 1.0, 0.2]
+    assert factors(Lines(), ones, threes) == [2, 2, 3, 4, 2, 4, 2]  # from the mean to the sum
+    assert factors(Lines(combine="mean"), ones, threes) == [1, 1, 1.5, 2, 1, 2, 1]
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -236,6 +274,7 @@ SYMMETRIC = [
     TaskArithmetic(0.7),
     Ties(),
 ]
+SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True)]
 SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
 
 
@@ -277,6 +316,31 @@ def test_endpoints_are_exact(seed):
         out = merged(method, models(tuned, base=base))
         for name in base:
             np.testing.assert_array_equal(out[name], np.float32((base, tuned)[end][name]), err_msg=str(method))
+
+
+@pytest.mark.parametrize("method", [Lines(0.0, 0.0), Sce(scale=0.0), Sce(0.0)], ids=str)
+def test_the_coefficient_zero_gives_the_base(method):
+    base, tuned = random_models(2)
+    for name, values in merged(method, models(*tuned, base=base)).items():
+        np.testing.assert_array_equal(values, np.float32(base[name]))
+
+
+def test_lines_by_depth_is_a_gradient():
+    names = [f"visual.blocks.{i}.w" for i in range(4)] + ["conv1", "proj"]
+    rng = np.random.default_rng(4)
+    base, *tuned = ({name: rng.standard_normal(9) for name in names} for _ in range(3))
+    ours = merged(Lines(0.2, 0.7, outside="depth"), models(*tuned, base=base))
+    same = merged(TaskArithmetic((0.2, 0.9)), models(*tuned, base=base))
+    for name in names:
+        np.testing.assert_allclose(ours[name], same[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_elements_that_vary_most_are_the_exact_order_statistic():
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((3, 3000)).astype(np.float32)
+    out = merged(Sce(0.1), models(*vectors, base=np.zeros(3000)))
+    expected = np.argsort(vectors.astype(np.float64).var(0))[-300:]
+    assert sorted(expected) == np.flatnonzero(out).tolist()
 
 
 def test_ties_trims_the_whole_model_or_each_tensor():
@@ -371,6 +435,11 @@ def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():
         (NuSlerp((1.0, -1.0)), 2, False, "the weights sum to zero"),
         (Karcher((1.0, -2.0)), 2, False, "are not a mean"),
         (Ema(1.5), 2, False, "decay=1.5 (it lies in 0 .. 1)"),
+        (Lines(), 1, False, "strategy lines: needs the model that the others were tuned from (give it with --base)"),
+        (Lines(float("nan")), 1, True, "strategy lines: alpha=nan"),
+        (Sce(), 1, True, "strategy sce: at least 2 tuned models, not 1 (name more models)"),
+        (Sce(1.5), 2, True, "strategy sce: density=1.5 (it lies in 0 .. 1)"),
+        (Sce(equal_below=-1.0), 2, True, "strategy sce: equal_below=-1 (a number from 0)"),
     ],
 )
 def test_what_makes_no_sense_is_refused(method, n, base, message):

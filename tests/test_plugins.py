@@ -19,8 +19,8 @@ BUILTINS = {
     "tuners": ["coop", "kgcoop", "linear_probe", "full"],
     "strategies": [
         *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
-        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
-        *("breadcrumbs", "breadcrumbs_ties", "model_stock", "ensemble", "mergetune"),
+        *("task_arithmetic", "lines", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
+        *("breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "ensemble", "mergetune"),
     ],
     "datasets": ["microworld", "folder", "coop_layout"],
     "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],

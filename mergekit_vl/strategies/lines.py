@@ -1,0 +1,58 @@
+"""LiNeS, layer-increasing network scaling (Wang et al. 2024, arXiv 2410.17146, eq. 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergekit_vl.coefficients import in_block
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Tensor
+from mergekit_vl.task_vectors import weighted_sum
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy lines"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """base + lambda_l * the task vector, or the sum of several, with lambda_l = alpha + beta (l - 1) / (L - 1) in block l of L.
+
+    Of one task vector (or the mean of several) the paper takes beta = 1 - alpha, the last block as it was tuned, and searches alpha; of a
+    sum of N it takes alpha = 1/N, the mean in the first block, and searches beta. What is empty here follows that, with alpha = 0.5 and
+    beta = 1 - alpha, ours, for what is searched. Blocks are counted in each tower. What is in no block (all of a prompt, for one) takes
+    alpha, as in the released code; `outside=depth` gives what comes after the blocks the last one's factor. On a merged vector that is no sum (the paper's TIES
+    with LiNeS), write its scale as a gradient: `ties scale=[alpha, alpha + beta]`.
+    """
+
+    alpha: float | None = option(None, "factor of the first block; empty: 1 / N for a sum of N > 1, otherwise 0.5")
+    beta: float | None = option(None, "what the last block's factor has more; empty: 1 - alpha")
+    combine: Literal["sum", "mean"] = option("sum", "of several task vectors")
+    outside: Literal["alpha", "depth"] = option("alpha", "factor of what is in no block: alpha, or by its depth")
+
+    form, averages = "accumulating", False
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, base=True)
+        for value, what in ((self.alpha, "alpha"), (self.beta, "beta")):
+            if value is not None:
+                models.check_coefficient(WHERE, value, what)
+
+    merge = merge_adapters
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        n = len(piece.models.tuned)
+        factor = self.factor(piece.tensor, n) / (n if self.combine == "mean" else 1)
+        return weighted_sum(piece.members(), (1 - n * factor, *(factor,) * n))
+
+    def factor(self, tensor: Tensor, n: int) -> float:
+        """lambda of a tensor, for n task vectors."""
+        alpha = self.alpha
+        if alpha is None:
+            alpha = 1 / n if n > 1 and self.combine == "sum" else 0.5
+        beta = 1 - alpha if self.beta is None else self.beta
+        return alpha + beta * tensor.depth if in_block(tensor.name) or self.outside == "depth" else alpha

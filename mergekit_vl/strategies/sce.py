@@ -1,0 +1,130 @@
+"""SCE: select, calculate, erase (Wan et al. 2024, "FuseChat", arXiv 2408.07990, section on merging)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient, value_at
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run, Tensor
+from mergekit_vl.surveys import absolute_sums, magnitude, tensor_ranks
+from mergekit_vl.task_vectors import add_to_base, agreeing
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy sce"
+
+
+@dataclass(frozen=True)
+class Sce:
+    """base + sum_i c_i * task vector i, over the elements that vary most between the models and the models of the elected sign.
+
+    In each tensor: select the `density` of the elements with the largest variance over the task vectors; calculate c_i, the sum of
+    squares of what is selected of vector i, as a share of all models'; erase the elements whose sign is not that of the sum over the
+    models. Elements that equal the threshold are all kept. Departures: a sum of exactly zero elects nobody; `scale` is not in the paper.
+    The released code and mergekit divide each element by the sum of the c_i of the models that agree (mean=true), count `density` of the
+    elements that vary at all (of=varying), and take zero as positive; the released code merges every element and selects for c_i only
+    (merged=all); mergekit takes equal c_i where the mean squares sum to less than 1e-6 (equal_below=1e-6).
+    mergekit's variant: density=1 of=varying mean=true equal_below=1e-6.
+    """
+
+    density: Coefficient = option(0.1, "tau, share of the elements of a tensor that is selected")
+    scale: Coefficient = option(1.0, "of the merged task vector")
+    of: Literal["all", "varying"] = option("all", "what `density` is a share of: all elements, or those that vary")
+    merged: Literal["selected", "all"] = option("selected", "the elements that are merged, or selected for c_i only")
+    mean: bool = option(False, "divide by the sum of c_i over the agreeing models")
+    equal_below: float = option(0.0, "equal c_i where the mean squares of the selected sum to less")
+
+    form, averages = "elementwise", False
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.density == 1 else 3 + (self.of == "varying")
+
+    def held(self, n: int) -> int:
+        return 3 * n + 8
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, at_least=2, base=True)
+        models.check_coefficient(WHERE, self.density, "density", 0, 1)
+        models.check_coefficient(WHERE, self.scale, "scale")
+        if not self.equal_below >= 0:
+            raise UserError(f"equal_below={self.equal_below:g}", where=WHERE, mend="a number from 0")
+
+    merge = merge_adapters
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        """By tensor name: the smallest variance that is selected, and the coefficient of each model."""
+        n = len(models.tuned)
+
+        def positions(tensor: Tensor, _: int) -> list[int]:
+            share = value_at(self.density, tensor.name, tensor.depth)
+            if share == 1 or not share:
+                return []
+            if self.of == "all":
+                return [tensor.size - max(1, int(share * tensor.size))] if tensor.size else []
+            varying = sum(
+                np.count_nonzero(variance(deltas(piece))) for piece in models.pieces("elementwise", chunk, tensor)
+            )
+            kept = int(share * varying)
+            return [tensor.size - kept] if kept else []
+
+        thresholds = dict.fromkeys((t.name for t in models.tensors), 0.0)
+        if self.density != 1:
+            found = tensor_ranks(models, lambda piece, _: variance(deltas(piece)), positions, run, chunk, ("variance",))
+            for tensor in models.tensors:
+                if value_at(self.density, tensor.name, tensor.depth) < 1:
+                    (ranks,) = found[tensor.name]
+                    thresholds[tensor.name] = ranks[0] if ranks else np.inf
+
+        def squares(piece: Piece) -> list[Array]:
+            vectors = selected(deltas(piece), thresholds[piece.tensor.name])
+            return [np.square(vector, dtype=np.float64) for vector in vectors]
+
+        sums = absolute_sums(models, squares, run, chunk)
+        facts = {}
+        for tensor in models.tensors:
+            if tensor.size:
+                total = sums[tensor.name].sum()
+                equal = not total or total / tensor.size < self.equal_below
+                shares = np.full(n, 1 / n) if equal else sums[tensor.name] / total
+                facts[tensor.name] = thresholds[tensor.name], tuple(map(float, shares))
+        return facts
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        threshold, coefficients = facts[piece.tensor.name]
+        vectors = deltas(piece)
+        if self.merged == "selected":
+            vectors = selected(vectors, threshold)
+        merged = agreeing(vectors, coefficients, elect="raw", mean=self.mean)
+        return add_to_base(piece, merged, piece.at(self.scale))
+
+
+def deltas(piece: Piece) -> list[Array]:
+    return [piece.delta(i) for i in range(len(piece.models.tuned))]
+
+
+def variance(vectors: list[Array]) -> Array:
+    """The variance of each element over the models; 0 for what is not finite, which the merge itself reports."""
+    n = vectors[0].dtype.type(len(vectors))
+    apart = [vector - vectors[0] for vector in vectors[1:]]  # equal vectors have no variance, to the bit
+    mean = sum(apart) / n
+    squares = mean * mean
+    for vector in apart:
+        vector -= mean
+        squares += np.square(vector, out=vector)
+    squares /= n
+    return np.nan_to_num(magnitude(squares), copy=False, nan=0.0, posinf=0.0)
+
+
+def selected(vectors: list[Array], threshold: float) -> list[Array]:
+    """The elements whose variance reaches the threshold; overwrites the vectors."""
+    if threshold > 0:
+        keep = variance(vectors) >= threshold
+        for vector in vectors:
+            vector *= keep
+    return vectors

@@ -136,6 +136,21 @@ def register_strategies(register: Register) -> None:
         "mergekit_vl.strategies.sce:Sce",
         "select by variance, weigh by squares, erase minority signs (Wan et al. 2024)",
     )
+    register(
+        "tsv_m",
+        "mergekit_vl.strategies.tsv_m:TsvM",
+        "first singular vectors of every task, made orthonormal (Gargiulo et al. 2025)",
+    )
+    register(
+        "iso_c",
+        "mergekit_vl.strategies.iso_c:IsoC",
+        "sum of the task matrices with equal singular values (Marczak et al. 2025)",
+    )
+    register(
+        "iso_cts",
+        "mergekit_vl.strategies.iso_cts:IsoCTS",
+        "Iso-C with singular vectors of each task's own (Marczak et al. 2025)",
+    )
     register("ensemble", "mergekit_vl.strategies.ensemble:OutputEnsemble", "mean of the members' probabilities")
     register(
         "mergetune",

@@ -6,6 +6,8 @@ A method is a frozen dataclass with
                     does not grow with their number), "rows" whole slices along the first axis, "tensor" whole tensors
     averages        True where it is a weighted mean of the models; otherwise BatchNorm statistics take the plain mean of the tuned ones
     held(n)         how many arrays of a piece it holds at most for n tuned models, its results included
+    whole(t, n)     optional, for the form "tensor": that number for the tensor t, or 0 for one that it takes in flat chunks after all
+    svds(n)         beside it: how many SVDs of such a tensor it takes, for the time that `check` tells
     check(models)   raises UserError for options that do not fit the models; reads no tensor
     survey(...)     optional: what must be known of all tensors before the first is merged (`surveys.py`); further passes over the files
     merge_piece     the method itself
@@ -49,7 +51,8 @@ def apply(method: ClosedForm, models: Models, write: Callable[[Piece, Array], No
     with np.errstate(all="ignore"):
         survey = getattr(method, "survey", None)
         facts = survey(models, run, chunk) if survey else None
-    run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), models.pieces(method.form, chunk))
+    pieces = models.pieces(method.form, chunk, whole=getattr(method, "whole", None))
+    run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), pieces)
 
 
 def _mean(piece: Piece) -> Array:

@@ -61,6 +61,10 @@ class Tensor:
         return self.size // self.shape[0] if len(self.shape) > 1 and self.shape[0] else self.size
 
 
+Whole = Callable[[Tensor, int], int]
+"""How many arrays of its size a tensor takes that is merged whole, for n tuned models; 0 if it is merged in flat chunks."""
+
+
 @dataclass(frozen=True)
 class Models:
     """`tuned` in the order of the recipe, `base` (the zero-shot model) never among them; `tensors` in the order of the file."""
@@ -82,11 +86,17 @@ class Models:
     def member_labels(self) -> tuple[str, ...]:
         return (self.base_label, *self.labels) if self.base is not None else self.labels
 
-    def pieces(self, form: str = "elementwise", chunk: int = CHUNK, tensor: Tensor | None = None) -> Iterator[Piece]:
-        """Every tensor (or one) cut into pieces: of `chunk` elements, of whole rows, or whole tensors."""
+    def pieces(
+        self, form: str = "elementwise", chunk: int = CHUNK, tensor: Tensor | None = None, whole: Whole | None = None
+    ) -> Iterator[Piece]:
+        """Every tensor (or one) cut into pieces: of `chunk` elements, of whole rows, or whole tensors.
+
+        `whole` tells which tensors the form "tensor" leaves whole; without it, all.
+        """
         for each in self.tensors if tensor is None else (tensor,):
             step = max(1, each.size)
-            if form in ("accumulating", "elementwise"):
+            flat = form == "tensor" and whole is not None and not whole(each, len(self.tuned))
+            if flat or form in ("accumulating", "elementwise"):
                 step = chunk
             elif form == "rows" and each.row:
                 step = each.row * max(1, chunk // each.row)

@@ -170,15 +170,21 @@ def threads_available() -> int:
 
 
 def piece_memory(opened: Opened, threads: int, chunk: int) -> int:
-    """Bytes that the pieces take at most; each method tells how many arrays it holds."""
+    """Bytes that the pieces take at most; each method tells how many arrays it holds.
+
+    Of flat pieces every thread may hold one of the largest; of whole tensors each is there once.
+    """
     method, n = opened.plan.method, len(opened.tuned)
-    largest = max(opened.models.tensors, key=lambda t: t.size * t.wide.itemsize)
-    elements = chunk
+    tensors = opened.models.tensors
+    widest = max(t.wide.itemsize for t in tensors)
+    flat = method.held(n) * chunk * widest
     if method.form == "rows":
-        elements = max(chunk, max(t.row for t in opened.models.tensors))
-    elif method.form == "tensor":
-        elements = largest.size
-    return threads * method.held(n) * elements * largest.wide.itemsize
+        flat = method.held(n) * max(chunk, max(t.row for t in tensors)) * widest
+    if method.form != "tensor":
+        return threads * flat
+    arrays = getattr(method, "whole", lambda tensor, n: method.held(n))
+    needs = [*(arrays(t, n) * t.size * t.wide.itemsize for t in tensors), *(flat,) * threads]
+    return sum(sorted(needs)[-threads:])
 
 
 def chunk_for(opened: Opened, threads: int, max_ram: int | None) -> int:
@@ -186,9 +192,9 @@ def chunk_for(opened: Opened, threads: int, max_ram: int | None) -> int:
     used = anonymous_memory()
     room = max_ram - used - SPARE if max_ram is not None else AT_EASE
     chunk = CHUNK
-    while chunk > BLOCK and piece_memory(opened, threads, chunk) > room:
-        chunk //= 2
     needed = piece_memory(opened, threads, chunk)
+    while chunk > BLOCK and room < needed > (less := piece_memory(opened, threads, chunk // 2)):
+        chunk, needed = chunk // 2, less
     if max_ram is not None and needed > room:
         raise UserError(
             f"--max-ram {max_ram >> 20}M is too little: {(used + SPARE + needed) >> 20}M are needed at {threads} threads",

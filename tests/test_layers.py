@@ -9,7 +9,7 @@ LAYERS = (
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "microworld"),
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading"),
-    ("closed_form", "surveys", "task_vectors"),
+    ("closed_form", "surveys", "task_vectors", "singular"),
     ("features", "strategy", "protocol", "weights", "evaluate", "surrogates"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),

@@ -623,6 +623,27 @@ def test_max_ram_is_kept():
     assert peak("x.safetensors", "y.safetensors", "--base", "z.safetensors", *flags) < 90
 
 
+@pytest.mark.parametrize("strategy", ["tsv_m", "iso_c", "iso_cts"])
+def test_max_ram_is_kept_by_methods_that_hold_matrices(strategy, monkeypatch, capsys):
+    three({"visual.blocks.0.w": (700, 700), "visual.blocks.1.w": (500, 800), "token_embedding.weight": (8000, 64)})
+    words = ("A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", strategy, "--threads", "2")
+    words = (*words, "averaged=[token_embedding]", "-o", "out")
+    monkeypatch.setattr(streaming, "anonymous_memory", lambda: 30 << 20)  # of a process that has merged nothing yet
+    code, _, err = call(monkeypatch, capsys, "merge", *words, "--max-ram", "40M")
+    needed = int(re.search(r"too little: (\d+)M are needed", err)[1])
+    assert code == 2 and 60 < needed < 140
+    assert peak(*words, "--max-ram", f"{needed + 20}M") < needed + 20
+
+
+def test_check_tells_what_svds_take(monkeypatch, capsys):
+    three({"visual.blocks.0.w": (2000, 1000), "b": (9,)})
+    words = ("A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy")
+    _, out, _ = call(monkeypatch, capsys, "check", *words, "tsv_m")
+    assert "form      tensor, 21 arrays of a matrix's size at a time, 1 pass over the files" in out
+    seconds = float(re.search(r"time      about (\S+) s", out)[1])
+    assert seconds > 4 * 1.0 / streaming.threads_available()
+
+
 def test_check_reads_headers_only_and_estimates(monkeypatch, capsys):
     for name in ("ZS", "A", "B"):
         sparse(f"{name}.safetensors", 1 << 20)

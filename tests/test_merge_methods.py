@@ -25,6 +25,8 @@ from mergekit_vl.strategies.dare_ties import DareTies
 from mergekit_vl.strategies.della import Della
 from mergekit_vl.strategies.della_linear import DellaLinear
 from mergekit_vl.strategies.ema import Ema
+from mergekit_vl.strategies.iso_c import IsoC
+from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.karcher import Karcher
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.lines import Lines
@@ -35,6 +37,7 @@ from mergekit_vl.strategies.sce import Sce
 from mergekit_vl.strategies.slerp import Slerp
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
+from mergekit_vl.strategies.tsv_m import TsvM
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.weights import merge_adapters
@@ -94,6 +97,7 @@ EVERY = (
     *(Breadcrumbs(), BreadcrumbsTies(0.3)),
     *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
     *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
+    *(TsvM(), TsvM(0.5, rank=0.8), IsoC(), IsoC(0.5, averaged=("*",)), IsoCTS(), IsoCTS(0.5)),
 )
 """At least every closed form, and the variants that take another way through the code; for a base and two tuned models."""
 
@@ -164,6 +168,39 @@ def test_every_closed_form_is_tested():
         (Sce(1.0), [0, 0], [[1e-2, 0], [0, 2e-2]], [2e-3, 1.6e-2]),
         (Sce(1.0, equal_below=1e-3), [0, 0], [[1e-2, 0], [0, 2e-2]], [5e-3, 1e-2]),
         (Sce(0.1), [0] * 3, [[1, 3, 2]] * 3, [1, 3, 2]),  # no variance: equal to the threshold, all stay
+        # for a 2 x 2 matrix the mean of the singular values times U V^T is (M +- its cofactors) / 2, with the sign of det M
+        (IsoC(), [[0, 0], [0, 0]], [[[3, 0], [4, 5]]], [[4, -2], [2, 4]]),
+        (IsoC(), [[1, 0], [0, 0]], [[[3, 2], [0, -1]], [[1, 2], [0, -2]]], [[3.5, 2], [2, -2.5]]),  # M = 2 4 / 0 -3
+        (IsoC(0.5), [[0] * 3] * 2, [[[3, 0, 0], [4, 5, 0]]], [[2, -1, 0], [1, 2, 0]]),
+        (IsoC(), [[0, 0], [0, 0]], [[[3, 4], [0, 0]]], [[3, 4], [0, 0]]),  # one singular value, which is its own mean
+        (IsoC(0.5), [0, 0], [[2, 4], [4, 8]], [1.5, 3]),  # no matrix: half of the mean
+        (IsoC(averaged=("w",)), [[0, 0], [0, 0]], [[[3, 0], [4, 5]]], [[3, 0], [4, 5]]),
+        (IsoC(), [[[0]] * 2] * 2, [[[[3], [0]], [[4], [5]]]], [[[3], [0]], [[4], [5]]]),  # three axes
+        (TsvM(), np.zeros((2, 2)), [np.diag([3, 1]), np.diag([1, 2])], np.diag([3, 2])),
+        # (1, 0) and (0.6, 0.8) made orthonormal: (3, -1) and (1, 3), over the root of 10
+        (
+            TsvM(),
+            np.zeros((2, 2)),
+            [[[2, 0], [0, 0]], [[0, 0.6], [0, 0.8]]],
+            [[1.8973666, 0.3162278], [-0.6324555, 0.9486833]],
+        ),
+        (
+            TsvM(0.5),
+            np.ones((2, 2)),
+            [[[3, 1], [1, 1]], [[1, 1.6], [1, 1.8]]],
+            [[1.9486833, 1.1581139], [0.6837722, 1.4743416]],
+        ),
+        (TsvM(), np.zeros((2, 2)), [np.diag([3, 1])] * 2, np.diag([3, 0])),  # the same vectors twice: their mean
+        (TsvM(rank=1.0), np.zeros((2, 2)), [np.diag([3, 1])] * 2, np.diag([3, 1])),
+        (TsvM(), [[0, 0]], [[[2, 4]], [[4, 8]]], [[3, 6]]),  # one singular value for two tasks: averaged
+        (IsoCTS(0.4), np.zeros((3, 3)), [np.diag([4, 2, 0]), np.diag([4, -1, 3])], np.eye(3) * 13 / 3),  # of 8; 2; 3
+        (IsoCTS(1.0), np.zeros((3, 3)), [np.diag([4, 2, 0]), np.diag([4, -1, 3])], np.eye(3) * 4),  # of 8, 1, 3: Iso-C
+        (
+            IsoCTS(0.0),
+            np.zeros((2, 2)),
+            [np.diag([3, 1]), [[0, 0.6], [0, 0.8]]],
+            [[1.8973666, 0.6324555], [-0.6324555, 1.8973666]],
+        ),
         (TaskArithmetic(0.5), [1, 0], [[2, 0], [1, 4]], [1.5, 2]),
         (TaskArithmetic(-1.0), [1, 2], [[2, 4]], [0, 0]),  # negation
         (TaskArithmetic(scales=(-1.0, 1.0, 1.0)), [1, 1], [[2, 1], [1, 3], [4, 1]], [3, 3]),  # analogy
@@ -186,6 +223,43 @@ def test_lines_scales_each_tower_from_its_first_block_to_its_last():
     assert factors(Lines(0.2), ones) == [0.2, 0.2, 0.6, 1.0, 0.2, 1.0, 0.2]
     assert factors(Lines(), ones, threes) == [2, 2, 3, 4, 2, 4, 2]  # from the mean to the sum
     assert factors(Lines(combine="mean"), ones, threes) == [1, 1, 1.5, 2, 1, 2, 1]
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 4))
+def test_singular_methods_by_another_way(seed, n):
+    """The nearest orthonormal matrix to C is C (C^T C)^-1/2, here by eigenvalues; the singular vectors by those of D^T D."""
+    base, tuned = random_models(seed, n=n)
+    name, given = "visual.blocks.0.w", models(*tuned, base=base)
+    start = np.float32(base[name])
+    tasks = [(np.float32(t[name]) - start).astype(np.float64) for t in tuned]
+
+    def rows_made_orthonormal(rows):
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        return (vectors * values**-0.5) @ vectors.T @ rows
+
+    def first(matrix, count):
+        values, vectors = np.linalg.eigh(matrix @ matrix.T)
+        left = vectors[:, ::-1][:, :count]
+        values = np.sqrt(values[::-1][:count])
+        return left, values, left.T @ matrix / values[:, None]
+
+    def put_together(parts):
+        u, s, vt = (np.concatenate(each, axis) for each, axis in zip(zip(*parts), (1, 0, 0)))
+        return rows_made_orthonormal(u.T).T, s, rows_made_orthonormal(vt)
+
+    total = sum(tasks)
+    singular = np.sqrt(np.linalg.eigvalsh(total @ total.T))
+    iso_c = singular.mean() * rows_made_orthonormal(total)
+    u, s, vt = put_together([first(task, 12 // n) for task in tasks])
+    tsv_m = (u * s) @ vt
+    own = round(6 / n)
+    common = first(total, 12 - n * own)
+    apart = [task - common[0] @ (common[0].T @ task) for task in tasks]
+    u, s, vt = put_together([first(task, own) for task in apart] + [common])
+    iso_cts = s.mean() * u @ vt
+    for method, expected in ((IsoC(), iso_c), (TsvM(), tsv_m), (IsoCTS(0.5), iso_cts)):
+        np.testing.assert_allclose(merged(method, given)[name], start + expected, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -274,7 +348,7 @@ SYMMETRIC = [
     TaskArithmetic(0.7),
     Ties(),
 ]
-SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True)]
+SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]
 SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
 
 
@@ -318,7 +392,9 @@ def test_endpoints_are_exact(seed):
             np.testing.assert_array_equal(out[name], np.float32((base, tuned)[end][name]), err_msg=str(method))
 
 
-@pytest.mark.parametrize("method", [Lines(0.0, 0.0), Sce(scale=0.0), Sce(0.0)], ids=str)
+@pytest.mark.parametrize(
+    "method", [Lines(0.0, 0.0), Sce(scale=0.0), Sce(0.0), TsvM(0.0), IsoC(0.0), IsoCTS(scale=0.0)], ids=str
+)
 def test_the_coefficient_zero_gives_the_base(method):
     base, tuned = random_models(2)
     for name, values in merged(method, models(*tuned, base=base)).items():
@@ -335,12 +411,28 @@ def test_lines_by_depth_is_a_gradient():
         np.testing.assert_allclose(ours[name], same[name], rtol=1e-6, atol=1e-6)
 
 
+def test_iso_cts_without_subspaces_of_the_tasks_is_iso_c():
+    base, tuned = random_models(5, n=3)
+    given = models(*tuned, base=base)
+    ours, same = merged(IsoCTS(1.0, 0.4), given), merged(IsoC(0.4), given)
+    for name in base:
+        np.testing.assert_allclose(ours[name], same[name], rtol=1e-6)
+
+
 def test_the_elements_that_vary_most_are_the_exact_order_statistic():
     rng = np.random.default_rng(3)
     vectors = rng.standard_normal((3, 3000)).astype(np.float32)
     out = merged(Sce(0.1), models(*vectors, base=np.zeros(3000)))
     expected = np.argsort(vectors.astype(np.float64).var(0))[-300:]
     assert sorted(expected) == np.flatnonzero(out).tolist()
+
+
+def test_only_matrices_are_read_whole():
+    base, tuned = random_models(1, size=200)
+    given = models(*tuned, base=base)
+    sizes = {p.tensor.name: p.size for p in given.pieces("tensor", BLOCK, whole=IsoC().whole)}
+    assert sizes["visual.blocks.0.w"] == 2400 * 70 and sizes["visual.blocks.1.b"] == 90 * 200 - 2 * BLOCK
+    assert all(p.size <= BLOCK for p in given.pieces("tensor", BLOCK, whole=IsoC(averaged=("*",)).whole))
 
 
 def test_ties_trims_the_whole_model_or_each_tensor():
@@ -440,6 +532,15 @@ def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():
         (Sce(), 1, True, "strategy sce: at least 2 tuned models, not 1 (name more models)"),
         (Sce(1.5), 2, True, "strategy sce: density=1.5 (it lies in 0 .. 1)"),
         (Sce(equal_below=-1.0), 2, True, "strategy sce: equal_below=-1 (a number from 0)"),
+        (TsvM(), 1, True, "strategy tsv_m: at least 2 tuned models, not 1 (name more models)"),
+        (TsvM(), 2, False, "strategy tsv_m: needs the model that the others were tuned from"),
+        (TsvM(rank=0.0), 2, True, "strategy tsv_m: rank=0 (a share above 0, at most 1)"),
+        (TsvM(rank=1.5), 2, True, "strategy tsv_m: rank=1.5 (a share above 0, at most 1)"),
+        (TsvM(averaged=("tokens",)), 2, True, "strategy tsv_m: averaged: the filter 'tokens' covers no tensor"),
+        (IsoC(), 1, False, "strategy iso_c: needs the model that the others were tuned from"),
+        (IsoC({"attn": 1.0}), 1, True, "strategy iso_c: scale: the filter 'attn' covers no tensor"),
+        (IsoCTS(), 1, True, "strategy iso_cts: at least 2 tuned models, not 1 (name more models)"),
+        (IsoCTS(-0.1), 2, True, "strategy iso_cts: common=-0.1 (it lies in 0 .. 1)"),
     ],
 )
 def test_what_makes_no_sense_is_refused(method, n, base, message):
@@ -457,6 +558,23 @@ def test_values_that_are_not_finite_name_model_and_tensor(method):
     bad[3] = np.nan
     with pytest.raises(UserError, match="B.*values that are not finite"):
         merged(method, models(np.ones(8) * 2, bad, base=np.zeros(8)))
+
+
+@pytest.mark.parametrize("method", [Sce(), Lines(), TsvM(), IsoC(), IsoCTS()], ids=str)
+def test_a_matrix_that_is_not_finite_names_model_and_tensor(method):
+    good, bad = np.ones((3, 4)), np.ones((3, 4))
+    bad[1, 2] = np.inf
+    with pytest.raises(UserError, match="B: w has values that are not finite"):
+        merged(method, models(good * 2, bad, base=np.zeros((3, 4))))
+
+
+def test_an_svd_that_does_not_converge_says_what_to_do(monkeypatch):
+    def fails(*_, **__):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fails)
+    with pytest.raises(UserError, match=r"the SVD of w does not converge \(average it: averaged=\[w\]\)"):
+        merged(IsoC(), models(np.ones((2, 2)), base=np.zeros((2, 2))))
 
 
 def test_the_method_in_the_docs_works():

@@ -1,0 +1,96 @@
+"""Iso-CTS, isotropic merging in common and task-specific subspaces (Marczak et al. 2025, arXiv 2502.04959, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Tensor
+from mergekit_vl.singular import (
+    AVERAGED,
+    add_matrix,
+    add_mean,
+    check_averaged,
+    is_matrix,
+    orthogonal,
+    sum_of_tasks,
+    svd,
+    svd_arrays,
+    task_matrix,
+)
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy iso_cts"
+
+
+@dataclass(frozen=True)
+class IsoCTS:
+    """base + scale * s U V^T: the first singular vectors of the sum of the task matrices, then those of what each adds to them.
+
+    Of r = min(rows, columns) places `common` goes to the sum's vectors U_c, V_c; the rest is shared out equally among the first
+    singular vectors of D_t - U_c U_c^T D_t for the task matrices D_t. U and V are the nearest orthonormal matrices to what was put
+    together, and s the mean of all its singular values. The share of a task is rounded as in the released code. common=1 is Iso-C.
+    Whatever is no matrix and what `averaged` names takes scale * the mean of the task vectors, as in the released code. Departures: as
+    Iso-C's, and the tasks never take more places than there are.
+    """
+
+    common: float = option(0.8, "share of the places that the sum's vectors take")
+    scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
+    averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
+
+    form, averages = "tensor", False
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def whole(self, tensor: Tensor, n: int) -> int:
+        return 7 + svd_arrays(tensor) if is_matrix(tensor, self.averaged) else 0
+
+    def svds(self, n: int) -> int:
+        return n + 3
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, at_least=2, base=True)
+        models.check_coefficient(WHERE, self.scale, "scale")
+        models.check_coefficient(WHERE, self.common, "common", 0, 1)
+        check_averaged(WHERE, models, self.averaged)
+
+    merge = merge_adapters
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        scale = piece.at(self.scale)
+        if not is_matrix(piece.tensor, self.averaged):
+            return add_mean(piece, scale)
+        (rows, columns), n = piece.tensor.shape, len(piece.models.tuned)
+        places = min(rows, columns)
+        own = own_places(places, n, self.common)
+        left, values, right = np.zeros((rows, places)), np.zeros(places), np.zeros((places, columns))
+        taken = 0
+
+        def put(u: Array, s: Array, vt: Array, at_most: int) -> None:
+            nonlocal taken
+            count = min(at_most, len(s))
+            span = slice(taken, taken + count)
+            left[:, span], values[span], right[span] = u[:, :count], s[:count], vt[:count]
+            taken += count
+
+        put(*svd(piece, sum_of_tasks(piece)), places - n * own)
+        shared = left[:, :taken]
+        for i in range(n if own else 0):
+            matrix = task_matrix(piece, i)
+            matrix -= shared @ (shared.T @ matrix)
+            put(*svd(piece, matrix), own)
+        merged = orthogonal(piece, left[:, :taken]) @ orthogonal(piece, right[:taken])
+        if taken:
+            merged *= values[:taken].mean()
+        return add_matrix(piece, merged, scale)
+
+
+def own_places(places: int, n: int, common: float) -> int:
+    """How many singular vectors of its own each of n task matrices brings."""
+    return min(places // n, round((places - int(places * common)) / n))

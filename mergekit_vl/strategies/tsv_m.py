@@ -1,0 +1,92 @@
+"""TSV-Merge, merging of task singular vectors (Gargiulo et al. 2025, arXiv 2412.00081, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import UserError
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Tensor
+from mergekit_vl.singular import (
+    AVERAGED,
+    add_matrix,
+    add_mean,
+    check_averaged,
+    is_matrix,
+    orthogonal,
+    svd,
+    svd_arrays,
+    task_matrix,
+)
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy tsv_m"
+
+
+@dataclass(frozen=True)
+class TsvM:
+    """base + scale * U S V^T: the first singular vectors of each task matrix side by side, U and V made orthonormal.
+
+    Of T task matrices each keeps the first 1/T of its singular values and vectors; U and V are the nearest orthonormal matrices to
+    the collected vectors (orthogonal Procrustes, by SVD), which takes the interference between the tasks away. Whatever is no matrix
+    (vectors, convolutions) and what `averaged` names takes scale * the mean of the task vectors, as in the released code, which decomposes
+    embeddings too (`averaged=[text_projection, token_embedding]` saves the largest SVDs). Departures: a matrix too small for one
+    singular vector of each task is averaged, where the released code leaves the base; singular values below 1e-6 of the largest count as
+    zero, and directions without one stay out, where the released code fills them with arbitrary vectors (of equal models, for one).
+    """
+
+    scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
+    rank: float | None = option(None, "share of the singular values that each task keeps; empty: 1 / number of tasks")
+    averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
+
+    form, averages = "tensor", False
+
+    def held(self, n: int) -> int:
+        return 3
+
+    def whole(self, tensor: Tensor, n: int) -> int:
+        if not self._kept(tensor, n):
+            return 0
+        collected = ceil(max(1.0, n * (self.rank or 0)))  # in matrices of the tensor's size
+        return 7 + svd_arrays(tensor) + 12 * (collected - 1)
+
+    def svds(self, n: int) -> int:
+        return n + 2
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, at_least=2, base=True)
+        models.check_coefficient(WHERE, self.scale, "scale")
+        if self.rank is not None and not 0 < self.rank <= 1:
+            raise UserError(f"rank={self.rank:g}", where=WHERE, mend="a share above 0, at most 1")
+        check_averaged(WHERE, models, self.averaged)
+
+    merge = merge_adapters
+
+    def _kept(self, tensor: Tensor, n: int) -> int:
+        """Singular vectors of each task; 0 for what is averaged."""
+        if not is_matrix(tensor, self.averaged):
+            return 0
+        return min(tensor.shape) // n if self.rank is None else int(min(tensor.shape) * self.rank)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        n, scale = len(piece.models.tuned), piece.at(self.scale)
+        kept = self._kept(piece.tensor, n)
+        if not kept:
+            return add_mean(piece, scale)
+        left, values, right = [], [], []
+        for i in range(n):
+            u, s, vt = svd(piece, task_matrix(piece, i))
+            left.append(u[:, :kept].copy())
+            values.append(s[:kept])
+            right.append(vt[:kept].copy())
+            del u, vt
+        u = orthogonal(piece, np.concatenate(left, 1))
+        del left
+        u *= np.concatenate(values)
+        return add_matrix(piece, u @ orthogonal(piece, np.concatenate(right)), scale)

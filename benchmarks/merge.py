@@ -59,6 +59,8 @@ OWN = {
     "nuslerp, along=last": ["nuslerp", "along=last"],
     "lines": ["lines"],
     "sce": ["sce"],
+    "iso_c": ["iso_c"],
+    "tsv_m": ["tsv_m"],
     "ema": ["ema"],
     "uniform_soup": ["uniform_soup"],
 }

@@ -260,13 +260,16 @@ class _Cell:
         inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data))
         for label, control in self.experiment.controls:
             rows.append(self._row(label, "control", lambda control=control: control.merge(inputs))[1])
-        merged = []
-        for label, strategy in self.experiment.strategies:
-            model, row = self._row(label, "merged", lambda strategy=strategy: strategy.merge(inputs))
-            merged.append(model)
+        merged: dict[str, Model] = {}
+        for (label, strategy), spec in zip(self.experiment.strategies, self.experiment.recipe.strategies):
+            given = inputs
+            if spec.of is not None:
+                given = dataclasses.replace(inputs, tuned=(merged[spec.of],), data=tuple(data[:1]))
+            merged[label], row = self._row(label, "merged", lambda s=strategy, given=given: s.merge(given))
             rows.append(row)
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        return merged[0], {
+        main = next(iter(merged.values()))
+        return main, {
             "dataset": name,
             "seed": seed,
             "note": self.task.note,
@@ -277,7 +280,7 @@ class _Cell:
                 **{name: len(split) for name, _, split in self.task.tests},
             },
             "rows": rows,
-            "path": self._path(inputs, merged[0]) if len(self.task.data) == 1 else [],
+            "path": self._path(inputs, main) if len(self.task.data) == 1 else [],
         }
 
     def _claim(self, warn: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.errors import UserError
 
@@ -40,20 +41,20 @@ def export(model: Model, folder: Path) -> None:
     tower = model.adapter  # type: ignore[union-attr]
     assert isinstance(tower, Tower)
     backbone: Backbone = tower.on(model.backbone)  # type: ignore[union-attr]
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    tensors = backbone.model.state_dict()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         if "model_cfg" in backbone.config:
-            save_file(_untied(tensors), partial / OPEN_CLIP, metadata={"format": "pt"})
+            save_file(stored.separate(tensors), partial / OPEN_CLIP, metadata={"format": "pt"})
             _write(partial / "open_clip_config.json", _open_clip_config(backbone))
             tokenizer = getattr(backbone.text.tokenizer, "tokenizer", None)  # type: ignore[union-attr]
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(partial)
         else:
-            tensors |= _classifier(tower, backbone)
-            save_file(_untied(tensors), partial / TIMM, metadata={"format": "pt"})
+            tensors = {**tensors, **_classifier(tower, backbone)}
+            save_file(stored.separate(tensors), partial / TIMM, metadata={"format": "pt"})
             _write(partial / "config.json", _timm_config(tower, backbone))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -64,16 +65,6 @@ def export(model: Model, folder: Path) -> None:
         ) from None
     if tower.head is not None and backbone.text is not None:
         tower.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
-
-
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return out
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
@@ -96,7 +87,7 @@ def _classifier(tower: Tower, backbone: Backbone) -> dict[str, Tensor]:
             mend="use the run's state folder with mergekit-vl, or an architecture with one classifier on raw features",
         )
     head = tower.head
-    return {f"{names[0]}.weight": head.weight.cpu().contiguous(), f"{names[0]}.bias": head.bias.cpu().contiguous()}
+    return {f"{names[0]}.weight": head.weight, f"{names[0]}.bias": head.bias}
 
 
 def _timm_config(tower: Tower, backbone: Backbone) -> dict[str, Any]:

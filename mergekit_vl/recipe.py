@@ -31,6 +31,8 @@ class Spec:
     where: str
     label: str
     """The name of its row in reports: `label` of the recipe, or the name."""
+    of: str | None = None
+    """Of a strategy: the label of an earlier one whose model it merges with the base, instead of the tuned ones."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,14 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
             raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
         return Spec(
             value["name"],
-            {k: v for k, v in value.items() if k not in ("name", "label")},
+            {
+                k: v
+                for k, v in value.items()
+                if k not in ("name", "label", *(["of"] if key.startswith("strategy") else []))
+            },
             f"{where}: {key} {value['name']}",
             str(value.get("label", value["name"])),
+            str(value["of"]) if key.startswith("strategy") and "of" in value else None,
         )
 
     def specs(value: Any, key: str) -> tuple[Spec, ...]:
@@ -181,13 +188,17 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")
     if not isinstance(plain["controls"], bool):
         raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
+    strategies = specs(plain["strategy"], "strategy")
+    for i, strategy in enumerate(strategies):
+        if strategy.of is not None and strategy.of not in (earlier := [s.label for s in strategies[:i]]):
+            raise unknown("earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
     return Recipe(
         name=name,
         backbone=spec(plain["backbone"], "backbone"),
         datasets=specs(plain["dataset"], "dataset"),
         protocol=spec(plain["protocol"], "protocol"),
         tuned=tuple(tuned),
-        strategies=specs(plain["strategy"], "strategy"),
+        strategies=strategies,
         controls=plain["controls"],
         seeds=tuple(dict.fromkeys(seeds)),
         plain=plain,

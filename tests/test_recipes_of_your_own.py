@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_vl import experiment, plugins, recipe
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.micro import Micro
+from mergekit_vl.errors import UserError
 from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import Classes, Single
+from mergekit_vl.runs import open_model
 
 NAMES = ("dog", "apple", "car", "swan")
 
@@ -113,3 +115,112 @@ def test_siglip_coop(tmp_path, monkeypatch):
     merged = Single(backbone, Prompt.load(tmp_path / "run" / "merged.safetensors"))
     ours = torch.nn.functional.normalize(merged.text_features(Classes(("dog", "cat"))), dim=-1)
     assert (scope["text"] - ours).abs().max() < 1e-5
+
+
+SMALL_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory):
+    """A small CLIP as open_clip's own folder, and the same one fine-tuned, as open_clip's training checkpoint writes it."""
+    place = tmp_path_factory.mktemp("models")
+    model = clip.construct(SMALL_CLIP, "small")
+    (place / "zs").mkdir()
+    (place / "zs" / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL_CLIP, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), place / "zs" / "open_clip_model.safetensors")
+    tuned = {f"module.{name}": tensor + 0.01 * torch.sign(tensor) for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": tuned}, place / "epoch_3.pt")
+    images(place / "pets", 8)
+    return place
+
+
+def own_recipe(small_clip, **tuned):
+    plain = dict(recipe.load_recipe("wise_ft_own").plain)
+    plain["backbone"] = {"name": "clip", "arch": f"local-dir:{small_clip / 'zs'}"}
+    plain["dataset"] = {"name": "folder", "path": str(small_clip / "pets")}
+    plain["tuned"] = [plain["tuned"][0] | {"checkpoint": str(small_clip / "epoch_3.pt")} | tuned]
+    return plain
+
+
+def test_wise_ft_own(small_clip, tmp_path):
+    """The merged folder loads in plain open_clip, and its tensors lie halfway between the two models'."""
+    import open_clip
+
+    rows, _ = run(own_recipe(small_clip), "wise_ft_own", tmp_path)
+    assert list(rows) == ["zero-shot", "fine-tuned", "wise_ft", "wise_ft 0.3", "ensemble"]
+    merged, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'merged'}")
+    start, _, _ = open_clip.create_model_and_transforms(f"local-dir:{small_clip / 'zs'}")
+    assert preprocess.transforms[0].size == 16
+    for (name, tensor), other in zip(merged.state_dict().items(), start.state_dict().values()):
+        torch.testing.assert_close(tensor, other + 0.005 * torch.sign(other), msg=name)
+
+
+def test_weights_of_another_architecture_are_named_before_anything_is_computed(small_clip, tmp_path):
+    torch.save({"visual.conv1.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(
+        UserError, match=r"other.pt: a checkpoint of another architecture .*visual.class_embedding is missing"
+    ):
+        run(own_recipe(small_clip, checkpoint=str(tmp_path / "other.pt")), "wise_ft_own", tmp_path)
+    assert not list((tmp_path / "run").glob("state/*"))
+
+
+@pytest.mark.parametrize("tuner", [{"name": "linear_probe"}, {"name": "full", "epochs": 1, "batch": 8, "lr": 1e-3}])
+def test_linear_head_timm(small_clip, tmp_path, tuner):
+    """With random weights; what a full tuning leaves loads in plain timm and answers as ours does."""
+    import timm
+
+    plain = dict(recipe.load_recipe("linear_head_timm").plain)
+    plain["backbone"] = {"name": "vision", "arch": "test_resnet"}
+    plain["dataset"] = {"name": "folder", "path": str(small_clip / "pets")}
+    plain["protocol"] = {"name": "few_shot", "shots": 4}
+    plain["tuned"] = [{"tuner": tuner}]
+    plain["strategy"] = [plain["strategy"][0] | {"epochs": 1, "batch": 8}, *plain["strategy"][1:]]
+    rows, _ = run(plain, "linear_head_timm", tmp_path)
+    assert list(rows) == ["class means", tuner["name"], "mergetune", "wise_ft", "ensemble"]
+    if tuner["name"] == "linear_probe":
+        assert load_file(tmp_path / "run" / "merged.safetensors")["weight"].shape[0] == len(NAMES)
+        return
+    file = tmp_path / "run" / "merged" / "model.safetensors"
+    model = timm.create_model("test_resnet", num_classes=len(NAMES), checkpoint_path=str(file)).eval()
+    used = open_model(str(tmp_path / "run"), plugins.load_plugins(), row=None, device="cpu")
+    draw = torch.randn(2, 3, *timm.data.resolve_model_data_config(model)["input_size"][1:])
+    path = used.model.paths[0]
+    with torch.no_grad():
+        ours = used.model.bind(used.classes)({path.key: path.encode(draw, block=2)})
+        torch.testing.assert_close(ours, model(draw), atol=1e-5, rtol=1e-4)
+    again = timm.create_model(f"local-dir:{file.parent}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(draw), model(draw))
+
+
+SHORT = {
+    "robust_micro": ["tuned.0.tuner.epochs=1", "strategy.0.epochs=1", "protocol.shots=2", "dataset.shifts=[clean]"],
+    "robust_micro_probe": ["strategy.0.epochs=2", "protocol.shots=2", "dataset.shifts=[clean]"],
+    "multi_task_micro": ["tuned.0.tuner.epochs=1", "protocol.shots=1"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_recipes_of_the_microworld_run_small(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_vl.microworld.tasks.PER_CLASS", {"train": 3, "val": 2, "test": 3})
+    monkeypatch.setattr(experiment, "PATH_POINTS", 3)
+    short = ["controls=false", *SHORT[name]]
+    plain = dict(recipe.load_recipe(name, short).plain)
+    if name == "multi_task_micro":
+        plain["dataset"], plain["strategy"] = plain["dataset"][:2], plain["strategy"][:2]
+    rows, _ = run(plain, name, tmp_path)
+    if name != "multi_task_micro":
+        assert list(rows["mergetune"]["columns"]) == ["ID", "OOD"]
+        mean = sum(column["acc1"] for column in rows["mergetune"]["columns"].values()) / 2
+        assert rows["mergetune"]["score"] == pytest.approx(mean)
+        return
+    tuned = ["full on sea_and_sky_emboss", "full on household_scatter"]
+    assert list(rows) == ["zero-shot", *tuned, "task_arithmetic", "uniform_soup"]
+    columns = ["sea_and_sky_emboss", "household_scatter"]
+    own = [rows[row]["columns"][column]["acc1"] for row, column in zip(tuned, columns)]
+    merged = [rows["uniform_soup"]["columns"][column]["acc1"] for column in columns]
+    assert rows["uniform_soup"]["normalised"] == pytest.approx(50 * (merged[0] / own[0] + merged[1] / own[1]))

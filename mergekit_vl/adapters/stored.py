@@ -20,8 +20,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 
     from mergekit_vl.files import write_bytes
 
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(data, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)}))
+    write_bytes(path, save(separate(tensors), metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)}))
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, no two of them in the same memory."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return out
 
 
 def adapter_name(path: Path) -> str | None:

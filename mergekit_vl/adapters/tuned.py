@@ -71,8 +71,8 @@ def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> 
     given, classifier = backbone.read(state)
     made = dict(backbone.model.named_buffers()).keys() - own.keys()
     given = {name: tensor for name, tensor in given.items() if name not in made}
-    visual = {name for name in own if name.startswith("visual.")}
-    needed = visual if visual and set(given) <= visual else own.keys()
+    visual = [name for name in own if name.startswith("visual.")]
+    needed = visual if visual and set(given) <= set(visual) else list(own)
     differing = []
     for name in [*needed, *(name for name in given if name not in own)]:
         want, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))

@@ -151,7 +151,11 @@ def register_strategies(register: Register) -> None:
         "mergekit_vl.strategies.iso_cts:IsoCTS",
         "Iso-C with singular vectors of each task's own (Marczak et al. 2025)",
     )
-    register("ensemble", "mergekit_vl.strategies.ensemble:OutputEnsemble", "mean of the members' probabilities")
+    register(
+        "ensemble",
+        "mergekit_vl.strategies.ensemble:OutputEnsemble",
+        "mean of the members' probabilities or logits, calibrated or not",
+    )
     register(
         "mergetune",
         "mergekit_vl.strategies.mergetune:MergeTune",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergekit_vl.errors import UserError
 
@@ -211,10 +211,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The logarithm of the members' weighted mean probability."""
+    """The logarithm of the members' weighted mean probability, or the weighted mean of their logits."""
 
     members: tuple[Model, ...]
     weights: tuple[float, ...]
+    of: Literal["probabilities", "logits"] = "probabilities"
+    temperatures: tuple[float, ...] = ()
+    """What each member's logits are divided by; empty: they stay as they are."""
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:
@@ -224,13 +227,22 @@ class Ensemble:
         import torch
 
         heads = [m.bind(classes) for m in self.members]
-        logs = torch.tensor(self.weights).log()
 
         def head(features: Mapping[str, Tensor]) -> Tensor:
-            members = torch.stack([h(features).log_softmax(-1) for h in heads])  # [N, B, K]
-            return torch.logsumexp(members + logs.to(members)[:, None, None], 0)
+            return self.mix(torch.stack([h(features) for h in heads]))
 
         return head
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Of the members' logits [N, B, K]: [B, K]."""
+        import torch
+
+        if self.temperatures:
+            logits = logits / torch.tensor(self.temperatures).to(logits)[:, None, None]
+        weights = torch.tensor(self.weights).to(logits)[:, None, None]
+        if self.of == "logits":
+            return (weights * logits).sum(0)
+        return torch.logsumexp(logits.log_softmax(-1) + weights.log(), 0)
 
     @property
     def parameters(self) -> int:

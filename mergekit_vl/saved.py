@@ -40,7 +40,10 @@ def save(model: Model, folder: Path, name: str) -> None:
     kind = "mixture" if isinstance(model, Mixture) else "ensemble"
     for i, member in enumerate(model.members):
         save(member, folder, f"{name}.{i}")
-    write_json(folder / f"{name}.model.json", {"kind": kind, "weights": model.weights})
+    facts: dict[str, Any] = {"kind": kind, "weights": model.weights}
+    if isinstance(model, Ensemble):
+        facts |= {"of": model.of, "temperatures": model.temperatures}
+    write_json(folder / f"{name}.model.json", facts)
 
 
 def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> Model | None:
@@ -57,7 +60,10 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     members = [load(folder, f"{name}.{i}", backbone, adapter) for i in range(len(facts["weights"]))]
     if None in members:
         raise UserError("a member is missing", where=str(told), mend="run it again with --force")
-    return (Mixture if facts["kind"] == "mixture" else Ensemble)(tuple(members), tuple(facts["weights"]))  # type: ignore[arg-type]
+    weights = tuple(facts["weights"])
+    if facts["kind"] == "mixture":
+        return Mixture(tuple(members), weights)  # type: ignore[arg-type]
+    return Ensemble(tuple(members), weights, facts["of"], tuple(facts["temperatures"]))  # type: ignore[arg-type]
 
 
 def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mergekit_vl.data import Progress, silent
+from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,19 @@ class MergeInputs:
     progress: Progress = silent
     scratch: Path | None = None
     """A folder for what a long training needs to go on after a kill; none: it starts again."""
+
+    def validated(self, where: str, mend: str) -> TaskData:
+        """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
+        tasks = {id(task) for task in self.data}
+        if len(tasks) != 1:
+            raise UserError(
+                f"nothing can be chosen on validation images of {len(tasks)} tasks at once", where=where, mend=mend
+            )
+        if self.data[0].val is None or not len(self.data[0].val):
+            raise UserError(
+                "there are no validation images", where=where, mend=f"give the dataset a val split, or {mend}"
+            )
+        return self.data[0]
 
 
 class Strategy(Protocol):

@@ -10,7 +10,7 @@ LAYERS = (
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading"),
     ("closed_form", "surveys", "task_vectors", "singular"),
-    ("features", "strategy", "protocol", "weights", "evaluate", "surrogates"),
+    ("features", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols"),
     ("strategies",),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.calibration import golden_section
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import AffineHead, ImagePath
 
@@ -158,7 +159,7 @@ def class_means(features: Tensor, labels: Tensor, classes: Classes, *, normalise
 
 
 def _inverse_temperature(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Golden-section search over log t; the cross-entropy is convex in t."""
+    """Found over log t; the cross-entropy is convex in t."""
     import torch
     import torch.nn.functional as F
 
@@ -172,12 +173,7 @@ def _inverse_temperature(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor
     distances[torch.arange(len(x)), labels] = (x - others).square().sum(-1)
     distances, labels = distances[several], labels[several]
     low, high = (1e-3 / apart).log(), (1e4 / apart).log()
-    ratio = (5**0.5 - 1) / 2
-    for _ in range(60):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        losses = [F.cross_entropy(-t.exp() / 2 * distances, labels) for t in (a, b)]
-        low, high = (low, b) if losses[0] < losses[1] else (a, high)
-    return ((low + high) / 2).exp()
+    return golden_section(lambda t: F.cross_entropy(-t.exp() / 2 * distances, labels), low, high).exp()
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

@@ -157,6 +157,11 @@ def register_strategies(register: Register) -> None:
         "mean of the members' probabilities or logits, calibrated or not",
     )
     register(
+        "vrf",
+        "mergekit_vl.strategies.vrf:Vrf",
+        "image by image: fine-tuned near the training images that zero-shot fails on (Zhu et al. 2024)",
+    )
+    register(
         "mergetune",
         "mergekit_vl.strategies.mergetune:MergeTune",
         "continued fine-tuning under linear mode connectivity",

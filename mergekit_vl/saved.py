@@ -12,6 +12,7 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.errors import UserError
 from mergekit_vl.files import write_json
 from mergekit_vl.model import Ensemble, Mixture, Single
+from mergekit_vl.per_sample import ByDistance
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     AdapterClass = Callable[[str], Any]
     """A registered adapter's class by its name."""
 
+NEAR = "features of images"
+"""What tells the file of a set of features from an adapter's."""
+
 
 def can_save(model: Model) -> bool:
     """A plugin's own kind of model may have no file."""
     if isinstance(model, Single):
         return isinstance(model.adapter, ZeroShot) or hasattr(model.adapter, "save")
-    return isinstance(model, (Mixture, Ensemble)) and all(can_save(member) for member in model.members)
+    return isinstance(model, (Mixture, Ensemble, ByDistance)) and all(can_save(member) for member in model.members)
 
 
 def save(model: Model, folder: Path, name: str) -> None:
@@ -36,13 +40,16 @@ def save(model: Model, folder: Path, name: str) -> None:
         else:
             model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)  # type: ignore[attr-defined]
         return
-    assert isinstance(model, (Mixture, Ensemble))
-    kind = "mixture" if isinstance(model, Mixture) else "ensemble"
+    assert isinstance(model, (Mixture, Ensemble, ByDistance))
     for i, member in enumerate(model.members):
         save(member, folder, f"{name}.{i}")
-    facts: dict[str, Any] = {"kind": kind, "weights": model.weights}
-    if isinstance(model, Ensemble):
-        facts |= {"of": model.of, "temperatures": model.temperatures}
+    if isinstance(model, Mixture):
+        facts: dict[str, Any] = {"kind": "mixture", "weights": model.weights}
+    elif isinstance(model, Ensemble):
+        facts = {"kind": "ensemble", "weights": model.weights, "of": model.of, "temperatures": model.temperatures}
+    else:
+        stored.write(folder / f"{name}.near.safetensors", {"near": model.near}, {"adapter": NEAR})
+        facts = {"kind": "by_distance", "k": model.k, "a": model.a, "b": model.b, "temperatures": model.temperatures}
     write_json(folder / f"{name}.model.json", facts)
 
 
@@ -57,13 +64,16 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     facts = json.loads(told.read_text())
     if facts["kind"] == "zero_shot":
         return Single(backbone, ZeroShot())
-    members = [load(folder, f"{name}.{i}", backbone, adapter) for i in range(len(facts["weights"]))]
+    n = 2 if facts["kind"] == "by_distance" else len(facts["weights"])
+    members: Any = tuple(load(folder, f"{name}.{i}", backbone, adapter) for i in range(n))
     if None in members:
         raise UserError("a member is missing", where=str(told), mend="run it again with --force")
-    weights = tuple(facts["weights"])
     if facts["kind"] == "mixture":
-        return Mixture(tuple(members), weights)  # type: ignore[arg-type]
-    return Ensemble(tuple(members), weights, facts["of"], tuple(facts["temperatures"]))  # type: ignore[arg-type]
+        return Mixture(members, tuple(facts["weights"]))
+    if facts["kind"] == "ensemble":
+        return Ensemble(members, tuple(facts["weights"]), facts["of"], tuple(facts["temperatures"]))
+    near = stored.read(folder / f"{name}.near.safetensors", NEAR, backbone.device)[0]["near"]
+    return ByDistance(members, near, facts["k"], facts["a"], facts["b"], tuple(facts["temperatures"]))
 
 
 def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:

@@ -1,4 +1,4 @@
-"""Ensembles of outputs, with numbers worked by hand."""
+"""Ensembles of outputs, of all images alike and image by image, with numbers worked by hand."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,8 +14,10 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.calibration import temperature
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Classes, Ensemble, Single
+from mergekit_vl.per_sample import ByDistance, kth_distance
 from mergekit_vl.plugins import load_plugins
 from mergekit_vl.strategies.ensemble import OutputEnsemble, simplex
+from mergekit_vl.strategies.vrf import Vrf
 from mergekit_vl.strategy import MergeInputs, TaskData
 
 CLASSES = Classes(("a", "b"))
@@ -122,3 +124,72 @@ def test_an_ensemble_comes_back_from_its_files(tmp_path):
     back = saved.load(tmp_path, "e", backbone, load_plugins().adapter)
     assert (back.weights, back.of, back.temperatures) == ((0.25, 0.75), "logits", (0.5, 2.0))
     assert torch.equal(back.members[1].adapter.ctx, tuned.adapter.ctx)
+
+
+def test_the_distance_to_the_kth_nearest_of_a_set():
+    near = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    x = torch.tensor([[5.0, 0.0], [0.0, -2.0]])  # features are normalised first
+    torch.testing.assert_close(kth_distance(x, near, 1), torch.tensor([0.0, 2**0.5]))
+    torch.testing.assert_close(kth_distance(x, near, 2), torch.tensor([2**0.5, 2**0.5]))
+    torch.testing.assert_close(kth_distance(x, near, 3), torch.tensor([2.0, 2.0]))
+
+
+def vrf_inputs(**more):
+    # zero-shot reads the first column, tuned the second. Training images, all of class 0: both right, zero-shot alone, tuned alone
+    train = Split([[1.0, 1.0], [2.0, -1.0], [-3.0, 4.0]], [0, 0, 0])
+    val = Split([[-1.0, 2.0], [1.0, -1.0]], [0, 0])
+    return MergeInputs(Reads(0), (Reads(1),), (TaskData(CLASSES, train, val),), STORE, **more)
+
+
+def test_vrf_weighs_by_the_distance_to_the_failures_of_zero_shot():
+    model = Vrf(a=0.5, b=0.25, calibrated=False).merge(vrf_inputs())
+    torch.testing.assert_close(model.near, torch.tensor([[-0.6, 0.8]]))  # of (-3, 4): tuned is right, zero-shot is not
+    assert model.k == 1 and model.forwards == 2
+    # (-0.6, 0.8) itself: d = 0, w = sigmoid(2); (0.6, 0.8): d = 1.2, w = sigmoid(-2.8)
+    x = torch.tensor([[-0.6, 0.8], [0.6, 0.8]])
+    w = torch.sigmoid(torch.tensor([2.0, -2.8]))
+    p = w * torch.sigmoid(x[:, 1]) + (1 - w) * torch.sigmoid(x[:, 0])
+    torch.testing.assert_close(model.bind(CLASSES)({"x": x}).exp(), torch.stack([p, 1 - p], 1))
+    hot = replace(model, temperatures=(2.0, 0.5))
+    p = w * torch.sigmoid(x[:, 1] / 0.5) + (1 - w) * torch.sigmoid(x[:, 0] / 2)
+    torch.testing.assert_close(hot.bind(CLASSES)({"x": x}).exp(), torch.stack([p, 1 - p], 1))
+
+
+def test_vrf_chooses_on_validation_images():
+    """Tuned is right on the image near the failures, zero-shot on the other: only a threshold between both gets both."""
+    model = Vrf(calibrated=False).merge(vrf_inputs())
+    x, labels = torch.tensor([[-1.0, 2.0], [1.0, -1.0]]), torch.tensor([0, 0])
+    assert bool((model.bind(CLASSES)({"x": x}).argmax(-1) == labels).all())
+    near, far = kth_distance(x, model.near, 1).tolist()
+    assert near < model.a < far
+    assert Vrf().merge(vrf_inputs()).temperatures != (1.0, 1.0)
+
+
+def test_vrf_where_zero_shot_never_fails_is_zero_shot():
+    inputs = vrf_inputs()
+    inputs = replace(inputs, tuned=(Reads(0),))
+    assert Vrf().merge(inputs) is inputs.base
+
+
+def test_what_vrf_refuses():
+    inputs = vrf_inputs()
+    with pytest.raises(UserError, match="one tuned model, not 2"):
+        Vrf().merge(replace(inputs, tuned=inputs.tuned * 2))
+    with pytest.raises(UserError, match="k=3, and zero-shot fails on 1 training images only"):
+        Vrf(k=3).merge(inputs)
+    with pytest.raises(UserError, match="there are no validation images"):
+        Vrf().merge(replace(inputs, data=(replace(inputs.data[0], val=None),)))
+    for options in ({"k": 0}, {"b": 0.0}):
+        with pytest.raises(UserError, match="strategy vrf"):
+            Vrf(**options)
+
+
+def test_a_mixture_by_distance_comes_back_from_its_files(tmp_path):
+    backbone = SimpleNamespace(device="cpu", spec="words")
+    tuned = Single(backbone, Prompt(torch.tensor([[1.0, 2.0]]), "a"))
+    model = ByDistance((Single(backbone, ZeroShot()), tuned), torch.tensor([[0.6, 0.8]]), 1, 0.5, 0.25, (1.0, 3.0))
+    assert saved.can_save(model)
+    saved.save(model, tmp_path, "v")
+    back = saved.load(tmp_path, "v", backbone, load_plugins().adapter)
+    assert isinstance(back, ByDistance) and torch.equal(back.near, model.near)
+    assert (back.k, back.a, back.b, back.temperatures) == (1, 0.5, 0.25, (1.0, 3.0))

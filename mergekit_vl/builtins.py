@@ -152,6 +152,16 @@ def register_strategies(register: Register) -> None:
         "Iso-C with singular vectors of each task's own (Marczak et al. 2025)",
     )
     register(
+        "fisher",
+        "mergekit_vl.strategies.fisher:Fisher",
+        "mean weighted by each model's Fisher information on its own images (Matena & Raffel 2022)",
+    )
+    register(
+        "regmean",
+        "mergekit_vl.strategies.regmean:RegMean",
+        "linear maps merged by least squares on each model's own images (Jin et al. 2023)",
+    )
+    register(
         "ensemble",
         "mergekit_vl.strategies.ensemble:OutputEnsemble",
         "mean of the members' probabilities or logits, calibrated or not",

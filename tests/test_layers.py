@@ -12,7 +12,7 @@ LAYERS = (
     ("closed_form", "surveys", "task_vectors", "singular"),
     ("features", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),
     ("backbones", "adapters"),
-    ("datasets", "tuners", "protocols"),
+    ("datasets", "tuners", "protocols", "information", "grams"),
     ("strategies",),
     ("saved", "export"),
     ("experiment", "runs", "report", "page", "card", "streaming"),

@@ -21,7 +21,7 @@ BUILTINS = {
         *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
         *("task_arithmetic", "lines", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *("breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "tsv_m", "iso_c", "iso_cts"),
-        *("ensemble", "vrf", "mergetune"),
+        *("fisher", "regmean", "ensemble", "vrf", "mergetune"),
     ],
     "datasets": ["microworld", "folder", "coop_layout"],
     "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],

@@ -6,7 +6,7 @@ Between the zero-shot model w1 and the fine-tuned w2, search a w that has a low-
 
 The last term stands for the path to w1, for which there are no pretraining data: near w1, a minimum of the pretraining
 loss, its Taylor expansion is 1/2 (w - w1)^T H (w - w1), and an isotropic H makes that a squared distance. `surrogate=fisher`
-takes a diagonal H instead (`surrogates.py`); nobody has published that, and docs/suite.md shows what it does.
+takes a diagonal H instead (`information.py`); nobody has published that, and docs/suite.md shows what it does.
 
 What "w" means, by what was tuned:
 
@@ -44,7 +44,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_vl import surrogates
+from mergekit_vl import information, surrogates
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
 from mergekit_vl.evaluate import evaluate
@@ -52,7 +52,7 @@ from mergekit_vl.model import ImagePath, Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.tuners.context import Schedule, cross_entropy, encoder, fit_context
+from mergekit_vl.tuners.context import Schedule, cross_entropy, fit_context
 from mergekit_vl.tuners.head import fit_head, inputs_of, matrix
 from mergekit_vl.weights import anchors
 
@@ -212,27 +212,15 @@ class MergeTune:
         return surrogates.squared(w, w1, fisher).sum() / divisor
 
     def _prompt_fisher(self, inputs: MergeInputs, zero_shot: Single, text1: Tensor) -> Tensor:
-        import torch
         import torch.nn.functional as F
 
         backbone, data = zero_shot.backbone, inputs.data[0]
-        images = F.normalize(inputs.features.features(ImagePath(backbone), data.train).to(backbone.device), dim=-1)
-        if self.path == "features":
-            return surrogates.of_text_features(text1, images, backbone.scale)
-        encode = encoder(backbone, data.classes, zero_shot.adapter)  # type: ignore[arg-type]
-        images = images[self._some(inputs, len(images))]
-
-        def log_p(weights, i: int) -> Tensor:
-            text = F.normalize(encode(weights["ctx"]), dim=-1)
-            return (backbone.scale * images[i] @ text.T).log_softmax(-1)
-
-        draw = torch.Generator().manual_seed(inputs.seed + 2)
-        return surrogates.by_sampling(log_p, zero_shot.adapter.tensors, len(images), draw)["ctx"]
-
-    def _some(self, inputs: MergeInputs, n: int) -> Tensor:
-        import torch
-
-        return torch.randperm(n, generator=torch.Generator().manual_seed(inputs.seed + 3))[: self.fisher_images]
+        if self.path == "weights":
+            fisher = information.of_model(zero_shot, data, inputs, self.fisher_images)["ctx"]
+        else:
+            images = F.normalize(inputs.features.features(ImagePath(backbone), data.train).to(backbone.device), dim=-1)
+            fisher = information.of_text_features(text1, images, backbone.scale)
+        return surrogates.mean_one({"w": fisher})["w"]
 
     # linear heads
 
@@ -261,7 +249,7 @@ class MergeTune:
         w1, w2 = matrix(first), matrix(second)  # type: ignore[arg-type]
         apart = float((w1.square() + w2.square()).sum())
         x1 = inputs_of(first, views.to(w1.device)).flatten(0, 1)  # type: ignore[arg-type]
-        fisher = surrogates.of_head(w1, x1) if self.surrogate == "fisher" else None
+        fisher = surrogates.mean_one({"w": information.of_head(w1, x1)})["w"] if self.surrogate == "fisher" else None
         draw = torch.Generator().manual_seed(inputs.seed + 1)
 
         def loss(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
@@ -297,7 +285,10 @@ class MergeTune:
         w1, w2 = dict(zero_shot.adapter.tensors), dict(tuned[0].adapter.tensors)
         draw = torch.Generator().manual_seed(inputs.seed + 1)
         apart = sum((w2[name] - w1[name]).square().sum() for name in w1).clamp_min(1e-12)  # type: ignore[union-attr]
-        fisher = self._tower_fisher(inputs, zero_shot) if self.surrogate == "fisher" else {}
+        fisher = {}
+        if self.surrogate == "fisher":
+            fisher = information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
+            fisher = surrogates.mean_one(fisher)
 
         def losses(forward, weights, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
             yield F.cross_entropy(forward(weights, images), labels)
@@ -310,25 +301,6 @@ class MergeTune:
                 yield self.beta / len(alphas) * F.cross_entropy(forward(point, images), labels)
 
         return losses
-
-    def _tower_fisher(self, inputs: MergeInputs, zero_shot: Single) -> dict[str, Tensor]:
-        import torch
-
-        from mergekit_vl.features import test_view
-        from mergekit_vl.tuners.tower import Forward
-
-        data, path = inputs.data[0], ImagePath(zero_shot.backbone)
-        forward = Forward(zero_shot.backbone, zero_shot.adapter, data.classes)  # type: ignore[arg-type]
-        forward.image.eval()
-        rows = self._some(inputs, len(data.train)).tolist()
-
-        def log_p(weights, i: int) -> Tensor:
-            inputs.progress(i + 1, len(rows), "Fisher information")
-            image = test_view(data.train.source.load(int(data.train.rows[rows[i]])), path)
-            return forward(weights, image[None].to(zero_shot.backbone.device))[0].log_softmax(-1)
-
-        draw = torch.Generator().manual_seed(inputs.seed + 2)
-        return surrogates.by_sampling(log_p, forward.weights, len(rows), draw)
 
 
 def interpolate(w: Tensor, w2: Tensor, alphas: Tensor) -> Tensor:

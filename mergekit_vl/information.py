@@ -1,0 +1,131 @@
+"""The diagonal Fisher information of a model's weights.
+
+It is the mean of squared gradients of log p(y | x) over images x, with labels y from the model's own predictions (Martens 2020,
+arXiv 1412.1193, section 9): how much its answers depend on each weight. Where the logits are known in closed form the mean over labels
+is taken exactly, else one label is drawn per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.model import ImagePath
+from mergekit_vl.tuners.context import encoder
+from mergekit_vl.tuners.head import inputs_of, matrix
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergekit_vl.model import Single
+    from mergekit_vl.strategy import MergeInputs, TaskData
+
+
+def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
+    """Of a prompt, a linear head or a tower at its own weights, by their names, on its training images.
+
+    `images` is how many at most are taken where each costs a backward (prompts, towers). Of a tower there is none for running statistics
+    and for a text tower, which these images do not move.
+    """
+    measure = {"ctx": _of_context, "head": _of_linear_head, "tower": _of_tower}.get(model.adapter.space)
+    if measure is None:
+        raise UserError(
+            f"no Fisher information of the space {model.adapter.space}", mend="tune a prompt, a head or a tower"
+        )
+    return measure(model, data, inputs, images)
+
+
+def some(inputs: MergeInputs, n: int, at_most: int) -> Tensor:
+    """Which of n images are taken."""
+    import torch
+
+    return torch.randperm(n, generator=torch.Generator().manual_seed(inputs.seed + 3))[:at_most]
+
+
+def _labels(inputs: MergeInputs) -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed(inputs.seed + 2)
+
+
+def _of_context(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
+    import torch.nn.functional as F
+
+    backbone = model.backbone
+    x = F.normalize(inputs.features.features(ImagePath(backbone), data.train).to(backbone.device), dim=-1)
+    x = x[some(inputs, len(x), images)]
+    encode = encoder(backbone, data.classes, model.adapter)  # type: ignore[arg-type]
+
+    def log_p(weights: Mapping[str, Tensor], i: int) -> Tensor:
+        text = F.normalize(encode(weights["ctx"]), dim=-1)
+        return (backbone.scale * x[i] @ text.T).log_softmax(-1)
+
+    return by_sampling(log_p, model.adapter.tensors, len(x), _labels(inputs))
+
+
+def _of_linear_head(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
+    head = model.adapter
+    w = matrix(head)  # type: ignore[arg-type]
+    x = inputs_of(head, inputs.features.features(ImagePath(model.backbone), data.train).to(w.device))  # type: ignore[arg-type]
+    fisher = of_head(w, x)
+    return {"weight": fisher[:, :-1], "bias": fisher[:, -1]}
+
+
+def _of_tower(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
+    from mergekit_vl.features import test_view
+    from mergekit_vl.tuners.tower import Forward
+
+    path = ImagePath(model.backbone)
+    forward = Forward(model.backbone, model.adapter, data.classes)  # type: ignore[arg-type]
+    forward.image.eval()
+    rows = some(inputs, len(data.train), images).tolist()
+
+    def log_p(weights: Mapping[str, Tensor], i: int) -> Tensor:
+        inputs.progress(i + 1, len(rows), "Fisher information")
+        image = test_view(data.train.source.load(int(data.train.rows[rows[i]])), path)
+        return forward(weights, image[None].to(model.backbone.device))[0].log_softmax(-1)
+
+    return by_sampling(log_p, forward.weights, len(rows), _labels(inputs))
+
+
+def of_head(w: Tensor, x: Tensor) -> Tensor:
+    """Of a head w [K, D + 1] that reads x [N, D + 1]: mean_i p_ik (1 - p_ik) x_id^2."""
+    p = (x @ w.T).softmax(-1)
+    return (p * (1 - p)).T @ x.square() / len(x)
+
+
+def of_text_features(text: Tensor, images: Tensor, scale: Tensor) -> Tensor:
+    """Of raw text features [K, D], logits scale x . t / |t| of normalised images [N, D]."""
+    import torch.nn.functional as F
+
+    unit = F.normalize(text, dim=-1)
+    cosines = images @ unit.T  # [N, K]
+    p = (scale * cosines).softmax(-1)
+    q = p * (1 - p)
+    # d logit_k / d t_k = scale (x - cos t_hat) / |t|, squared and summed with weights q
+    squares = (
+        q.T @ images.square()
+        - 2 * (q * cosines).T @ images * unit
+        + (q * cosines.square()).sum(0)[:, None] * unit.square()
+    )
+    return squares.clamp_min(0) * (scale / text.norm(dim=-1, keepdim=True)).square() / len(images)
+
+
+def by_sampling(
+    log_p: Callable[[Mapping[str, Tensor], int], Tensor], at: Mapping[str, Tensor], n: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Of any weights: log_p(weights, i) gives the log-probabilities [K] of image i; one backward per image."""
+    import torch
+
+    leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in at.items()}
+    total = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
+    for i in range(n):
+        logs = log_p(leaves, i)
+        label = int(torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator))
+        gradients = torch.autograd.grad(logs[label], list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(total, gradients):
+            if gradient is not None:
+                total[name] += gradient.square()
+    return {name: tensor / n for name, tensor in total.items()}

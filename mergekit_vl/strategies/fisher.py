@@ -1,0 +1,98 @@
+"""Fisher-weighted averaging (Matena & Raffel 2022, arXiv 2111.09832, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_vl import information
+from mergekit_vl.errors import UserError
+from mergekit_vl.model import Model
+from mergekit_vl.options import option
+from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.weights import anchors, as_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = Mapping[str, Tensor]
+
+WHERE = "strategy fisher"
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """sum_i w_i F_i theta_i / sum_i w_i F_i, element by element; F_i is the diagonal Fisher information at theta_i on model i's own images.
+
+    Of a prompt theta are the context vectors. The zero-shot point, where it takes part (`base`), has the mean of its information on
+    the images of every task. Tensors without information (a text tower, running statistics) take the weighted mean without F.
+
+    Departures: labels are the model's own as in the paper, but for contexts and towers one is drawn per image instead of the mean over all
+    (of a head the mean is exact). The released code raises every F of the target model to at least 1e-6; here all models' are, and
+    1e-6 is in units of the mean over models and elements, since few confident images give less than 1e-6 almost
+    everywhere: where no model knows anything, the plain mean remains. It divides each model's F by its norm (`normalise=true`), and
+    searches the weights on the validation data of the target task.
+    """
+
+    weights: tuple[float, ...] = option((), "one per tuned model, before them zero-shot's if base; empty: all equal")
+    base: bool = option(False, "the zero-shot point is one of the models")
+    images: int = option(
+        256, "training images of each estimate, at most, where each takes a backward (contexts, towers)"
+    )
+    floor: float = option(1e-6, "least information, in units of the mean")
+    normalise: bool = option(False, "divide each model's information by its norm")
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise UserError(f"images={self.images}", where=WHERE, mend="at least 1")
+        if not self.floor > 0:
+            raise UserError(f"floor={self.floor}", where=WHERE, mend="above 0")
+
+    def merge(self, inputs: MergeInputs) -> Model:
+        import torch
+
+        zero_shot, tuned = anchors(inputs)
+        models = (zero_shot, *tuned) if self.base else tuned
+        if len(models) < 2:
+            raise UserError("one model alone", where=WHERE, mend="name another under `tuned`, or set base=true")
+        weights = self.weights or (1.0,) * len(models)
+        if len(weights) != len(models):
+            raise UserError(
+                f"{len(weights)} weights for {len(models)} models",
+                where=WHERE,
+                mend=f"one per tuned model{', zero-shot first' * self.base}",
+            )
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise UserError(f"weights {weights}", where=WHERE, mend="use weights >= 0 with a positive sum")
+        fishers = []
+        if self.base:
+            tasks = {id(task): task for task in inputs.data}.values()
+            each = [information.of_model(zero_shot, task, inputs, self.images) for task in tasks]
+            fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
+        for model, task in zip(tuned, inputs.data, strict=True):
+            fishers.append(information.of_model(model, task, inputs, self.images))
+        return as_model(zero_shot, self.average([m.adapter.tensors for m in models], fishers, weights))
+
+    def average(self, thetas: list[Tensors], fishers: list[Tensors], weights: tuple[float, ...]) -> dict[str, Tensor]:
+        """Of tensors and their information by name."""
+        import torch
+
+        if self.normalise:
+            norms = [sum(t.double().square().sum() for t in f.values()) ** 0.5 for f in fishers]
+            fishers = [{name: t / norm for name, t in f.items()} for f, norm in zip(fishers, norms) if norm > 0]
+        total = sum(float(t.double().sum()) for f in fishers for t in f.values())
+        if len(fishers) < len(thetas) or not 0 < total < float("inf"):
+            raise UserError(
+                "the Fisher information is zero or not finite: a model is certain of every one of its images",
+                where=WHERE,
+                mend="give more images, or use linear",
+            )
+        least = self.floor * total / sum(t.numel() for f in fishers for t in f.values())
+        merged = {}
+        for name, like in thetas[0].items():
+            ones = torch.ones_like(like, dtype=torch.float64)
+            shares = [w * (f[name].double().clamp_min(least) if name in f else ones) for w, f in zip(weights, fishers)]
+            top = sum(share * theta[name].double() for share, theta in zip(shares, thetas))
+            merged[name] = (top / sum(shares)).to(like)  # type: ignore[operator]
+        return merged

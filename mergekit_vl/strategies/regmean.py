@@ -1,0 +1,115 @@
+"""RegMean, regression mean (Jin et al. 2023, arXiv 2212.09849, eq. 2 and 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_vl.adapters.tower import HEAD
+from mergekit_vl.errors import UserError
+from mergekit_vl.information import some
+from mergekit_vl.model import Model, Single
+from mergekit_vl.options import option
+from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.tuners.head import inputs_of
+from mergekit_vl.weights import anchors, as_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.adapters.linear_head import LinearHead
+    from mergekit_vl.grams import Gram
+    from mergekit_vl.strategy import TaskData
+
+WHERE = "strategy regmean"
+RIDGE = 1e-6
+"""In units of the mean diagonal of the sum of the Gram matrices."""
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """W = sum_i W_i G_i (sum_i G_i)^-1 for each linear map: the least squared change of every model's outputs on its own images.
+
+    G_i = X_i^T X_i of what the map reads in model i, its off-diagonal elements times `alpha`. In a tower the maps are all products
+    with a weight in the image tower (`grams.py`: linear layers, the attention's projections, convolutions whose windows do not
+    overlap) and the weights of a linear head; of a head alone, its weights. Everything else takes the plain mean: biases, norms,
+    position embeddings, depthwise and overlapping convolutions, a text tower. Zero-shot is not one of the models.
+
+    Departures: G_i is divided by the number of rows, as in the released code, so that a task with more images does not weigh more. The
+    solution is found as the plain mean plus a correction, with a ridge of 1e-6 of the mean diagonal: in directions that no image
+    reaches, the plain mean remains. The paper has convolutions and embeddings in the plain mean. Heads over the same images
+    are averaged: all their G_i are the same.
+    """
+
+    alpha: float = option(0.9, "off-diagonal elements are multiplied by it")
+    images: int = option(256, "training images of each model, at most, where a tower reads them")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha={self.alpha}", where=WHERE, mend="between 0 and 1")
+        if self.images < 1:
+            raise UserError(f"images={self.images}", where=WHERE, mend="at least 1")
+
+    def merge(self, inputs: MergeInputs) -> Model:
+        import torch
+
+        zero_shot, tuned = anchors(inputs)
+        space = zero_shot.adapter.space
+        if space not in ("head", "tower"):
+            what = "a prompt has no linear map of image features" if space == "ctx" else f"a model of the space {space}"
+            raise UserError(what, where=WHERE, mend="tune heads or towers, or use linear or fisher")
+        if len(tuned) < 2:
+            raise UserError("one model alone", where=WHERE, mend="name another under `tuned`")
+        tensors = [m.adapter.tensors for m in tuned]
+        merged = {n: torch.stack([t[n].double() for t in tensors]).mean(0).to(t) for n, t in tensors[0].items()}
+        measure = self._of_head if space == "head" else self._of_tower
+        sums: dict[str, Tensor] = {}
+        moves: dict[str, Tensor] = {}
+        transposed: dict[str, bool] = {}
+        for model, task in zip(tuned, inputs.data, strict=True):
+            for name, gram in measure(model, task, inputs).items():
+                shrunk, transposed[name] = shrink(gram.mean, self.alpha), gram.transposed
+                apart = model.adapter.tensors[name] - merged[name]
+                apart = apart if gram.transposed else apart.flatten(1).T  # [in, out]
+                sums[name] = sums.get(name, 0) + shrunk
+                moves[name] = moves.get(name, 0) + shrunk @ apart.to(shrunk)
+        for name, total in sums.items():
+            move = solve(total, moves[name])  # [in, out]
+            merged[name] += (move if transposed[name] else move.T).reshape(merged[name].shape).to(merged[name])
+        return as_model(zero_shot, merged)
+
+    def _of_head(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
+        features = inputs.features.features(model.paths[0], task.train)
+        return {"weight": gram_of_head(model.adapter, features.to(model.adapter.weight.device))}  # type: ignore
+
+    def _of_tower(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
+        from mergekit_vl import grams
+
+        rows = some(inputs, len(task.train), self.images).tolist()
+        found, features = grams.of_tower(model, task.train, rows, inputs.progress)
+        head = model.adapter.head  # type: ignore[attr-defined]
+        if head is not None:
+            found[HEAD + "weight"] = gram_of_head(head, features)
+        return {name: gram for name, gram in found.items() if name in model.adapter.tensors}
+
+
+def gram_of_head(head: LinearHead, features: Tensor) -> Gram:
+    """Of raw features [N, D]."""
+    from mergekit_vl.grams import Gram
+
+    x = inputs_of(head, features)[:, :-1]  # without the ones of the bias
+    return Gram(x.T @ x, len(x), transposed=False)
+
+
+def shrink(gram: Tensor, alpha: float) -> Tensor:
+    """Off-diagonal elements times alpha."""
+    return alpha * gram + (1 - alpha) * gram.diagonal().diag()
+
+
+def solve(gram: Tensor, right: Tensor) -> Tensor:
+    """(gram + ridge)^-1 right."""
+    import torch
+
+    gram = gram.double()
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-30)
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), right.double())

@@ -32,7 +32,8 @@ class Fisher:
     (of a head the mean is exact). The released code raises every F of the target model to at least 1e-6; here all models' are, and
     1e-6 is in units of the mean over models and elements, since few confident images give less than 1e-6 almost
     everywhere: where no model knows anything, the plain mean remains. It divides each model's F by its norm (`normalise=true`), and
-    searches the weights on the validation data of the target task.
+    searches the weights on the validation data of the target task. A model that is sure of its images has little information, and one that
+    is unsure of its own outweighs it, normalised or not: look at each task's accuracy.
     """
 
     weights: tuple[float, ...] = option((), "one per tuned model, before them zero-shot's if base; empty: all equal")

@@ -35,10 +35,11 @@ class RegMean:
     overlap) and the weights of a linear head; of a head alone, its weights. Everything else takes the plain mean: biases, norms,
     position embeddings, depthwise and overlapping convolutions, a text tower. Zero-shot is not one of the models.
 
-    Departures: G_i is divided by the number of rows, as in the released code, so that a task with more images does not weigh more. The
-    solution is found as the plain mean plus a correction, with a ridge of 1e-6 of the mean diagonal: in directions that no image
-    reaches, the plain mean remains. The paper has convolutions and embeddings in the plain mean. Heads over the same images
-    are averaged: all their G_i are the same.
+    The paper takes alpha 0.9 for most models; the released settings have 0.1 for DeBERTa. Departures: G_i is divided by the number of
+    rows, so that a task with more images does not weigh more (implementations differ in this). The solution is found as the plain
+    mean plus a correction, with a ridge of 1e-6 of the mean diagonal: in directions that no image reaches, the plain mean
+    remains. The paper has linear layers alone; the bare projections and the convolutions are ours. Heads over the same images are
+    averaged: all their G_i are the same.
     """
 
     alpha: float = option(0.9, "off-diagonal elements are multiplied by it")

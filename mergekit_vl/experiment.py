@@ -74,10 +74,7 @@ class Experiment:
 
     @property
     def controls(self) -> tuple[tuple[str, Any], ...]:
-        """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms.
-
-        Whatever follows the training (`ensemble`) they get too, so that they differ from it in its terms alone.
-        """
+        """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms."""
         from mergekit_vl.strategies.mergetune import MergeTune
 
         main = next((s for _, s in self.strategies if isinstance(s, MergeTune)), None)

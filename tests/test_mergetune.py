@@ -1,7 +1,6 @@
 """MergeTune's objective against a literal float64 transcription that shares no code with the product."""
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,7 +208,6 @@ def test_a_step_has_one_text_forward_and_no_image_forward(task, monkeypatch, pat
         ({"lambda_": -1.0}, "lambda=-1.0"),
         ({"alphas": (0.5, 2.0)}, "alphas="),
         ({"alphas": (), "n_alpha": 0}, "n_alpha=0"),
-        ({"ensemble": 1.5}, "ensemble=1.5"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -230,32 +228,6 @@ def test_endpoints_of_tau(task, monkeypatch):
     backbone = task.base.backbone
     assert torch.equal(MergeTune(tau=0.0).merge(task).adapter.ctx, backbone.embed("a photo of a"))
     assert torch.equal(MergeTune(tau=1.0).merge(task).adapter.ctx, task.tuned[0].adapter.ctx)
-
-
-def test_the_last_average_with_zero_shot(task, monkeypatch):
-    """w1 = a photo of a, the result is w2 = a sketch of a: nothing is trained, so the average is known."""
-    monkeypatch.setattr(mergetune, "fit_context", lambda backbone, start, *args, **kwargs: start)
-    w1, w2 = task.base.backbone.embed("a photo of a"), task.tuned[0].adapter.ctx
-    for ensemble in (0.0, 0.25, 1.0):
-        merged = MergeTune(tau=1.0, ensemble=ensemble).merge(task)
-        torch.testing.assert_close(merged.adapter.ctx, (1 - ensemble) * w1 + ensemble * w2)
-
-
-def test_validation_chooses_the_weight_of_the_last_average(task, monkeypatch):
-    monkeypatch.setattr(mergetune, "fit_context", lambda backbone, start, *args, **kwargs: start)
-    w1, w2 = task.base.backbone.embed("a photo of a"), task.tuned[0].adapter.ctx
-    data = replace(task.data[0], val=task.data[0].train)
-
-    def evaluate(model, classes, split, store):  # the nearer to 0.3 of the way the likelier, all of them as accurate
-        assert split is data.val
-        at = float((model.adapter.ctx - w1).norm() / (w2 - w1).norm())
-        return SimpleNamespace(acc1=0.5, nll=abs(at - 0.3)), 0.0, None
-
-    monkeypatch.setattr(mergetune, "evaluate", evaluate)
-    merged = MergeTune(tau=1.0, ensemble=None).merge(replace(task, data=(data,)))
-    torch.testing.assert_close(merged.adapter.ctx, 0.7 * w1 + 0.3 * w2)
-    with pytest.raises(UserError, match="give ensemble a number"):
-        MergeTune(ensemble=None).merge(task)
 
 
 def test_inputs_are_unchanged_and_the_seed_decides(task):

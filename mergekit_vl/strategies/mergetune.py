@@ -31,9 +31,6 @@ The logits of a head are linear in its weights, so the points of its path cost n
 paper divides by in S for heads and towers is not known to us. Ours make lambda comparable between models of any size: a head's S is
 about 1 - cos, a tower's is the price of standing as far from zero-shot as the fine-tuned model does.
 
-`ensemble` averages the result with zero-shot once more, (1 - ensemble) w1 + ensemble w of the tensors: the paper's "+ weight ensemble",
-its best row on shifted images. The weight there is not known to us; `ensemble=null` chooses it on validation images.
-
 Paper and released code differ (the paper's values are known to us second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in
 the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100 epochs in the code. The defaults are the
 paper's; path `features` with surrogate `cosine` and the fixed grid of alphas is what the code does.
@@ -41,13 +38,12 @@ paper's; path `features` with surrogate `cosine` and the fixed grid of alphas is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl import information, surrogates
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
-from mergekit_vl.evaluate import evaluate
 from mergekit_vl.model import ImagePath, Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.wise_ft import WiseFT
@@ -66,9 +62,6 @@ if TYPE_CHECKING:
 
 LR = {"ctx": 0.002, "head": 1.0, "tower": 3e-5}
 """Where none is given: SGD's for prompts, SGD's in units of 1 / mean squared feature norm for heads, AdamW's for towers."""
-
-ENSEMBLES = tuple(i / 10 for i in range(10, -1, -1))
-"""Weights that validation chooses from."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +94,6 @@ class MergeTune:
         256, "images of the estimate, at most, where it takes a backward each (contexts, towers)"
     )
     accumulate: int = option(1, "of a tower: batches whose gradients make one step")
-    ensemble: float | None = option(
-        1.0, "weight of the result in a last average of weights with zero-shot; 1: none; none: by validation"
-    )
 
     def __post_init__(self) -> None:
         for name, valid, mend in (
@@ -114,35 +104,13 @@ class MergeTune:
             ("n_alpha", self.n_alpha >= 1, "at least 1"),
             ("fisher_images", self.fisher_images >= 1, "at least 1"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("ensemble", self.ensemble is None or 0 <= self.ensemble <= 1, "between 0, zero-shot, and 1, the result"),
         ):
             if not valid:
                 value = getattr(self, name)
                 raise UserError(f"{name.rstrip('_')}={value}", where="strategy mergetune", mend=mend)
 
     def merge(self, inputs: MergeInputs) -> Model:
-        space = self._space(inputs)
-        if self.ensemble is None:
-            inputs.validated("strategy mergetune", "give ensemble a number")
-        return self._averaged(inputs, {"ctx": self._prompt, "head": self._head, "tower": self._tower}[space](inputs))
-
-    def _averaged(self, inputs: MergeInputs, merged: Model) -> Model:
-        """(1 - ensemble) w1 + ensemble w: of the weights of the grid, the one with the best accuracy, then likelihood, then the largest."""
-        if self.ensemble == 1:
-            return merged
-        inputs = replace(inputs, tuned=(merged,))
-        if self.ensemble is not None:
-            return WiseFT(self.ensemble).merge(inputs)
-        task = inputs.data[0]
-        best, found = None, merged
-        for alpha in ENSEMBLES:
-            model = merged if alpha == 1 else WiseFT(alpha).merge(inputs)
-            moved = model.paths[0].key != inputs.base.paths[0].key  # a tower that is looked at once
-            store = inputs.features.temporary() if moved else inputs.features
-            scores = evaluate(model, task.classes, task.val, store)[0]  # type: ignore[arg-type]
-            if best is None or (scores.acc1, -scores.nll) > best:
-                best, found = (scores.acc1, -scores.nll), model
-        return found
+        return {"ctx": self._prompt, "head": self._head, "tower": self._tower}[self._space(inputs)](inputs)
 
     def _space(self, inputs: MergeInputs) -> str:
         if len(inputs.tuned) != 1:

@@ -85,9 +85,7 @@ class MergeTune:
     lr: float | None = option(
         None, "none: 0.002 for a prompt (SGD), 1.0 for a head (see linear_probe), 3e-5 for a tower (AdamW)"
     )
-    views: int | None = option(
-        None, "augmented views of each image; none: one per epoch, the test view alone for a head"
-    )
+    views: int = option(0, "of a head: augmented views of each image; 0: the test view alone, as linear_probe")
     crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
     flip: bool = option(True, "flip half of the images")
     fisher_images: int = option(

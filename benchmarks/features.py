@@ -4,7 +4,8 @@
 
 Each round times, in turn, the image tower on tensors that are in memory already, the decoding and transforming of the files with as
 many threads as the store has, and the store itself from files to features. The ratio printed is store / min(forward, decode) in images
-a second, a round's own; then the growth of the resident peak from N images to 4 N.
+a second, a round's own; beside it store / (1 / (1 / forward + 1 / decode)), the floor where both want the same cores; then the growth of
+the resident peak from N images to 4 N.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def main() -> None:
     FeatureStore(None).features(path, more)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     medians = [statistics.median(column) for column in zip(*rates)]
+    both = medians[2] * (1 / medians[0] + 1 / medians[1])
     print(f"{args.arch}, {len(few)} images, {args.device}, {torch.get_num_threads()} threads: median ratio {statistics.median(ratios):.2f} "
-          f"(forward {medians[0]:.1f}, decode {medians[1]:.1f}, store {medians[2]:.1f} images/s); "
+          f"(forward {medians[0]:.1f}, decode {medians[1]:.1f}, store {medians[2]:.1f} images/s), {both:.2f} of one after the other; "
           f"peak memory grows by {grown:.0f} MiB from {len(few)} to {len(more)} images")  # fmt: skip
 
 

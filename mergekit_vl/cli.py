@@ -200,7 +200,7 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
     headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
     for header in headers:
-        table.add_column(header, justify="left" if header == "row" else "right", no_wrap=header == "row")
+        table.add_column(header, justify="left" if header == "row" else "right")
     table.add_column(f"{report['main']} minus it", justify="right", min_width=max(map(len, texts.values())))
     table.add_column("heads", justify="right")
     for row in report["summary"]:

@@ -342,6 +342,7 @@ class _Cell:
             "score": self.task.metric.of({test: scores["acc1"] for test, scores in tests.items()}),
             "parameters": model.parameters,
             "forwards": model.forwards,
+            "chosen": dict(getattr(getattr(model, "adapter", None), "chosen", {})) if kind == "tuned" else {},
             "right": right,
             "cost": {"seconds": made, "ms_per_sample": 1000 * max(seconds)},
         }

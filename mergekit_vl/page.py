@@ -142,7 +142,11 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
     seeds = list(dict.fromkeys(c["seed"] for c in cells))
     counts = ", ".join(f"{k} {v}" for k, v in cells[0]["counts"].items())
     where = f"{tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    interval = "bootstrap over tasks" if len(tasks) > 1 else "Wilson, with the images of one seed"
+    interval = (
+        "bootstrap over tasks"
+        if len(tasks) > 1
+        else "with the images of one seed (Wilson's; of a mean of tests the normal one)"
+    )
     parts = [
         f"<h1>{escape(report['recipe'])}</h1>",
         f"<p class=lead>{escape(gain)}.</p>",

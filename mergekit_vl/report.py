@@ -43,7 +43,7 @@ def write(
         "protocol": recipe.protocol.name,
         "metric": cells[0]["metric"],
         "note": cells[0]["note"],
-        "selection": "nothing was chosen on test; hyperparameters are the recipe's",
+        "selection": _selection(cells),
         "main": main,
         "base": experiment.base_label,
         "anchor": anchor,
@@ -89,6 +89,19 @@ def write(
     write_text(out / "report.html", html(report, svg, gain(report)))
     write_json(out / "report.json", report)
     return report
+
+
+def _selection(cells: list[dict[str, Any]]) -> str:
+    """What was chosen, and on what."""
+    told = []
+    for i, row in enumerate(cells[0]["rows"]):
+        for key in row.get("chosen", {}):
+            values = dict.fromkeys(
+                f"{cell['rows'][i]['chosen'][key]:g}" for cell in cells if cell["rows"][i].get("chosen")
+            )
+            told.append(f"{key} of {row['row']} on validation images ({', '.join(values)})")
+    rest = "nothing was chosen on test; hyperparameters are the recipe's"
+    return f"{rest}, but for {'; '.join(told)}" if told else rest
 
 
 def cell_name(dataset: str, seed: int) -> str:
@@ -255,7 +268,7 @@ def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str,
         "strategy": row["row"],
         "recipe_hash": experiment.recipe.hash,
         "seed": cell["seed"],
-        "selection_split": None,
+        "selection_split": "val" if row.get("chosen") else None,
         **{f"{test}_acc1": scores["acc1"] for test, scores in tests.items()},
         cell["metric"]["headline"].lower().replace(" ", "_"): row["score"],
         "n": n,

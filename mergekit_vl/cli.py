@@ -13,7 +13,7 @@ import typer
 
 from mergekit_vl import __version__, merge_command, options, plugins, use_commands
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+from mergekit_vl.recipe import Recipe, TunedSpec, installed_recipes, load_recipe
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -318,16 +318,18 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
     typer.echo(f"seeds     {', '.join(map(str, plan.seeds))}")
     typer.echo(f"rows      {', '.join(experiment.rows)}")
     epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
-    cells = len(experiment.datasets) * len(plan.seeds)
-    typer.echo(
-        f"cells     {cells}; a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
-    )
-    if plan.backbone.name == "micro":
+    cells = len(plan.seeds) * (1 if experiment.joint else len(experiment.datasets))
+    towers = any(type(tuner).__name__ == "Full" or isinstance(tuner, TunedSpec) for tuner in experiment.tuners)
+    work = f"a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
+    if towers:
+        work = "whole towers: every row that moves the tower encodes the test images of its own"
+    typer.echo(f"cells     {cells}; {work}")
+    if plan.backbone.name == "micro" and plan.protocol.name == "base_to_novel":
         typer.echo(
             f"time      about {max(1, round(cells * (5 + epochs * 0.25)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
         )
     else:
-        typer.echo("time      depends on the backbone: the first progress line says how long")
+        typer.echo("time      depends on backbone, images and tuners: the progress lines say how long")
 
 
 @app.command("list")

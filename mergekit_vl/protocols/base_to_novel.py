@@ -15,8 +15,10 @@ from mergekit_vl.strategy import TaskData
 METRIC = Metric("HM", {"base": ("base",), "novel": ("novel",)}, harmonic=True)
 
 
-def draw_shots(dataset: Dataset, shots: int, seed: int) -> tuple[Split, Split]:
-    """Train and validation as CoOp draws them: one generator for both, min(shots, 4) images a class for validation."""
+def draw_shots(dataset: Dataset, shots: int | None, seed: int) -> tuple[Split, Split]:
+    """Train and validation as CoOp draws them: one generator for both, min(shots, 4) images a class for validation; all without shots."""
+    if shots is None:
+        return dataset.train, dataset.val
     draw = random.Random(seed)
     name = dataset.name
     train = few_shot(dataset.train, shots, draw, name=name, classes=dataset.classes, at_most=dataset.few_give_all)

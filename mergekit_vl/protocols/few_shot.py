@@ -18,7 +18,7 @@ METRIC = Metric("accuracy", {"test": ("test",)})
 class FewShot:
     """All classes are tuned on and tested. Shots and validation are drawn as the field draws them (16, 8, 4, 2 or 1 a class)."""
 
-    shots: int = option(16, "images per class to tune on")
+    shots: int | None = option(16, "images per class to tune on; null: the whole train split")
 
     def task(self, dataset: Dataset, seed: int) -> Task:
         classes = Classes(dataset.classes, dataset.templates)

@@ -30,7 +30,7 @@ class MultiTask:
         data, tests = [], []
         for dataset in datasets:
             classes = Classes(dataset.classes, dataset.templates)
-            train, val = draw_shots(dataset, self.shots, seed) if self.shots else (dataset.train, dataset.val)
+            train, val = draw_shots(dataset, self.shots, seed)
             data.append(TaskData(classes, train, val))
             tests.append((dataset.name, classes, dataset.test))
         metric = Metric("mean accuracy", {name: (name,) for name, _, _ in tests}, normalised=True)

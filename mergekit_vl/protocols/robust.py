@@ -33,7 +33,7 @@ class Robust:
                 where="protocol robust",
                 mend="name them: dataset.shifts, see `mergekit-vl show` of the dataset",
             )
-        train, val = draw_shots(dataset, self.shots, seed) if self.shots else (dataset.train, dataset.val)
+        train, val = draw_shots(dataset, self.shots, seed)
         tests = [(ID, classes, dataset.test)]
         for name, split in dataset.shifts.items():
             shown = tuple(sorted(set(split.labels.tolist())))

@@ -13,7 +13,7 @@ import typer
 
 from mergekit_vl import __version__, merge_command, options, plugins, use_commands
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.recipe import Recipe, TunedSpec, installed_recipes, load_recipe
+from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -319,7 +319,7 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
     typer.echo(f"rows      {', '.join(experiment.rows)}")
     epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
     cells = len(plan.seeds) * (1 if experiment.joint else len(experiment.datasets))
-    towers = any(type(tuner).__name__ == "Full" or isinstance(tuner, TunedSpec) for tuner in experiment.tuners)
+    towers = any(type(tuner).__name__ == "Full" for tuner in experiment.tuners)
     work = f"a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
     if towers:
         work = "whole towers: every row that moves the tower encodes the test images of its own"

@@ -185,10 +185,10 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
     metric = report["metric"]
-    several = len(metric["columns"]) > 1
+    several, few = len(metric["columns"]) > 1, len(metric["columns"]) < 3
     table = Table(
         title=f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
-        caption=f"± half of the 95% interval; n = {sizes(report)}",
+        caption=("± half of the 95% interval; " if few else "") + f"n = {sizes(report)}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -200,14 +200,17 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
     headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
     for header in headers:
-        table.add_column(header, justify="left" if header == "row" else "right")
-    table.add_column(f"{report['main']} minus it", justify="right", min_width=max(map(len, texts.values())))
+        table.add_column(
+            header, justify="left" if header == "row" else "right", no_wrap=header == "row" and not few, overflow="fold"
+        )
+    if few:  # with many columns there is no place for it; the page has it
+        table.add_column(f"{report['main']} minus it", justify="right", min_width=max(map(len, texts.values())))
     table.add_column("heads", justify="right")
     for row in report["summary"]:
         cells = []
         for column in row["columns"].values():
             low, high = column["interval"]
-            cells.append(f"{column['acc1']:.1f} ±{(high - low) / 2:.1f}")
+            cells.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few else ""))
         cells += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
         main = row["row"] not in minus
         table.add_row(row["row"], *cells, texts.get(row["row"], ""), str(row["forwards"]), style="bold" if main else "")

@@ -165,9 +165,9 @@ def _inverse_temperature(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor
 
     means = sums / counts[:, None]
     distances = torch.cdist(x, means).square()  # [B, K]
-    apart = torch.pdist(means).square().mean().clamp_min(1e-12)
     several = counts[labels] > 1
-    if not bool(several.any()):
+    apart = torch.pdist(means).square().mean().clamp_min(1e-12) if len(means) > 1 else x.new_ones(())
+    if len(means) == 1 or not bool(several.any()):
         return 10 / apart
     others = (sums[labels] - x) / (counts[labels] - 1).clamp_min(1)[:, None]
     distances[torch.arange(len(x)), labels] = (x - others).square().sum(-1)

@@ -70,6 +70,12 @@ class Tower:
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return (self.head or ZeroShot()).bind(self.on(backbone), classes)
 
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError where the weights are of another architecture than the backbone, or the head of another width."""
+        made = self.on(backbone)
+        if self.head:
+            self.head.check(made)
+
     def save(self, path: Path, *, backbone: str) -> None:
         tensors = dict(self.weights)
         facts: dict[str, Any] = {"adapter": "tower", "backbone": backbone, "head": None, "chosen": dict(self.chosen)}

@@ -85,7 +85,7 @@ def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> 
             where=where,
             mend="give weights that were tuned from the recipe's backbone",
         )
-    for name, tensor in given.items():
+    for name, tensor in state.items():  # the classifier's too
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{name} has values that are not finite", where=where, mend="use an undamaged checkpoint")
     weights = {name: tensor.to(own[name]) for name, tensor in given.items()}

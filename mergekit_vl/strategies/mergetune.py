@@ -102,6 +102,7 @@ class MergeTune:
             ("n_alpha", self.n_alpha >= 1, "at least 1"),
             ("fisher_images", self.fisher_images >= 1, "at least 1"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("views", self.views >= 0, "0 or more"),
         ):
             if not valid:
                 value = getattr(self, name)
@@ -127,7 +128,7 @@ class MergeTune:
     def _lr(self, space: str) -> float:
         return LR[space] if self.lr is None else self.lr
 
-    def _draw_alphas(self, generator: torch.Generator, like: Tensor) -> Tensor:
+    def _draw_alphas(self, generator: torch.Generator | None, like: Tensor) -> Tensor:
         import torch
 
         alphas = torch.tensor(self.alphas) if self.alphas else torch.rand(self.n_alpha, generator=generator)
@@ -244,13 +245,10 @@ class MergeTune:
 
     def tower_objective(self, inputs: MergeInputs) -> tower.Losses:
         """Of a tower: the terms of L, one after the other, so that memory holds the graph of one of them."""
-        import torch
         import torch.nn.functional as F
 
         zero_shot, tuned = anchors(inputs)
         w1, w2 = dict(zero_shot.adapter.tensors), dict(tuned[0].adapter.tensors)
-        draw = torch.Generator().manual_seed(inputs.seed + 1)
-        apart = sum((w2[name] - w1[name]).square().sum() for name in w1).clamp_min(1e-12)  # type: ignore[union-attr]
         fisher = {}
         if self.surrogate == "fisher":
             fisher = information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
@@ -258,10 +256,12 @@ class MergeTune:
 
         def losses(forward, weights, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
             yield F.cross_entropy(forward(weights, images), labels)
-            if self.lambda_:
+            if self.lambda_:  # over what is trained: neither running statistics nor a text tower can be pulled
                 pulls = [surrogates.squared(w, w1[name], fisher.get(name)).sum() for name, w in weights.items()]
-                yield self.lambda_ * sum(pulls) / apart
-            alphas = self._draw_alphas(draw, images) if self.beta else ()
+                apart = [surrogates.squared(w2[name], w1[name]).sum() for name in weights]
+                yield self.lambda_ * sum(pulls) / sum(apart).clamp_min(1e-12)  # type: ignore[union-attr]
+            # drawn from the global generator: the loop seeds it by epoch, so a training that goes on draws the same
+            alphas = self._draw_alphas(None, images) if self.beta else ()
             for alpha in alphas:
                 point = {name: w2[name] + alpha * (w - w2[name]) for name, w in weights.items()}
                 yield self.beta / len(alphas) * F.cross_entropy(forward(point, images), labels)

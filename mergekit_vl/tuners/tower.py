@@ -157,10 +157,11 @@ class Forward:
         inside = set(self.names.values()) - trainable
         self.statistics = {name: tensor.detach().clone() for name, tensor in start.weights.items() if name in inside}
         """Running statistics, which a forward of `weights` changes."""
-        self.scale, self.bias = backbone.scale, backbone.bias
         if start.head is None:
+            own = start.on(backbone)
+            self.scale, self.bias = own.scale, own.bias
             with torch.no_grad():
-                self.text = F.normalize(ZeroShot().text_features(start.on(backbone), classes), dim=-1)
+                self.text = F.normalize(ZeroShot().text_features(own, classes), dim=-1)
 
     def __call__(self, weights: Weights, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> logits [B, K]. Running statistics follow `self.weights` alone: other points get copies of them."""

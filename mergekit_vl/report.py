@@ -152,11 +152,14 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         if metric.normalised:
             own = [
-                _column(cell, row, name, "acc1") / _column(cell, cell["rows"][j], name, "acc1")
+                _column(cell, row, name, "acc1") / best
                 for cell, row in zip(cells, rows)
                 for j, name in zip(tuned, metric.columns)
+                if (
+                    best := _column(cell, cell["rows"][j], name, "acc1")
+                )  # nothing can be divided by a model that is never right
             ]
-            entry["normalised"] = 100 * float(np.mean(own))
+            entry["normalised"] = 100 * float(np.mean(own)) if own else 0.0
         out.append(entry)
     return out
 

@@ -56,6 +56,10 @@ class Microworld:
                 raise unknown("shift", name, NAMES, where="dataset.shifts")
             if strength and not _is_share(strength):
                 raise UserError(f"strength {strength!r}", where="dataset.shifts", mend="a number above 0, 1 at most")
+        drawn = [_shift(given) for given in self.shifts]
+        for i, given in enumerate(self.shifts):
+            if drawn[i] in drawn[:i]:
+                raise UserError(f"{given} is named twice", where="dataset.shifts", mend="name each rendering once")
 
     def load(self, progress: Progress = silent) -> Dataset:
         spec = TASKS[self.task]

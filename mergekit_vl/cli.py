@@ -213,7 +213,8 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
             cells.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few else ""))
         cells += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
         main = row["row"] not in minus
-        table.add_row(row["row"], *cells, texts.get(row["row"], ""), str(row["forwards"]), style="bold" if main else "")
+        cells += [texts.get(row["row"], "")] * few
+        table.add_row(row["row"], *cells, str(row["forwards"]), style="bold" if main else "")
     console.print(table)
     for line in _recorded_suite(plan):
         console.print(line, highlight=False)

@@ -84,6 +84,10 @@ class Augment:
     crop: float = 0.08
     flip: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UserError(f"crop={self.crop}", mend="a share of the area: above 0, 1 at most")
+
 
 def few_shot(
     split: Split,

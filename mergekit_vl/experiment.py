@@ -111,12 +111,21 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
         strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
         registry=registry,
     )
+    checkpoints = sum(isinstance(tuner, TunedSpec) for tuner in tuners)
+    if experiment.joint and checkpoints and not checkpoints == len(tuners) == len(recipe.datasets):
+        raise UserError(
+            f"{checkpoints} checkpoints among {len(tuners)} tuned models for {len(recipe.datasets)} data sets",
+            where=f"{recipe.name}: tuned",
+            mend="give tuners, or one checkpoint per data set, in the order of the data sets",
+        )
     files = [slug(row) for row in experiment.rows]
     twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
     if twice:
         raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, mend="give one of them a label")
+    if taken := [row for row, file in zip(experiment.rows, files) if file in ("key", "shots")]:
+        raise UserError(f"no row can be called {taken[0]!r}", where=recipe.name, mend="give it another label")
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
-        for name in ("shots", "epochs", "batch", "lr", "n_context"):
+        for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
             if getattr(what, name, None) is not None and not getattr(what, name) > 0:
                 raise UserError(
                     f"{name}={getattr(what, name)}",
@@ -249,14 +258,13 @@ class _Cell:
         write_json(self.folder / "shots.json", self._shots(name, seed))
         rows = [self._row(self.experiment.base_label, "zero-shot", lambda: self.inputs.base)[1]]
         tuned, data = [], []
-        for label, tuner in zip(self.experiment.tuned_labels, self.experiment.tuners):
-            for i, of_task in enumerate(self.task.data):
-                inputs = dataclasses.replace(self.inputs, data=(of_task,))
-                row = f"{label} on {self.task.tests[i][0]}" if len(self.task.data) > 1 else label
-                model, scores = self._row(row, "tuned", lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs))
-                tuned.append(model)
-                data.append(of_task)
-                rows.append(scores)
+        for label, tuner, i in self._to_tune():
+            of_task = self.task.data[i]
+            inputs = dataclasses.replace(self.inputs, data=(of_task,))
+            model, scores = self._row(label, "tuned", lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs))
+            tuned.append(model)
+            data.append(of_task)
+            rows.append(scores)
         inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data))
         for label, control in self.experiment.controls:
             rows.append(self._row(label, "control", lambda control=control: control.merge(inputs))[1])
@@ -282,6 +290,17 @@ class _Cell:
             "rows": rows,
             "path": self._path(inputs, main) if len(self.task.data) == 1 else [],
         }
+
+    def _to_tune(self) -> list[tuple[str, Any, int]]:
+        """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""
+        named = list(zip(self.experiment.tuned_labels, self.experiment.tuners))
+        if not self.experiment.joint or not all(hasattr(tuner, "tune") for _, tuner in named):
+            return [(label, tuner, i if self.experiment.joint else 0) for i, (label, tuner) in enumerate(named)]
+        return [
+            (f"{label} on {self.task.tests[i][0]}", tuner, i)
+            for label, tuner in named
+            for i in range(len(self.task.data))
+        ]
 
     def _claim(self, warn: Callable[[str], None]) -> None:
         """Forget stored rows that were made with other images, weights or checkpoints than these."""
@@ -378,11 +397,12 @@ class _Cell:
         points = []
 
         def add(leg: str, space: str, alpha: float, model: Model) -> None:
-            accuracies = {
-                t: evaluate(model, classes, split, inputs.features)[0].acc1 for t, classes, split in self.task.tests
-            }
+            accuracies = {t: evaluate(model, classes, split, store)[0].acc1 for t, classes, split in self.task.tests}
             points.append({"leg": leg, "space": space, "alpha": alpha, "tests": accuracies})
 
+        store = inputs.features
+        if tuned.adapter.space == "tower":  # each point is another tower, looked at once
+            store = store.temporary()
         for i in range(PATH_POINTS):
             alpha = i / (PATH_POINTS - 1)
             inputs.progress(i, PATH_POINTS, "path")

@@ -71,6 +71,8 @@ def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> 
     given, classifier = backbone.read(state)
     made = dict(backbone.model.named_buffers()).keys() - own.keys()
     given = {name: tensor for name, tensor in given.items() if name not in made}
+    if all(name.startswith("visual.") for name in state):  # what reading adds for a whole model is not the file's
+        given = {name: tensor for name, tensor in given.items() if name.startswith("visual.")}
     visual = [name for name in own if name.startswith("visual.")]
     needed = visual if visual and set(given) <= set(visual) else list(own)
     differing = []

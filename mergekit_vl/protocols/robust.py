@@ -38,5 +38,5 @@ class Robust:
         for name, split in dataset.shifts.items():
             shown = tuple(sorted(set(split.labels.tolist())))
             tests.append((name, classes.subset(shown), split.of_classes(shown)))
-        metric = Metric("mean of ID and OOD", {ID: (ID,), "OOD": tuple(dataset.shifts)})
+        metric = Metric("ID/OOD mean", {ID: (ID,), "OOD": tuple(dataset.shifts)})
         return Task((TaskData(classes, train, val),), tuple(tests), metric)

@@ -120,7 +120,9 @@ def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
                 f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2"
             )
         try:
-            OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v, force_add=True)
+            new = OmegaConf.create(f"v: {value}").v
+            whole = OmegaConf.is_dict(new) and "name" in new  # another thing by name brings all of its options
+            OmegaConf.update(config, key, new, merge=not whole, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(

@@ -205,3 +205,11 @@ def test_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr(experiment, "run", interrupted)
     code, _, err = call(monkeypatch, capsys, "run", COOP)
     assert code == 130 and "the same command continues" in err
+
+
+def test_an_override_that_names_another_thing_replaces_the_old_ones_options():
+    from mergekit_vl.recipe import load_recipe
+
+    plain = load_recipe("robust_micro", ["dataset={name: folder, path: pets}", "tuned.0.tuner={epochs: 3}"]).plain
+    assert plain["dataset"] == {"name": "folder", "path": "pets"}
+    assert plain["tuned"][0]["tuner"]["name"] == "full" and plain["tuned"][0]["tuner"]["epochs"] == 3

@@ -127,6 +127,8 @@ def fit_tower(
             training.keep(file, epoch + 1)
     if file is not None:
         file.unlink(missing_ok=True)
+    if not all(weight.isfinite().all() for weight in forward.weights.values()):
+        raise UserError(f"the weights of {what} are not finite", where=what, mend=f"lower lr (now {schedule.lr})")
     return training.chosen()
 
 

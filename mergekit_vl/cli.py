@@ -199,13 +199,12 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     minus = {d["minus"]: d for d in report["differences"]}
     texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
     headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
-    for header in headers:
-        table.add_column(
-            header, justify="left" if header == "row" else "right", no_wrap=header == "row" and not few, overflow="fold"
-        )
+    for header in headers:  # what is folded where the terminal is narrow: labels, or the headers of many columns
+        first = header == "row"
+        table.add_column(header, justify="left" if first else "right", no_wrap=first != few, overflow="fold")
     if few:  # with many columns there is no place for it; the page has it
-        table.add_column(f"{report['main']} minus it", justify="right", min_width=max(map(len, texts.values())))
-    table.add_column("heads", justify="right")
+        table.add_column(f"{report['main']} minus it", justify="right", no_wrap=True)
+    table.add_column("heads", justify="right", no_wrap=True)
     for row in report["summary"]:
         cells = []
         for column in row["columns"].values():

@@ -15,6 +15,7 @@ import typer
 
 from mergekit_vl import options, plugins
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.recipe import set_option
 
 if TYPE_CHECKING:
     from mergekit_vl.streaming import MergePlan, Opened
@@ -304,10 +305,10 @@ def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _
         key, _, value = word.partition("=")
         if key in weighed and key not in known:
             holder: dict[str, Any] = {}
-            _set(holder, word, "v", value)
+            set_option(holder, word, "v", value)
             weights[key] = holder["v"]
         elif key.partition(".")[0] in known:
-            _set(chosen, word, key, value)
+            set_option(chosen, word, key, value)
         else:
             raise unknown("option or model", key, (*known, *weighed), where="command line")
     if not weights:
@@ -366,22 +367,6 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
     if not isinstance(strategy, str | Mapping):
         raise UserError(f"strategy={strategy!r}", where=path, mend="write strategy: {name: ties, density: 0.2}")
     return section, []
-
-
-def _set(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
-    """Apply key=value to the options as `run` applies it to a recipe."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.create(chosen)
-        OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v, force_add=True, merge=False)
-        applied = OmegaConf.to_container(config, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{word!r} cannot be applied: {str(error).splitlines()[0]}", where="command line") from None
-    chosen.clear()
-    chosen.update(applied)  # type: ignore[arg-type]
 
 
 def size_in_bytes(text: str | None, what: str) -> int | None:

@@ -119,23 +119,45 @@ def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(
                 f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2"
             )
-        try:
-            new = OmegaConf.create(f"v: {value}").v
-            whole = OmegaConf.is_dict(new) and "name" in new  # another thing by name brings all of its options
-            OmegaConf.update(config, key, new, merge=not whole, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(
-                f"{override!r} cannot be applied: {first}",
-                where="command line",
-                mend="list items are written tuned.0.tuner.epochs=5",
-            ) from None
+        _apply(config, override, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0], where=where, mend="mend the ${...}") from None
     assert isinstance(plain, dict)
     return parse(plain, name=path.stem, where=where)  # type: ignore[arg-type]
+
+
+def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
+    """Apply `word`, that is key=value, to plain options as `run` applies it to a recipe, but for mappings: they replace the old ones."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.create(chosen)
+    _apply(config, word, key, value, merge=False, mend="")
+    try:
+        applied = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise _not_applied(word, error, "") from None
+    chosen.clear()
+    chosen.update(applied)  # type: ignore[arg-type]
+
+
+def _apply(config: Any, word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        new = OmegaConf.create(f"v: {value}").v
+        whole = OmegaConf.is_dict(new) and "name" in new  # another thing by name brings all of its options
+        OmegaConf.update(config, key, new, merge=merge and not whole, force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+        raise _not_applied(word, error, mend) from None
+
+
+def _not_applied(word: str, error: Exception, mend: str) -> UserError:
+    return UserError(f"{word!r} cannot be applied: {str(error).splitlines()[0]}", where="command line", mend=mend)
 
 
 def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:

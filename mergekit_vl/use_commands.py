@@ -10,6 +10,7 @@ import typer
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.recipe import set_option
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Progress
@@ -71,24 +72,18 @@ def evaluate_model(
 
 def _dataset(used: Used, name: str | None, words: Sequence[str], registry: Registry) -> Any:
     """The named dataset with `key=value` options, or the run's own first one with those changed."""
-    given = {}
+    given: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"{word!r} is not an option", where="command line", mend="write key=value: path=~/pets")
-        given[key] = _parsed(value)
+        set_option(given, word, key, value)
     if name is None:
         if used.recipe is None:
             raise UserError("no dataset", where="command line", mend="name one: --dataset folder path=~/pets")
         spec = used.recipe.datasets[0]
         name, given = spec.name, {**spec.options, **given}
     return options.build(registry.find("datasets", name).resolve(), given, where=f"dataset {name}")
-
-
-def _parsed(value: str) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.create(f"v: {value}"))["v"]  # type: ignore[index,call-overload]
 
 
 def predict_images(
@@ -150,9 +145,9 @@ def _classes(used: Used, given: str | None) -> Classes:
 
 
 def _files(given: Sequence[Path]) -> list[Path]:
-    from PIL import Image
+    from mergekit_vl.datasets.folder import readable_suffixes
 
-    kinds = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = readable_suffixes()
     files: list[Path] = []
     for path in given:
         path = path.expanduser()

@@ -95,6 +95,7 @@ def test_what_cannot_be_used(run, monkeypatch, capsys, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     for words, message in (
         (("eval", "nowhere"), "'nowhere' is no model"),
+        (("eval", "micro", "--dataset", "folder", "path=["), "'path=[' cannot be applied: "),
         (("eval", "micro"), "no dataset (name one: --dataset folder path=~/pets)"),
         (("eval", run[0], "--row", "ensembel"), "unknown row 'ensembel' (did you mean 'ensemble'?)"),
         (("eval", run[0], "--split", "dev"), "unknown split 'dev'"),

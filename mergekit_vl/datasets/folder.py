@@ -278,11 +278,16 @@ def _scan(root: Path) -> dict[str, Classes]:
     return {"": found}
 
 
-def _classes_in(folder: Path, root: Path) -> Classes:
-    """Each folder below that directly holds images, and each leaf, which ought to."""
+def readable_suffixes() -> set[str]:
+    """Of the image files that can be decoded, in lower case with the dot."""
     from PIL import Image
 
-    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _classes_in(folder: Path, root: Path) -> Classes:
+    """Each folder below that directly holds images, and each leaf, which ought to."""
+    readable = readable_suffixes()
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot be listed: {error.strerror}", where=str(error.filename), mend="check its permissions")

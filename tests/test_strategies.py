@@ -22,7 +22,7 @@ from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs, TaskData
-from mergekit_vl.tuners.context import Schedule
+from mergekit_vl.tuners.sgd import Schedule
 
 
 class Words:

@@ -48,8 +48,9 @@ from mergekit_vl.model import ImagePath, Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.tuners.context import Schedule, cross_entropy, fit_context
+from mergekit_vl.tuners.context import cross_entropy, fit_context
 from mergekit_vl.tuners.head import fit_head, inputs_of, matrix
+from mergekit_vl.tuners.sgd import Schedule
 from mergekit_vl.weights import anchors
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ class MergeTune:
 
         zero_shot, tuned = anchors(inputs)
         w1, w2 = dict(zero_shot.adapter.tensors), dict(tuned[0].adapter.tensors)
+        apart = {name: surrogates.squared(w2[name], w1[name]).sum() for name in w1}
         fisher = {}
         if self.surrogate == "fisher":
             fisher = information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
@@ -258,8 +260,7 @@ class MergeTune:
             yield F.cross_entropy(forward(weights, images), labels)
             if self.lambda_:  # over what is trained: neither running statistics nor a text tower can be pulled
                 pulls = [surrogates.squared(w, w1[name], fisher.get(name)).sum() for name, w in weights.items()]
-                apart = [surrogates.squared(w2[name], w1[name]).sum() for name in weights]
-                yield self.lambda_ * sum(pulls) / sum(apart).clamp_min(1e-12)  # type: ignore[union-attr]
+                yield self.lambda_ * sum(pulls) / sum(apart[name] for name in weights).clamp_min(1e-12)  # type: ignore[union-attr]
             # drawn from the global generator: the loop seeds it by epoch, so a training that goes on draws the same
             alphas = self._draw_alphas(None, images) if self.beta else ()
             for alpha in alphas:

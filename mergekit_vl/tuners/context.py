@@ -5,13 +5,12 @@ Views are features [E, N, D] computed once; a step is one text forward and backw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_vl.data import Augment
-from mergekit_vl.errors import UserError
+from mergekit_vl.tuners.sgd import Schedule, descend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,28 +24,6 @@ if TYPE_CHECKING:
     """Context [M, W], [K, M, W] or [S, K, M, W] -> raw text features [K, D] or [S, K, D] of the task's classes."""
     Loss = Callable[[Encode, Tensor, Tensor, Tensor], Tensor]
     """(encode, context, images [B, D] normalised, labels [B]) -> scalar. It calls `encode` once: a step is one text forward."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """SGD as the field's code (Dassl) runs it: momentum 0.9, weight decay 5e-4, cosine by epoch after one epoch at 1e-5."""
-
-    epochs: int
-    batch: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup_lr: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}", mend="it must be positive")
-
-    def lr_at(self, epoch: int) -> float:
-        if epoch == 0 and self.epochs > 1:
-            return self.warmup_lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
 
 
 def fit_context(
@@ -74,28 +51,12 @@ def fit_context(
     )
     views = F.normalize(views, dim=-1).to(backbone.device)
     labels = torch.from_numpy(data.train.labels).to(backbone.device)
-    n = len(labels)
     encode = encoder(backbone, data.classes, start)
-    ctx = start.ctx.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.SGD([ctx], lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
-    shuffle = torch.Generator().manual_seed(inputs.seed)
-    for epoch in range(schedule.epochs):
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(epoch)
-        for rows in torch.randperm(n, generator=shuffle).to(backbone.device).split(schedule.batch):
-            if len(rows) < schedule.batch <= n:
-                continue  # the field drops the last batch, except where it is the only one
-            value = loss(encode, ctx, views[epoch, rows], labels[rows])
-            if not torch.isfinite(value):
-                raise UserError(
-                    f"the loss of {what} is {value.item()} in epoch {epoch + 1}",
-                    where=what,
-                    mend=f"lower lr (now {schedule.lr})",
-                )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        inputs.progress(epoch + 1, schedule.epochs, what)
-    return replace(start, ctx=ctx.detach())
+
+    def of_batch(ctx: Tensor, epoch: int, rows: Tensor) -> Tensor:
+        return loss(encode, ctx, views[epoch, rows], labels[rows])
+
+    return replace(start, ctx=descend(start.ctx, len(labels), schedule, of_batch, inputs, what=what))
 
 
 def encoder(backbone: Backbone, classes: Classes, prompt: Prompt) -> Encode:

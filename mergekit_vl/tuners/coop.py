@@ -9,7 +9,8 @@ from mergekit_vl.data import Augment
 from mergekit_vl.model import Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.tuners.context import Schedule, cross_entropy, fit_context
+from mergekit_vl.tuners.context import cross_entropy, fit_context
+from mergekit_vl.tuners.sgd import Schedule
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal
 from mergekit_vl.adapters.linear_head import LinearHead, Unseen, class_means, zero_shot
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import ImagePath
+from mergekit_vl.tuners.sgd import descend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.strategy import MergeInputs
-    from mergekit_vl.tuners.context import Schedule
+    from mergekit_vl.tuners.sgd import Schedule
 
     Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
     """(w [K, D + 1], features [B, D + 1], labels [B]) -> scalar."""
@@ -97,29 +98,11 @@ def fit_head(
 
     The schedule's lr is in units of 1 / mean |x|^2. Raises UserError if the loss stops being finite.
     """
-    import torch
-
     x = inputs_of(start, views.to(start.weight.device))
     labels = labels.to(x.device)
+
+    def of_batch(w: Tensor, epoch: int, rows: Tensor) -> Tensor:
+        return loss(w, x[epoch % len(x), rows], labels[rows])
+
     unit = mean_square(x).item()
-    w = matrix(start).clone().requires_grad_(True)
-    optimizer = torch.optim.SGD([w], lr=1.0, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
-    shuffle = torch.Generator().manual_seed(inputs.seed)
-    n = len(labels)
-    for epoch in range(schedule.epochs):
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(epoch) / unit
-        for rows in torch.randperm(n, generator=shuffle).to(x.device).split(schedule.batch):
-            if len(rows) < schedule.batch <= n:
-                continue
-            value = loss(w, x[epoch % len(x), rows], labels[rows])
-            if not torch.isfinite(value):
-                raise UserError(
-                    f"the loss of {what} is {value.item()} in epoch {epoch + 1}",
-                    where=what,
-                    mend=f"lower lr (now {schedule.lr})",
-                )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        inputs.progress(epoch + 1, schedule.epochs, what)
-    return with_matrix(start, w)
+    return with_matrix(start, descend(matrix(start), len(labels), schedule, of_batch, inputs, what=what, unit=unit))

@@ -12,8 +12,8 @@ from mergekit_vl.evaluate import evaluate
 from mergekit_vl.model import ImagePath, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.tuners.context import Schedule
 from mergekit_vl.tuners.head import Init, fit_head, inputs_of, matrix, mean_square, start_head, with_matrix
+from mergekit_vl.tuners.sgd import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor

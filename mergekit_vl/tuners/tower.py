@@ -23,6 +23,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.evaluate import evaluate
 from mergekit_vl.features import prefetched, train_view
 from mergekit_vl.model import ImagePath, Single
+from mergekit_vl.tuners.sgd import check_loss
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,12 +101,7 @@ def fit_tower(
                     for term in losses(
                         forward, forward.weights, images.to(backbone.device), labels.to(backbone.device)
                     ):
-                        if not torch.isfinite(term):
-                            raise UserError(
-                                f"the loss of {what} is {term.item()} in epoch {epoch + 1}",
-                                where=what,
-                                mend=f"lower lr (now {schedule.lr})",
-                            )
+                        check_loss(term, what, epoch, schedule.lr)
                         (term / min(schedule.accumulate, inside)).backward()
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):

@@ -39,15 +39,23 @@ def tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[
 
 
 def load_into(module: nn.Module, given: Mapping[str, Tensor], *, where: str, mend: str) -> None:
-    """Copy tensors into a module that has exactly those, in the module's dtypes; raises UserError with the first three that differ.
+    """Copy tensors into a module that has exactly those, in the module's dtypes; raises UserError with the first three that differ."""
+    given = without_made(module, given)
+    check_fits(module.state_dict(), given, where=where, mend=mend)
+    check_finite(given, where=where, mend="use an undamaged checkpoint")
+    module.load_state_dict(dict(given), strict=True)
 
-    Buffers that a module makes itself and does not store (a causal mask, say) may be among the given.
-    """
-    import torch
 
-    own = module.state_dict()
-    made = dict(module.named_buffers()).keys() - own.keys()
-    given = {name: tensor for name, tensor in given.items() if name not in made}
+def without_made(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without buffers that the module makes itself and does not store (a causal mask, say)."""
+    made = dict(module.named_buffers()).keys() - module.state_dict().keys()
+    return {name: tensor for name, tensor in given.items() if name not in made}
+
+
+def check_fits(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, where: str, mend: str, than: str = ""
+) -> None:
+    """Raise UserError with the first three that differ, unless both hold the same names and shapes."""
     differing = []
     for name in [*own, *(name for name in given if name not in own)]:
         needed, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))
@@ -56,12 +64,15 @@ def load_into(module: nn.Module, given: Mapping[str, Tensor], *, where: str, men
     if differing:
         count = len(differing)
         raise UserError(
-            f"a checkpoint of another architecture, {count} tensor{'s' * (count > 1)} differ{'s' * (count == 1)}: "
+            f"a checkpoint of another architecture{than}, {count} tensor{'s' * (count > 1)} differ{'s' * (count == 1)}: "
             + "; ".join(differing[:3]),
             where=where,
             mend=mend,
         )
+
+
+def check_finite(given: Mapping[str, Tensor], *, where: str, mend: str) -> None:
+    """Raise UserError for the first tensor with values that are not finite."""
     for name, tensor in given.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{name} has values that are not finite", where=where, mend="use an undamaged checkpoint")
-    module.load_state_dict(dict(given), strict=True)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name} has values that are not finite", where=where, mend=mend)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.files import write_json
 from mergekit_vl.model import Ensemble, Mixture, Single
@@ -78,7 +79,9 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
 
 def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:
     """One of our adapters, by what its metadata says it is."""
-    name = stored.adapter_name(file)
+    checkpoint = open_checkpoint(str(file))
+    name = stored.facts(checkpoint).get("adapter")
+    checkpoint.close()
     if name is None:
         raise UserError(
             "this file does not tell what adapter it holds", where=str(file), mend="give one that a run wrote"

@@ -68,6 +68,8 @@ class LinearHead:
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         """Rows by class name. Raises UserError for names that the head does not know, unless `unseen` is zero_shot."""
+        import torch
+
         self.check(backbone)
         if not self.names:
             if len(classes.names) != len(self.weight):
@@ -88,7 +90,7 @@ class LinearHead:
             )
         rows = zero_shot(backbone, classes) if unknown else None
         weight, bias = (
-            _stack([ours[index[name]] if name in index else theirs[i] for i, name in enumerate(classes.names)])  # type: ignore[index]
+            torch.stack([ours[index[name]] if name in index else theirs[i] for i, name in enumerate(classes.names)])  # type: ignore[index]
             for ours, theirs in zip((self.weight, self.bias), (rows.weight, rows.bias) if rows else (None, None))
         )
         return AffineHead(backbone.key, weight, bias, self.normalise)
@@ -175,9 +177,3 @@ def _inverse_temperature(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor
     distances, labels = distances[several], labels[several]
     low, high = (1e-3 / apart).log(), (200 / apart).log()
     return golden_section(lambda t: F.cross_entropy(-t.exp() / 2 * distances, labels), low, high).exp()
-
-
-def _stack(rows: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.stack(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from mergekit_vl.adapters import stored
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import ImagePath, cosine_head
-from mergekit_vl.output import METADATA_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,12 +120,12 @@ class Prompt:
         long as that. Raises UserError for a file that is missing, cut short, of another kind or not finite.
         """
         from mergekit_vl.checkpoints import open_checkpoint
-        from mergekit_vl.loading import tensors
+        from mergekit_vl.loading import check_finite, tensors
 
         if not path.is_file():
             raise UserError("no such checkpoint", where=str(path), mend=FILES)
         checkpoint = open_checkpoint(str(path))
-        meta = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+        meta = stored.facts(checkpoint)
         more = [name for name in checkpoint.tensors if name not in DASSL_KEYS]
         if "ctx" not in checkpoint.tensors or meta.get("adapter", "prompt") != "prompt" or more:
             what = f"this is not a prompt: it holds {', '.join([*more, *checkpoint.tensors][:3])}"
@@ -136,10 +134,7 @@ class Prompt:
         found = {name: tensor.float().to(device) for name, tensor in tensors(checkpoint, names).items()}
         checkpoint.close()
         ctx = found["ctx"]
-        if not ctx.isfinite().all():
-            raise UserError(
-                "ctx has values that are not finite", where=str(path), mend="tune again with a lower learning rate"
-            )
+        check_finite({"ctx": ctx}, where=str(path), mend="tune again with a lower learning rate")
         if not meta and ctx.ndim != 2:
             raise UserError(
                 f"one context per class, {list(ctx.shape)}, and the file does not tell which classes",

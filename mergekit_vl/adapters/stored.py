@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl import loading
+from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.output import METADATA_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergekit_vl.checkpoints import Checkpoint
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -35,30 +39,18 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def adapter_name(path: Path) -> str | None:
-    """The adapter that a file holds, by its metadata; None for a file that `write` did not write."""
-    from mergekit_vl.checkpoints import open_checkpoint
-
-    checkpoint = open_checkpoint(str(path))
-    facts = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
-    checkpoint.close()
-    return facts.get("adapter")
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `write` told; nothing of a file that it did not write."""
+    return json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
 
 
 def read(path: Path, adapter: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts; raises UserError for a file of another kind, or with values that are not finite."""
-    from mergekit_vl.checkpoints import open_checkpoint
-    from mergekit_vl.loading import tensors
-
     checkpoint = open_checkpoint(str(path))
-    facts = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
-    if facts.get("adapter") != adapter:
+    told = facts(checkpoint)
+    if told.get("adapter") != adapter:
         raise UserError(f"this is not a {adapter}", where=str(path), mend="give a tuned model of a run")
-    found = {name: tensor.to(device) for name, tensor in tensors(checkpoint).items()}
+    found = {name: tensor.to(device) for name, tensor in loading.tensors(checkpoint).items()}
     checkpoint.close()
-    for name, tensor in found.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{name} has values that are not finite", where=str(path), mend="tune again with a lower lr"
-            )
-    return found, facts
+    loading.check_finite(found, where=str(path), mend="tune again with a lower lr")
+    return found, told

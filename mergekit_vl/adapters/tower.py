@@ -89,11 +89,6 @@ class Tower:
         tensors, facts = stored.read(path, "tower", device)
         if facts["head"] is None:
             return cls(tensors, chosen=facts["chosen"])
-        head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name in _head_names(tensors)}
-        weights = {name: tensor for name, tensor in tensors.items() if name not in _head_names(tensors)}
+        head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
         return cls(weights, LinearHead.restored(head, facts["head"]), facts["chosen"])
-
-
-def _head_names(tensors: Mapping[str, Tensor]) -> set[str]:
-    own = ("weight", "bias", "start.weight", "start.bias")
-    return {HEAD + name for name in own} & tensors.keys()

@@ -11,7 +11,9 @@ from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.linear_head import LinearHead, zero_shot
 from mergekit_vl.adapters.prompt import DASSL_KEYS, Prompt
 from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
+from mergekit_vl.loading import check_finite, check_fits, read, without_made
 from mergekit_vl.model import Single
 
 if TYPE_CHECKING:
@@ -28,13 +30,9 @@ def load_tuned(path: Path, backbone: Backbone, adapter: AdapterClass, *, init: s
     A classifier among the weights becomes a linear head over the classes of the data set, in its order. Raises UserError for a
     file that is missing, damaged, of another architecture or of another width.
     """
-    from mergekit_vl.checkpoints import open_checkpoint
-    from mergekit_vl.loading import read
-
     checkpoint = open_checkpoint(str(path))
-    names = list(checkpoint.tensors)
+    names, told = list(checkpoint.tensors), stored.facts(checkpoint).get("adapter")
     checkpoint.close()
-    told = stored.adapter_name(path) if path.is_file() else None
     if told not in (None, "prompt"):
         found = adapter(told).load(path, device=backbone.device)
     elif told == "prompt" or "ctx" in names or set(names) & set(DASSL_KEYS):
@@ -69,27 +67,14 @@ def with_start(model: Single, inputs: MergeInputs) -> Single:
 def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> Tower:
     own = backbone.model.state_dict()
     given, classifier = backbone.read(state)
-    made = dict(backbone.model.named_buffers()).keys() - own.keys()
-    given = {name: tensor for name, tensor in given.items() if name not in made}
+    given = without_made(backbone.model, given)
     if all(name.startswith("visual.") for name in state):  # what reading adds for a whole model is not the file's
         given = {name: tensor for name, tensor in given.items() if name.startswith("visual.")}
-    visual = [name for name in own if name.startswith("visual.")]
-    needed = visual if visual and set(given) <= set(visual) else list(own)
-    differing = []
-    for name in [*needed, *(name for name in given if name not in own)]:
-        want, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))
-        if want != found:
-            differing.append(f"{name} is {found} in the checkpoint, {want} in the model")
-    if differing:
-        raise UserError(
-            f"a checkpoint of another architecture than {backbone.spec}, {len(differing)} tensors differ: "
-            + "; ".join(differing[:3]),
-            where=where,
-            mend="give weights that were tuned from the recipe's backbone",
-        )
-    for name, tensor in state.items():  # the classifier's too
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are not finite", where=where, mend="use an undamaged checkpoint")
+    visual = {name: tensor for name, tensor in own.items() if name.startswith("visual.")}
+    needed = visual if visual and given.keys() <= visual.keys() else own
+    mend = "give weights that were tuned from the recipe's backbone"
+    check_fits(needed, given, where=where, mend=mend, than=f" than {backbone.spec}")
+    check_finite(state, where=where, mend="use an undamaged checkpoint")  # the classifier's too
     weights = {name: tensor.to(own[name]) for name, tensor in given.items()}
     head = None
     if classifier is not None:

@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.data import Split
-    from mergekit_vl.features import FeatureStore
-    from mergekit_vl.model import Classes, Model
-
 COLDEST, HOTTEST = 0.1, 100.0
 """Bounds of a temperature: where every image is right, the likelihood grows without end as it falls."""
 
@@ -33,12 +29,3 @@ def golden_section(loss: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) 
         a, b = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, b) if loss(a) < loss(b) else (a, high)
     return (low + high) / 2
-
-
-def answers(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Tensor, Tensor]:
-    """Logits [B, K] of the images of a split, and their labels [B], on the CPU."""
-    import torch
-
-    features = {path.key: store.features(path, split).to(path.backbone.device) for path in model.paths}
-    with torch.no_grad():
-        return model.bind(classes)(features).float().cpu(), torch.from_numpy(split.labels)

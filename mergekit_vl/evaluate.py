@@ -39,16 +39,25 @@ def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) 
 
     Also the seconds that a sample takes from features to logits, once the head is bound, and whether each image was right [B].
     """
+    logits, labels, seconds = answers(model, classes, split, store)
+    return score(logits, labels), seconds / max(len(split), 1), logits.argmax(-1) == labels
+
+
+def answers(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Tensor, Tensor, float]:
+    """Logits [B, K] of the images of a split and their labels [B], on the CPU; and the seconds from features to logits."""
     import torch
 
     features = {path.key: store.features(path, split).to(path.backbone.device) for path in model.paths}
-    labels = torch.from_numpy(split.labels)
     with torch.no_grad():
         head = model.bind(classes)
         began = time.perf_counter()
         logits = head(features).float().cpu()
-        seconds = (time.perf_counter() - began) / max(len(split), 1)
-    return score(logits, labels), seconds, logits.argmax(-1) == labels
+    return logits, torch.from_numpy(split.labels), time.perf_counter() - began
+
+
+def quality(scores: Scores) -> tuple[float, float]:
+    """What choices on validation go by: accuracy, then likelihood; of equals the first (as `max` takes it)."""
+    return scores.acc1, -scores.nll
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

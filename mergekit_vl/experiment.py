@@ -397,12 +397,13 @@ class _Cell:
         points = []
 
         def add(leg: str, space: str, alpha: float, model: Model) -> None:
+            once = (
+                tuned.adapter.space == "tower" and 0 < alpha < 1
+            )  # a tower of its own; those of the ends are stored already
+            store = inputs.features.temporary() if once else inputs.features
             accuracies = {t: evaluate(model, classes, split, store)[0].acc1 for t, classes, split in self.task.tests}
             points.append({"leg": leg, "space": space, "alpha": alpha, "tests": accuracies})
 
-        store = inputs.features
-        if tuned.adapter.space == "tower":  # each point is another tower, looked at once
-            store = store.temporary()
         for i in range(PATH_POINTS):
             alpha = i / (PATH_POINTS - 1)
             inputs.progress(i, PATH_POINTS, "path")

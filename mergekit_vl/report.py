@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,15 +124,8 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = [cell["rows"][i] for cell in cells]
         columns: dict[str, Any] = {}
         for name in metric_of(cells[0]).columns:
-            values = [_column(cell, row, name, "acc1") for cell, row in zip(cells, rows)]
-            if len({cell["dataset"] for cell in cells}) > 1:
-                d = clustered(values, [cell["dataset"] for cell in cells])
-                low, high = d.low, d.high
-            else:
-                low, high = _interval(cells[0], rows, name, float(np.mean(values)))
             columns[name] = {
-                "acc1": 100 * float(np.mean(values)),
-                "interval": [100 * low, 100 * high],
+                **_averaged(cells, name, [row["tests"] for row in rows]),
                 "n": sum(row["tests"][t]["n"] for cell, row in zip(cells, rows) for t in metric_of(cell).columns[name]),
                 **{
                     key: float(np.mean([_column(cell, row, name, key) for cell, row in zip(cells, rows)]))
@@ -168,14 +162,26 @@ def _column(cell: dict[str, Any], row: dict[str, Any], name: str, key: str) -> f
     return metric_of(cell).column(name, {test: scores[key] for test, scores in row["tests"].items()})
 
 
-def _interval(cell: dict[str, Any], rows: list[dict[str, Any]], name: str, mean: float) -> tuple[float, float]:
-    """Of a column with the images of one seed: Wilson's, or the normal one of a mean of several tests."""
-    tests = metric_of(cell).columns[name]
-    ns = [min(row["tests"][test]["n"] for row in rows) for test in tests]
-    if len(tests) == 1:
+def _averaged(cells: list[dict[str, Any]], name: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
+    """acc1 of a column with its interval, in percent; tests[cell][test] holds acc1 and n."""
+    rates = [{test: scores["acc1"] for test, scores in of_cell.items()} for of_cell in tests]
+    values = [metric_of(cell).column(name, accuracies) for cell, accuracies in zip(cells, rates)]
+    mean = float(np.mean(values))
+    if len({cell["dataset"] for cell in cells}) > 1:
+        d = clustered(values, [cell["dataset"] for cell in cells])
+        low, high = d.low, d.high
+    else:
+        low, high = _of_one_seed(metric_of(cells[0]).columns[name], tests, mean)
+    return {"acc1": 100 * mean, "interval": [100 * low, 100 * high]}
+
+
+def _of_one_seed(names: Sequence[str], tests: list[dict[str, Any]], mean: float) -> tuple[float, float]:
+    """The interval of a column with the images of one seed: Wilson's, or the normal one of a mean of several tests."""
+    ns = [min(of_cell[name]["n"] for of_cell in tests) for name in names]
+    if len(names) == 1:
         return wilson(mean * ns[0], ns[0])
-    rates = [float(np.mean([row["tests"][test]["acc1"] for row in rows])) for test in tests]
-    half = 1.959964 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(rates, ns))) / len(tests)
+    rates = [float(np.mean([of_cell[name]["acc1"] for of_cell in tests])) for name in names]
+    half = 1.959964 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(rates, ns))) / len(names)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -231,20 +237,11 @@ def _mean_path(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Points of the path, their columns averaged over cells, in percent, with intervals as in the summary."""
     out = []
     for i, point in enumerate(cells[0]["path"]):
-        columns = {}
-        for name in metric_of(cells[0]).columns:
-            values = [metric_of(cell).column(name, cell["path"][i]["tests"]) for cell in cells]
-            if len({cell["dataset"] for cell in cells}) > 1:
-                d = clustered(values, [cell["dataset"] for cell in cells])
-                low, high = d.low, d.high
-            else:
-                ns = cells[0]["counts"]
-                rows = [
-                    {"tests": {t: {"n": ns[t], "acc1": a} for t, a in cell["path"][i]["tests"].items()}}
-                    for cell in cells
-                ]
-                low, high = _interval(cells[0], rows, name, float(np.mean(values)))
-            columns[name] = {"acc1": 100 * float(np.mean(values)), "interval": [100 * low, 100 * high]}
+        tests = [
+            {t: {"n": cell["counts"][t], "acc1": acc1} for t, acc1 in cell["path"][i]["tests"].items()}
+            for cell in cells
+        ]
+        columns = {name: _averaged(cells, name, tests) for name in metric_of(cells[0]).columns}
         out.append({"leg": point["leg"], "space": point["space"], "alpha": point["alpha"], "columns": columns})
     return out
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mergekit_vl.calibration import answers, temperature
+from mergekit_vl.calibration import temperature
 from mergekit_vl.errors import UserError
-from mergekit_vl.evaluate import score
+from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Ensemble, Model
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
@@ -67,16 +67,10 @@ class OutputEnsemble:
 
         task = inputs.validated(WHERE, "give the weights and set calibrated=false")
         given = [answers(member, task.classes, task.val, inputs.features) for member in members]  # type: ignore[arg-type]
-        logits, labels = torch.stack([logits for logits, _ in given]), given[0][1]
+        logits, labels = torch.stack([logits for logits, _, _ in given]), given[0][1]
         temperatures = tuple(temperature(z, labels) for z in logits) if self.calibrated else ()
-        best, found = None, None
-        for weights in candidates:
-            ensemble = Ensemble(members, weights, self.of, temperatures)
-            scores = score(ensemble.mix(logits), labels)
-            if best is None or (scores.acc1, -scores.nll) > best:
-                best, found = (scores.acc1, -scores.nll), ensemble
-        assert found is not None
-        return found
+        ensembles = (Ensemble(members, weights, self.of, temperatures) for weights in candidates)
+        return max(ensembles, key=lambda ensemble: quality(score(ensemble.mix(logits), labels)))
 
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if min(weights) < 0 or sum(weights) <= 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl.calibration import answers, temperature
+from mergekit_vl.calibration import temperature
 from mergekit_vl.errors import UserError
-from mergekit_vl.evaluate import score
+from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Model
 from mergekit_vl.options import option
 from mergekit_vl.per_sample import ByDistance, kth_distance
@@ -71,27 +71,24 @@ class Vrf:
         if self.a is not None and self.b is not None and not self.calibrated:
             return ByDistance(members, near, k, self.a, self.b)
         task = inputs.validated(WHERE, "give a and b and set calibrated=false")
-        (first, labels), (second, _) = (answers(m, task.classes, task.val, inputs.features) for m in members)  # type: ignore[arg-type]
+        (first, labels, _), (second, _, _) = (answers(m, task.classes, task.val, inputs.features) for m in members)  # type: ignore[arg-type]
         temperatures = (temperature(first, labels), temperature(second, labels)) if self.calibrated else (1.0, 1.0)
         distances = kth_distance(inputs.features.features(members[1].paths[0], task.val), near, k)  # type: ignore[arg-type]
         spread = float(distances.double().std(correction=0)) or 1.0
         deciles = torch.quantile(distances.double(), torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()
-        best, found = None, None
-        for a in deciles if self.a is None else [self.a]:
-            for b in [width * spread for width in WIDTHS] if self.b is None else [self.b]:
-                model = ByDistance(members, near, k, a, b, temperatures)
-                scores = score(model.mix(first, second, distances), labels)
-                if best is None or (scores.acc1, -scores.nll) > best:
-                    best, found = (scores.acc1, -scores.nll), model
-        assert found is not None
-        return found
+        models = (
+            ByDistance(members, near, k, a, b, temperatures)
+            for a in (deciles if self.a is None else [self.a])
+            for b in ([width * spread for width in WIDTHS] if self.b is None else [self.b])
+        )
+        return max(models, key=lambda model: quality(score(model.mix(first, second, distances), labels)))
 
     def failures(self, inputs: MergeInputs) -> Tensor:
         """The fine-tuned model's features [N, D], normalised, of the training images where it is right and zero-shot wrong."""
         import torch.nn.functional as F
 
         task: TaskData = inputs.data[0]
-        (first, labels), (second, _) = (
+        (first, labels, _), (second, _, _) = (
             answers(m, task.classes, task.train, inputs.features) for m in (inputs.base, inputs.tuned[0])
         )
         failed = (second.argmax(-1) == labels) & (first.argmax(-1) != labels)

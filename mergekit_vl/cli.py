@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mergekit_vl import __version__, merge_command, options, plugins, use_commands
+from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
+from mergekit_vl.bench import command as bench_command
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, release, warn
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -24,7 +26,6 @@ app = typer.Typer(
 )
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
 RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
-ALL_CELLS = "all cells"
 SHOWN = (*plugins.KINDS, "recipes", "plugins")
 
 
@@ -64,11 +65,12 @@ def run(
 ) -> None:
     """Tune, merge, evaluate and report; a killed run goes on with the same command."""
     from mergekit_vl import experiment as experiments
+    from mergekit_vl import report
 
     plan = load_recipe(recipe, [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])])
     experiment = experiments.build(plan, _registry())
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    again = _claim(folder, plan, force=force)
+    again = claim(folder, plan.hash, report.load, force=force)
     if again is not None:
         if as_json:
             typer.echo(json.dumps(again))
@@ -79,96 +81,20 @@ def run(
 
     show = not quiet and not as_json
     try:
-        with _Progress(show) as progress:
-            report = experiments.run(
-                experiment, folder, device=_device(device), store=FeatureStore(), progress=progress, warn=_warn
+        with TerminalProgress(show) as progress:
+            made = experiments.run(
+                experiment, folder, device=device_of(device), store=FeatureStore(), progress=progress, warn=warn
             )
     except UserError:
-        _release(folder)
+        release(folder)
         raise
     except KeyboardInterrupt:  # here and not in `main`: Typer turns it into a bare "Aborted"
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(made))
     elif not quiet:
-        _print_report(report, folder, plan, [recipe, *(o for o in overrides or [] if not o.startswith("seed="))])
-
-
-def _warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
-
-
-def _claim(folder: Path, plan: Recipe, *, force: bool) -> dict[str, Any] | None:
-    """Take a run folder for this recipe; the report if it is done already. Raises UserError for another recipe's folder."""
-    import shutil
-
-    from mergekit_vl.files import PARTIAL, write_text
-    from mergekit_vl.report import load
-
-    mark = folder / ".recipe-hash"
-    if folder.exists() and not folder.is_dir():
-        raise UserError("is a file", where=str(folder), mend="choose another --out")
-    if folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
-        if not mark.exists() or mark.read_text().strip() != plan.hash:
-            raise UserError(
-                "this folder belongs to another recipe, or to other settings of it",
-                where=str(folder),
-                mend="choose another --out",
-            )
-        if force:
-            shutil.rmtree(folder)
-        elif (report := load(folder)) is not None:
-            return report
-    write_text(mark, plan.hash + "\n")
-    for path in folder.rglob(f".*{PARTIAL}"):  # a kill left them
-        path.unlink()
-    return None
-
-
-def _release(folder: Path) -> None:
-    """Leave nothing behind of a run that failed before its first result."""
-    if [path.name for path in folder.iterdir()] == [".recipe-hash"]:
-        (folder / ".recipe-hash").unlink()
-        folder.rmdir()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {name}: no GPU is visible to torch", mend="use --device cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise unknown("device", name, ("auto", "cpu", "cuda"))
-    return name
-
-
-class _Progress:
-    """Rich progress on stderr: what is done now, and above it all cells where there are several, each with the time left."""
-
-    def __init__(self, show: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if what not in self.tasks:
-            for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
-                self.bar.remove_task(self.tasks.pop(old))
-            self.tasks[what] = self.bar.add_task(what, total=total or None)
-        self.bar.update(self.tasks[what], completed=done, total=total or None)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        _print_report(made, folder, plan, [recipe, *(o for o in overrides or [] if not o.startswith("seed="))])
 
 
 def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
@@ -235,6 +161,9 @@ def _recorded_suite(plan: Recipe) -> list[str]:
     ]
 
 
+app.command()(bench_command.bench)
+app.command()(path_command.path)
+app.command()(cache_command.cache)
 app.command()(merge_command.merge)
 app.command()(merge_command.verify)
 
@@ -251,10 +180,10 @@ def eval_(
     as_json: use_commands.AsJson = False,
 ) -> None:
     """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
-    with _Progress(not as_json) as progress:
+    with TerminalProgress(not as_json) as progress:
         scores = use_commands.evaluate_model(
             model, words or [], _registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
-            device=_device(device), progress=progress,
+            device=device_of(device), progress=progress,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(scores))
@@ -283,10 +212,10 @@ def predict(
     as_json: use_commands.AsJson = False,
 ) -> None:
     """Name what is on images, with probabilities."""
-    with _Progress(not as_json) as progress:
+    with TerminalProgress(not as_json) as progress:
         found = use_commands.predict_images(
             model, images, _registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
-            device=_device(device), progress=progress,
+            device=device_of(device), progress=progress,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found))
@@ -403,7 +332,7 @@ def main() -> None:
         registry = _registry()
         registry.add_commands(app)
         for owner, reason in registry.failures.items():
-            _warn(f"plugin {owner} was not loaded: {reason}")
+            warn(f"plugin {owner} was not loaded: {reason}")
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed
 from mergekit_vl.pieces import Models, Piece, Run
 
 BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
@@ -69,10 +69,10 @@ def _finite(piece: Piece, merged: Array) -> Array:
         return merged
     for label, source in zip(piece.models.member_labels, piece.models.members):
         if not np.isfinite(piece.read(source)).all():
-            raise UserError(
+            raise Failed(
                 f"{piece.tensor.name} has values that are not finite", where=label, mend="it was damaged while training"
             )
-    raise UserError(f"{piece.tensor.name} overflows when it is merged", mend="use smaller weights")
+    raise Failed(f"{piece.tensor.name} overflows when it is merged", mend="use smaller weights")
 
 
 def workers(threads: int, progress: Callable[[int], None] = lambda elements: None) -> Run:

@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__((f"{where}: " if where else "") + what + (f" ({mend})" if mend else ""))
 
 
+class Failed(UserError):
+    """The input is sound, and its computation came to nothing: a loss that is not finite, memory that ends."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -> UserError:
     """The error for a name that is not among `known`, with the nearest one that is."""
     known = sorted(known)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +35,21 @@ class Scores:
         return asdict(self)
 
 
-def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Scores, float, Tensor]:
-    """Score a model on a split against `classes`.
+class Evaluation(NamedTuple):
+    scores: Scores
+    seconds: float
+    """That a sample takes from features to logits, once the head is bound."""
+    right: Tensor
+    """Whether each image was [B]."""
+    digest: str
+    """Of the logits' bytes: equal for models that answer alike to the bit."""
 
-    Also the seconds that a sample takes from features to logits, once the head is bound, and whether each image was right [B].
-    """
+
+def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> Evaluation:
+    """Score a model on a split against `classes`."""
     logits, labels, seconds = answers(model, classes, split, store)
-    return score(logits, labels), seconds / max(len(split), 1), logits.argmax(-1) == labels
+    digest = hashlib.sha256(memoryview(logits.contiguous().numpy())).hexdigest()[:16]
+    return Evaluation(score(logits, labels), seconds / max(len(split), 1), logits.argmax(-1) == labels, digest)
 
 
 def answers(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Tensor, Tensor, float]:

@@ -5,10 +5,7 @@ A cell is one (dataset, seed). Each row of a cell is written as soon as it is do
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -17,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
+from mergekit_vl.cell import Cell
 from mergekit_vl.data import Progress
 from mergekit_vl.errors import UserError
-from mergekit_vl.files import slug, write_json
+from mergekit_vl.files import slug
 from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
-from mergekit_vl.recipe import Recipe, TunedSpec
+from mergekit_vl.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.strategy import MergeInputs
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from mergekit_vl.protocol import Task
 
 PATH_POINTS = 11
-SPACES = {"ctx": "contexts", "head": "heads", "tower": "towers"}
-"""What is merged along the path, by the space of the tuned model."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,16 @@ class Experiment:
         return (("continued", dataclasses.replace(plain, tau=1.0)), ("CE only", plain))
 
 
-def build(recipe: Recipe, registry: Registry) -> Experiment:
-    """Resolve every name and check every option; reads no weights and imports no torch."""
+def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Experiment:
+    """Resolve every name and check every option; reads no weights and imports no torch. A bench has its strategies elsewhere."""
 
     def make(kind: str, spec) -> Any:
         return options.build(registry.find(kind, spec.name, where=spec.where).resolve(), spec.options, where=spec.where)
+
+    if not recipe.strategies and not of_bench:
+        raise UserError(
+            "strategy: all is for bench", where=recipe.name, mend="name strategies, or use mergekit-vl bench"
+        )
 
     tuners, labels = [], []
     for i, item in enumerate(recipe.tuned):
@@ -135,6 +136,62 @@ def build(recipe: Recipe, registry: Registry) -> Experiment:
     return experiment
 
 
+@dataclass(frozen=True)
+class Ready:
+    """An experiment whose backbone, data and checkpoints are loaded and fit."""
+
+    experiment: Experiment
+    backbone: Backbone
+    datasets: tuple[Dataset, ...]
+    device: str
+
+    def tasks(self, protocol: Any, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
+        """(dataset, seed, task) of each cell; raises UserError where a test needs a text tower that is not there."""
+        out = []
+        for dataset in [self.datasets] if self.experiment.joint else self.datasets:
+            name = " + ".join(d.name for d in dataset) if isinstance(dataset, tuple) else dataset.name
+            out += [(name, seed, protocol.task(dataset, seed)) for seed in seeds]
+        if self.experiment.joint or any(has_novel_classes(task) for _, _, task in out):
+            self.backbone.require_text()
+        return out
+
+    def cell(self, task: Task, seed: int, folder: Path, store: FeatureStore, progress: Progress) -> Cell:
+        inputs = MergeInputs(
+            _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, progress, folder / "scratch"
+        )
+        return Cell(task, inputs, folder, self.experiment.registry)
+
+    def anchors(self, cell: Cell) -> tuple[list[dict[str, Any]], MergeInputs]:
+        """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
+        made = self.experiment
+        return cell.anchors(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
+
+
+def has_novel_classes(task: Task) -> bool:
+    """Whether a test asks for classes that nothing is tuned on."""
+    known = {name for data in task.data for name in data.classes.names}
+    return not all(known.issuperset(classes.names) for _, classes, _ in task.tests)
+
+
+def prepare(experiment: Experiment, *, device: str, progress: Progress, warn: Callable[[str], None]) -> Ready:
+    """Load what an experiment names; a class name that is nothing to the tokenizer, or a damaged file, ends it here."""
+    progress(0, 0, "loading torch and the backbone")
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
+    backbone = experiment.backbone.build(device)
+    for note in backbone.notes:
+        warn(note)
+    datasets = load_datasets(experiment.recipe.datasets, experiment.datasets, progress)
+    for dataset in datasets if backbone.text is not None else ():
+        for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
+            backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
+        _warn_of_unknown_words(backbone, dataset, warn)
+    tuners = tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
+    return Ready(dataclasses.replace(experiment, tuners=tuners), backbone, tuple(datasets), device)
+
+
 def run(
     experiment: Experiment,
     out: Path,
@@ -148,33 +205,11 @@ def run(
 
     All data are read, and all shots drawn, before anything is trained: bad input ends a run at its start.
     """
-    progress(0, 0, "loading torch and the backbone")
-    import torch
-
     from mergekit_vl import report
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
     began = time.time()
-    backbone = experiment.backbone.build(device)
-    for note in backbone.notes:
-        warn(note)
-    datasets = _datasets(experiment, progress)
-    for dataset in datasets if backbone.text is not None else ():
-        for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
-            backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
-        _warn_of_unknown_words(backbone, dataset, warn)
-    experiment = dataclasses.replace(
-        experiment, tuners=tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
-    )
-    tasks = []
-    for dataset in [datasets] if experiment.joint else datasets:
-        name = " + ".join(d.name for d in dataset) if isinstance(dataset, list) else dataset.name
-        tasks += [(name, seed, experiment.protocol.task(dataset, seed)) for seed in experiment.recipe.seeds]
-    for _, _, task in tasks:
-        known = {name for data in task.data for name in data.classes.names}
-        if experiment.joint or not all(known.issuperset(classes.names) for _, classes, _ in task.tests):
-            backbone.require_text()
+    ready = prepare(experiment, device=device, progress=progress, warn=warn)
+    tasks = ready.tasks(experiment.protocol, experiment.recipe.seeds)
     cells, first = [], None
     for number, (name, seed, task) in enumerate(tasks, 1):
         if len(tasks) > 1:
@@ -182,13 +217,10 @@ def run(
         where = f"[{number}/{len(tasks)}] {name} seed {seed}"
         told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
         store.report = told
-        folder = out / "state" / report.cell_name(name, seed)
-        inputs = MergeInputs(
-            _base(backbone, task, store), (), task.data[:1], store, seed, device, told, folder / "scratch"
-        )
-        main, cell = _Cell(experiment, task, inputs, folder).run(name, seed, warn)
+        cell = ready.cell(task, seed, out / "state" / report.cell_name(name, seed), store, told)
+        main, facts = _run_cell(ready, cell, name, seed, warn)
         first = main if number == 1 else first
-        cells.append(cell)
+        cells.append(facts)
     progress(0, 0, "writing the report")
     return report.write(experiment, cells, first, out, device=device, seconds=time.time() - began)
 
@@ -209,11 +241,11 @@ def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
     return Single(backbone, head.to(backbone.device))
 
 
-def _datasets(experiment: Experiment, progress: Progress) -> list[Dataset]:
+def load_datasets(specs: tuple[Spec, ...], given: tuple[Any, ...], progress: Progress) -> list[Dataset]:
     """The datasets, under their recipe's labels where it gives some."""
     out: list[Dataset] = []
-    for spec, made in zip(experiment.recipe.datasets, experiment.datasets):
-        progress(0, 0, f"reading {spec.options.get('path') or spec.options.get('task') or spec.name}")
+    for spec, made in zip(specs, given):
+        progress(0, 0, f"reading {getattr(made, getattr(made, 'named_by', ''), spec.name)}")
         dataset = made.load(progress)
         if spec.label != spec.name:
             dataset = dataclasses.replace(dataset, name=spec.label)
@@ -245,185 +277,35 @@ def _loaded(tuner: Any, backbone: Backbone, registry: Registry) -> Any:
     return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
 
 
-@dataclass
-class _Cell:
-    experiment: Experiment
-    task: Task
-    inputs: MergeInputs
-    folder: Path
+def _run_cell(
+    ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]
+) -> tuple[Model, dict[str, Any]]:
+    """The main strategy's model, and the cell as plain data."""
+    from mergekit_vl import landscape
 
-    def run(self, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, dict[str, Any]]:
-        """The main strategy's model, and the cell as plain data."""
-        self._claim(warn)
-        write_json(self.folder / "shots.json", self._shots(name, seed))
-        rows = [self._row(self.experiment.base_label, "zero-shot", lambda: self.inputs.base)[1]]
-        tuned, data = [], []
-        for label, tuner, i in self._to_tune():
-            of_task = self.task.data[i]
-            inputs = dataclasses.replace(self.inputs, data=(of_task,))
-            model, scores = self._row(label, "tuned", lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs))
-            tuned.append(model)
-            data.append(of_task)
-            rows.append(scores)
-        inputs = dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data))
-        for label, control in self.experiment.controls:
-            rows.append(self._row(label, "control", lambda control=control: control.merge(inputs))[1])
-        merged: dict[str, Model] = {}
-        for (label, strategy), spec in zip(self.experiment.strategies, self.experiment.recipe.strategies):
-            given = inputs
-            if spec.of is not None:
-                given = dataclasses.replace(inputs, tuned=(merged[spec.of],), data=tuple(data[:1]))
-            merged[label], row = self._row(label, "merged", lambda s=strategy, given=given: s.merge(given))
-            rows.append(row)
-        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        main = next(iter(merged.values()))
-        return main, {
-            "dataset": name,
-            "seed": seed,
-            "note": self.task.note,
-            "metric": dataclasses.asdict(self.task.metric),
-            "counts": {
-                "train": sum(len(data.train) for data in self.task.data),
-                "val": sum(len(data.val or ()) for data in self.task.data),
-                **{name: len(split) for name, _, split in self.task.tests},
-            },
-            "rows": rows,
-            "path": self._path(inputs, main) if len(self.task.data) == 1 else [],
-        }
-
-    def _to_tune(self) -> list[tuple[str, Any, int]]:
-        """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""
-        named = list(zip(self.experiment.tuned_labels, self.experiment.tuners))
-        if not self.experiment.joint or not all(hasattr(tuner, "tune") for _, tuner in named):
-            return [(label, tuner, i if self.experiment.joint else 0) for i, (label, tuner) in enumerate(named)]
-        return [
-            (f"{label} on {self.task.tests[i][0]}", tuner, i)
-            for label, tuner in named
-            for i in range(len(self.task.data))
-        ]
-
-    def _claim(self, warn: Callable[[str], None]) -> None:
-        """Forget stored rows that were made with other images, weights or checkpoints than these."""
-        splits = [data.train for data in self.task.data] + [split for _, _, split in self.task.tests]
-        key = {
-            "backbone": self.inputs.base.backbone.digest,
-            "images": [split.key for split in splits],
-            "checkpoints": [_digest(t) for t in self.experiment.tuners if not hasattr(t, "tune")],
-        }
-        file = self.folder / "key.json"
-        if file.exists() and json.loads(file.read_text()) != key:
-            warn(f"{self.folder}: images, weights or checkpoints have changed since; this cell starts again")
-            shutil.rmtree(self.folder)
-        write_json(file, key)
-
-    def _shots(self, dataset: str, seed: int) -> dict[str, Any]:
-        """The few-shot selection: rows of each split, and the files they are where there are files."""
-        tested = {name: classes for _, classes, _ in self.task.tests for name in classes.names}
-        first = self.task.tests[0][1]
-        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
-        out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
-        for name in ("train", "val"):
-            out[name] = []
-            for data in self.task.data:
-                split = getattr(data, name)
-                files = getattr(split.source, "files", None) if split is not None else None
-                out[name] += [
-                    {"row": row, "class": data.classes.names[label]} | ({"file": files[row]} if files else {})
-                    for row, label in zip(split.rows.tolist(), split.labels.tolist())
-                ]
-        return out
-
-    def _row(self, label: str, kind: str, make: Callable[[], Model]) -> tuple[Model, dict[str, Any]]:
-        """A model and its scores: from the run folder if they are there, else made now and written at once."""
-        from mergekit_vl import saved
-        from mergekit_vl.evaluate import evaluate
-
-        result_file = self.folder / f"{slug(label)}.json"
-        began = time.time()
-        stored = json.loads(result_file.read_text()) if result_file.exists() else None
-        if stored:
-            found = saved.load(self.folder, slug(label), self.inputs.base.backbone, self.experiment.registry.adapter)
-            return found or make(), stored
-        model = make()
-        made = time.time() - began
-        if saved.can_save(model) and self._keeps(label, kind, model):
-            saved.save(model, self.folder, slug(label))
-        tests, seconds, right = {}, [], {}
-        for test, classes, split in self.task.tests:
-            scores, per_sample, hits = evaluate(model, classes, split, self.inputs.features)
-            tests[test] = scores.as_dict()
-            right[test] = "".join("01"[int(hit)] for hit in hits)
-            seconds.append(per_sample)
-        row = {
-            "row": label,
-            "kind": kind,
-            "tests": tests,
-            "score": self.task.metric.of({test: scores["acc1"] for test, scores in tests.items()}),
-            "parameters": model.parameters,
-            "forwards": model.forwards,
-            "chosen": dict(getattr(getattr(model, "adapter", None), "chosen", {})) if kind == "tuned" else {},
-            "right": right,
-            "cost": {"seconds": made, "ms_per_sample": 1000 * max(seconds)},
-        }
-        write_json(result_file, row)
-        return model, row
-
-    def _keeps(self, label: str, kind: str, model: Model) -> bool:
-        """Whole towers are kept where they were trained and for the main row; a closed form makes the others again."""
-        from mergekit_vl.adapters.tower import Tower
-
-        members = getattr(model, "members", (model,))
-        towers = any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
-        trained = kind in ("tuned", "control") or label == self.experiment.strategies[0][0]
-        return not towers or trained or hasattr(dict(self.experiment.strategies)[label], "epochs")
-
-    def _path(self, inputs: MergeInputs, merged: Model) -> list[dict[str, Any]]:
-        """Accuracy along straight lines: from the start to the tuned model between their tensors (WiSE-FT's sweep), and, where
-        classifiers are made of texts, between those too and by way of the merged model.
-        """
-        from mergekit_vl.evaluate import evaluate
-        from mergekit_vl.model import Mixture, Single
-        from mergekit_vl.strategies.wise_ft import WiseFT
-
-        first = dataclasses.replace(inputs, tuned=inputs.tuned[:1])
-        tuned = first.tuned[0]
-        assert isinstance(tuned, Single)
-        texts = inputs.base.makes_texts and tuned.makes_texts
-        ends = {"zero-shot": inputs.base, "tuned": tuned}
-        legs = [("zero-shot", "tuned")] if texts else []
-        if texts and getattr(merged, "makes_texts", False):
-            ends["merged"] = merged  # type: ignore[assignment]
-            legs += [("zero-shot", "merged"), ("merged", "tuned")]
-        points = []
-
-        def add(leg: str, space: str, alpha: float, model: Model) -> None:
-            once = (
-                tuned.adapter.space == "tower" and 0 < alpha < 1
-            )  # a tower of its own; those of the ends are stored already
-            store = inputs.features.temporary() if once else inputs.features
-            accuracies = {t: evaluate(model, classes, split, store)[0].acc1 for t, classes, split in self.task.tests}
-            points.append({"leg": leg, "space": space, "alpha": alpha, "tests": accuracies})
-
-        for i in range(PATH_POINTS):
-            alpha = i / (PATH_POINTS - 1)
-            inputs.progress(i, PATH_POINTS, "path")
-            for start, end in legs:
-                mix = Mixture((ends[start], ends[end]), (1 - alpha, alpha))
-                add(f"{start} -> {end}", "classifiers", alpha, mix)
-            with contextlib.suppress(UserError):  # a prompt that started at random has no zero-shot context
-                add("zero-shot -> tuned", SPACES.get(tuned.adapter.space, "own"), alpha, WiseFT(alpha).merge(first))
-        return points
-
-
-def _tune(tuner: Any, inputs: MergeInputs) -> Model:
-    """What a tuner makes; or a checkpoint's model, whose head is told the start that its file does not tell."""
-    from mergekit_vl.adapters.tuned import with_start
-
-    return tuner.tune(inputs) if hasattr(tuner, "tune") else with_start(tuner, inputs)
-
-
-def _digest(model: Model) -> str:
-    digest = hashlib.sha256()
-    for tensor in model.adapter.tensors.values():  # type: ignore[attr-defined]
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
+    experiment = ready.experiment
+    cell.claim(experiment.tuners, warn)
+    cell.keep_shots(name, seed)
+    rows, inputs = ready.anchors(cell)
+    for label, control in experiment.controls:
+        rows.append(cell.row(label, "control", lambda control=control: control.merge(inputs))[1])
+    tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
+    merged: dict[str, Model] = {}
+    for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
+        given = inputs
+        if spec.of is not None:
+            model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
+            given = dataclasses.replace(inputs, tuned=(model,), data=(data,))
+        make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
+        merged[label], row = cell.row(label, "merged", make, strategy=strategy, main=not merged)
+        rows.append(row)
+    shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
+    main = next(iter(merged.values()))
+    path: list[dict[str, Any]] = []
+    if not experiment.joint:
+        cell.inputs.progress(0, 0, "path")
+        for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
+            # by way of the merged model between classifiers alone, where a point costs next to nothing
+            legs = landscape.LEGS if between.space == "classifiers" else landscape.LEGS[:1]
+            path += landscape.lines(between, cell.task.tests, PATH_POINTS, legs)
+    return main, {**cell.facts(name, seed), "rows": rows, "path": path}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class FeatureStore:
     report: Progress = silent
     encoded: int = 0
     """Images that went through a tower so far."""
+    seconds: float = 0.0
+    """That this took, reading the images included."""
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def features(self, path: ImagePath, split: Split) -> Tensor:
@@ -119,11 +122,13 @@ class FeatureStore:
     def _encode(self, path: ImagePath, n: int, load: Callable[[int], Tensor], what: str) -> Tensor:
         out = []
         done = 0
+        began = time.perf_counter()
         for batch in prefetched(load, n, path.backbone.block):
             out.append(path.encode(batch).cpu())
             self.encoded += len(batch)
             done += len(batch)
             self.report(done, n, what)
+        self.seconds += time.perf_counter() - began
         if not out:
             raise UserError("there are no images to encode", mend="check the dataset's splits")
         return torch.cat(out)

@@ -18,6 +18,50 @@ def anonymous_memory() -> int:
         return 120 << 20
 
 
+class Peak:
+    """`with Peak(device) as peak`: afterwards `peak.bytes` is how much more memory was held at once than before, on the GPU where one
+    is used; None where the system does not tell.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> Peak:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before: int | None = torch.cuda.memory_allocated(self.device)
+        else:
+            self.before = _resident("VmRSS") if _reset_peak() else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            now: int | None = torch.cuda.max_memory_allocated(self.device)
+        else:
+            now = _resident("VmHWM")
+        self.bytes = None if self.before is None or now is None else max(0, now - self.before)
+
+
+def _resident(name: str) -> int | None:
+    try:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _reset_peak() -> bool:
+    """Let the kernel count the peak of resident memory anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def reuse_freed_memory() -> None:
     """Tell glibc not to give a piece's memory back to the system when it is freed: the next piece takes it.
 

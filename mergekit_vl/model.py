@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mergekit_vl.errors import UserError
 
@@ -251,3 +251,13 @@ class Ensemble:
     @property
     def forwards(self) -> int:
         return sum(m.forwards for m in self.members)
+
+
+def size_in_bytes(model: Any) -> int:
+    """Of the tensors that a model adds to its backbone: what it takes on disk."""
+    if hasattr(model, "adapter"):
+        return sum(t.numel() * t.element_size() for t in model.adapter.tensors.values())
+    near = getattr(model, "near", None)
+    own = near.numel() * near.element_size() if near is not None else 0
+    members = getattr(model, "members", None)
+    return own + (sum(size_in_bytes(member) for member in members) if members else 4 * model.parameters)

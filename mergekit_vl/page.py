@@ -13,22 +13,39 @@ from mergekit_vl.protocol import Metric
 
 def plot(report: dict[str, Any]) -> tuple[str, bytes]:
     """What each row gains and keeps, and the path zero-shot, merged, fine-tuned; as SVG and PNG."""
+    panels = [_plane, _path] if report["path"] else [_plane]
+    figure, axes = figure_of(1, len(panels), 6, 4.8)
+    for panel, axis in zip(panels, axes[0]):
+        panel(axis, report)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return svg_of(figure), png.getvalue()
+
+
+def figure_of(rows: int, columns: int, width: float, height: float):
+    """A figure with its axes; width and height are those of a panel, in inches."""
     import matplotlib
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "mergekit-vl"
     import matplotlib.pyplot as plt
 
-    panels = [_plane, _path] if report["path"] else [_plane]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.8), layout="constrained", squeeze=False)
-    for panel, axis in zip(panels, axes[0]):
-        panel(axis, report)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return figure, axes
+
+
+def svg_of(figure) -> str:
+    """The figure as SVG to stand in a page, the same bytes every time; it is closed."""
+    import matplotlib.pyplot as plt
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return svg.getvalue()[svg.getvalue().index("<svg") :], png.getvalue()
+    return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 STYLES = {
@@ -173,8 +190,14 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
         f"<pre>mergekit-vl run recipe.yaml</pre><p>{escape(', '.join(f'{k} {v}' for k, v in report['environment'].items()))};"
         f" {report['seconds']:.0f} s.</p>",
     ]
-    head = f'<meta charset="utf-8"><title>{escape(report["recipe"])}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return document(report["recipe"], "".join(parts))
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A page that needs nothing beside itself; `body` is HTML."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{style}</style>'
+    script = f"<script>{script}</script>" if script else ""
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{script}</body></html>\n'
 
 
 STYLE = """

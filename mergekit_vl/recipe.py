@@ -7,12 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import __version__
 from mergekit_vl.errors import UserError, unknown
 
-KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed")
+if TYPE_CHECKING:
+    from mergekit_vl.plugins import Registry
+
+KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
+ALL = "all"
+"""As `strategy`: every registered one, for `bench`."""
 DEFAULTS: dict[str, Any] = {
     "backbone": {"name": "micro"},
     "protocol": {"name": "base_to_novel"},
@@ -32,7 +37,9 @@ class Spec:
     label: str
     """The name of its row in reports: `label` of the recipe, or the name."""
     of: str | None = None
-    """Of a strategy: the label of an earlier one whose model it merges with the base, instead of the tuned ones."""
+    """Of a strategy: the label of an earlier one, or of a tuned model, that it merges with the base instead of all tuned ones."""
+    grid: Mapping[str, Any] | None = None
+    """Of a strategy: values of its options that `bench` tries, instead of the strategy's own grid."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Recipe:
     strategies: tuple[Spec, ...]
     controls: bool
     seeds: tuple[int, ...]
+    search: Mapping[str, Any]
+    """How `bench` chooses options; read by nothing else."""
     plain: Mapping[str, Any]
     """The resolved recipe as nested dicts and lists, defaults included."""
 
@@ -160,6 +169,35 @@ def _not_applied(word: str, error: Exception, mend: str) -> UserError:
     return UserError(f"{word!r} cannot be applied: {str(error).splitlines()[0]}", where="command line", mend=mend)
 
 
+def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:
+    """The recipe on these datasets: its own by label or by the option that names one, or others of the kind of its first."""
+    given = recipe.plain["dataset"]
+    own = given if isinstance(given, list) else [given]
+
+    def named_by(plain: Mapping[str, Any]) -> str | None:
+        return getattr(registry.find("datasets", plain["name"]).resolve(), "named_by", None)
+
+    chosen = []
+    for name in names:
+        found = [d for d in own if name in (d.get("label"), d["name"]) or name == str(d.get(named_by(d) or "", ""))]
+        key = named_by(own[0])
+        if not found and key is None:
+            raise unknown("dataset", name, [str(d.get("label", d["name"])) for d in own], where="--datasets")
+        chosen += found or [{k: v for k, v in own[0].items() if k != "label"} | {key: name}]
+    return parse({**recipe.plain, "dataset": chosen}, name=recipe.name, where=recipe.name)
+
+
+def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Spec, ...]:
+    """Specs of datasets that stand elsewhere than under `dataset`."""
+    out = []
+    for i, value in enumerate(given):
+        if not isinstance(value.get("name"), str):
+            raise UserError("a dataset needs a name", where=f"{where}.{i}", mend="write {name: ...}")
+        rest = {k: v for k, v in value.items() if k not in ("name", "label")}
+        out.append(Spec(value["name"], rest, f"{where}.{i}", str(value.get("label", value["name"]))))
+    return tuple(out)
+
+
 def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
     """A Recipe from plain data; the door for tests and notebooks."""
     for key in given:
@@ -173,17 +211,17 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
     def spec(value: Any, key: str) -> Spec:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
-        return Spec(
-            value["name"],
-            {
-                k: v
-                for k, v in value.items()
-                if k not in ("name", "label", *(["of"] if key.startswith("strategy") else []))
-            },
-            f"{where}: {key} {value['name']}",
-            str(value.get("label", value["name"])),
-            str(value["of"]) if key.startswith("strategy") and "of" in value else None,
-        )
+        place, label = f"{where}: {key} {value['name']}", str(value.get("label", value["name"]))
+        own = ("name", "label", *(("of", "grid") if key.startswith("strategy") else ()))
+        given = {k: v for k, v in value.items() if k not in own}
+        if not key.startswith("strategy"):
+            return Spec(value["name"], given, place, label)
+        grid = value.get("grid")
+        if grid is not None and not (
+            isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())
+        ):
+            raise UserError("grid is a mapping of lists", where=place, mend="write grid: {alpha: [0.25, 0.5, 0.75]}")
+        return Spec(value["name"], given, place, label, str(value["of"]) if "of" in value else None, grid)
 
     def specs(value: Any, key: str) -> tuple[Spec, ...]:
         values = value if isinstance(value, list) else [value]
@@ -212,10 +250,13 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")
     if not isinstance(plain["controls"], bool):
         raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
-    strategies = specs(plain["strategy"], "strategy")
+    strategies = () if plain["strategy"] == ALL else specs(plain["strategy"], "strategy")
+    anchors = [t.tuner.label if t.tuner else t.label or Path(str(t.checkpoint)).stem for t in tuned]
     for i, strategy in enumerate(strategies):
-        if strategy.of is not None and strategy.of not in (earlier := [s.label for s in strategies[:i]]):
-            raise unknown("earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
+        if strategy.of is not None and strategy.of not in (earlier := [*anchors, *(s.label for s in strategies[:i])]):
+            raise unknown("tuned model or earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
+    if not isinstance(search := plain.get("search", {}), Mapping):
+        raise UserError("search is a mapping", where=where, mend="write search: {budget: 8}")
     return Recipe(
         name=name,
         backbone=spec(plain["backbone"], "backbone"),
@@ -225,5 +266,6 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         strategies=strategies,
         controls=plain["controls"],
         seeds=tuple(dict.fromkeys(seeds)),
+        search=search,
         plain=plain,
     )

@@ -31,8 +31,6 @@ def write(
     experiment: Experiment, cells: list[dict[str, Any]], first: Model, out: Path, *, device: str, seconds: float
 ) -> dict[str, Any]:
     """Write every file of a finished run; `first` is the main model of the first cell. report.json comes last and marks it as done."""
-    import torch
-
     from mergekit_vl.export import export, is_whole
 
     recipe = experiment.recipe
@@ -53,16 +51,10 @@ def write(
         "differences": differences(cells, main),
         "forgetting": forgetting(cells, main, anchor),
         "path": _mean_path(cells),
-        "environment": {
-            "mergekit_vl": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": device,
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(device),
         "seconds": seconds,
     }
-    write_text(out / "recipe.yaml", _yaml(recipe.plain))
+    write_text(out / "recipe.yaml", to_yaml(recipe.plain))
     scores = [
         {"dataset": c["dataset"], "seed": c["seed"], "row": r["row"], "score": r["score"], "tests": r["tests"]}
         for c in cells
@@ -90,6 +82,18 @@ def write(
     write_text(out / "report.html", html(report, svg, gain(report)))
     write_json(out / "report.json", report)
     return report
+
+
+def environment(device: str) -> dict[str, Any]:
+    import torch
+
+    return {
+        "mergekit_vl": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _selection(cells: list[dict[str, Any]]) -> str:
@@ -186,32 +190,24 @@ def _of_one_seed(names: Sequence[str], tests: list[dict[str, Any]], mean: float)
 
 
 def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
-    """Headline of the main row minus each other row's, in points, with a 95% interval: over tasks, or over the images of a single cell."""
-    out = []
+    """The main row minus each other one."""
     names = [row["row"] for row in cells[0]["rows"]]
-    ours = names.index(main)
+    return [{"minus": name, **paired(cells, main, name)} for name in names if name != main]
+
+
+def paired(cells: list[dict[str, Any]], ours: str, theirs: str) -> dict[str, Any]:
+    """Headline of one row minus another's, in points, with a 95% interval: over tasks, or over the images of a single task."""
+    names = [row["row"] for row in cells[0]["rows"]]
+    i, j = names.index(ours), names.index(theirs)
     tasks = [cell["dataset"] for cell in cells]
-    for i, name in enumerate(names):
-        if i == ours:
-            continue
-        if len(set(tasks)) > 1:
-            d = clustered([cell["rows"][ours]["score"] - cell["rows"][i]["score"] for cell in cells], tasks)
-            over = "tasks"
-        else:
-            hits = [[_hits(cell["rows"][j]) for cell in cells] for j in (ours, i)]
-            d = over_images(hits, lambda rates: metric_of(cells[0]).of(dict(zip(cells[0]["rows"][0]["tests"], rates))))
-            over = "test images"
-        out.append(
-            {
-                "minus": name,
-                "mean": 100 * d.mean,
-                "low": 100 * d.low,
-                "high": 100 * d.high,
-                "verdict": d.verdict,
-                "over": over,
-            }
-        )
-    return out
+    if len(set(tasks)) > 1:
+        d = clustered([cell["rows"][i]["score"] - cell["rows"][j]["score"] for cell in cells], tasks)
+        over = "tasks"
+    else:
+        hits = [[_hits(cell["rows"][k]) for cell in cells] for k in (i, j)]
+        d = over_images(hits, lambda rates: metric_of(cells[0]).of(dict(zip(cells[0]["rows"][0]["tests"], rates))))
+        over = "test images"
+    return {"mean": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high, "verdict": d.verdict, "over": over}
 
 
 def forgetting(cells: list[dict[str, Any]], main: str, anchor: str) -> dict[str, Any]:
@@ -238,7 +234,7 @@ def _mean_path(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for i, point in enumerate(cells[0]["path"]):
         tests = [
-            {t: {"n": cell["counts"][t], "acc1": acc1} for t, acc1 in cell["path"][i]["tests"].items()}
+            {t: {"n": cell["counts"][t], "acc1": scores["acc1"]} for t, scores in cell["path"][i]["tests"].items()}
             for cell in cells
         ]
         columns = {name: _averaged(cells, name, tests) for name in metric_of(cells[0]).columns}
@@ -246,7 +242,7 @@ def _mean_path(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _yaml(plain) -> str:
+def to_yaml(plain) -> str:
     import yaml
 
     return yaml.safe_dump(dict(plain), sort_keys=True, allow_unicode=True)

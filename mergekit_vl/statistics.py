@@ -58,3 +58,9 @@ def over_images(
         low, high = np.quantile(score([r[0] for r in rates]) - score([r[1] for r in rates]), [0.025, 0.975])
         cells.append((score([a.mean() for a in ours]) - score([b.mean() for b in theirs]), low, high))
     return Difference(*(float(x) for x in np.mean(cells, 0)))
+
+
+def ranks(scores: Sequence[float]) -> list[float]:
+    """1 for the highest; equal ones share the mean of their places."""
+    values = np.asarray(scores, dtype=np.float64)
+    return [float((values > v).sum() + ((values == v).sum() + 1) / 2) for v in values]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_vl.data import Progress, silent
 from mergekit_vl.errors import UserError
@@ -57,6 +57,11 @@ class Strategy(Protocol):
     """A frozen dataclass whose fields are its options."""
 
     def merge(self, inputs: MergeInputs) -> Model: ...
+
+
+def trains(strategy: Any) -> bool:
+    """Whether a strategy has a training loop: it takes passes over the images, `epochs`."""
+    return hasattr(strategy, "epochs")
 
 
 class Tuner(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed
 from mergekit_vl.pieces import BLOCK, Models, Piece, Run, Tensor
 
 Vector = Callable[[Piece, int], Array]
@@ -106,7 +106,7 @@ class _Select:
     def locate(self, where: str) -> None:
         """After the first pass: the bin of each position, and the position within it."""
         if self.high[INFINITE:].any():
-            raise UserError("has values that are not finite", where=where, mend="it was damaged while training")
+            raise Failed("has values that are not finite", where=where, mend="it was damaged while training")
         edges = np.cumsum(self.high)
         for position in self.positions:
             bin_ = int(np.searchsorted(edges, position, side="right"))

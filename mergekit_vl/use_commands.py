@@ -55,7 +55,7 @@ def evaluate_model(
     shown = tuple(sorted(set(part.labels.tolist()))) if split in data.shifts else tuple(range(len(data.classes)))
     classes = Classes(data.classes, data.templates).subset(shown)
     store = FeatureStore(report=progress)
-    scores, seconds, _ = evaluate(used.model, classes, part.of_classes(shown), store)
+    scores, seconds, *_ = evaluate(used.model, classes, part.of_classes(shown), store)
     told = scores.as_dict()
     return {
         "dataset": data.name,

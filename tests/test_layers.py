@@ -15,8 +15,11 @@ LAYERS = (
     ("datasets", "tuners", "protocols", "information", "grams"),
     ("strategies",),
     ("saved", "export"),
-    ("experiment", "runs", "report", "page", "card", "streaming"),
-    ("merge_command", "mergekit_yaml", "use_commands"),
+    ("cell", "landscape", "search"),
+    ("experiment", "runs", "report", "page", "landscape_page", "card", "streaming"),
+    ("terminal",),
+    ("bench",),
+    ("path_command", "cache_command", "merge_command", "mergekit_yaml", "use_commands"),
     ("cli",),
 )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed, UserError
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.text import Prompts, TextTower
@@ -140,7 +140,7 @@ class Backbone:
                 if not out_of_memory(error):
                     raise
                 fits //= 2
-        raise UserError(
+        raise Failed(
             f"out of memory with {self.block} images at once on {self.device}; "
             + (f"{fits} fitted" if fits else "not even one fits"),
             where=self.spec,

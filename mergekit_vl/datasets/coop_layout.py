@@ -64,6 +64,9 @@ class CoOpLayout:
     template: str | None = option(None, "the prompt around a class name; none: CoOp's for this data set")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
 
+    named_by = "dataset"
+    """The option that tells one dataset of this kind from another."""
+
     def load(self, progress: Progress = silent) -> Dataset:
         """The dataset; raises UserError for a wrong root, a missing split file or missing images."""
         root = Path(self.root).expanduser()

@@ -78,6 +78,9 @@ class Folder:
     )
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, with a warning, instead of stopping")
 
+    named_by = "path"
+    """The option that tells one dataset of this kind from another."""
+
     def load(self, progress: Progress = silent) -> Dataset:
         """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
         templates = self._checked_templates()

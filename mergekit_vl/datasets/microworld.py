@@ -47,6 +47,9 @@ class Microworld:
         (), "other renderings to test on, each clean or a shift with its strength: [clean, night, blur:0.6]"
     )
 
+    named_by = "task"
+    """The option that tells one dataset of this kind from another."""
+
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise unknown("microworld task", self.task, TASKS, where="dataset.task")

@@ -32,6 +32,8 @@ class Breadcrumbs:
     weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
     scale: Coefficient = option(0.3, "alpha, of the sum")
 
+    grid = {"density": (0.14, 0.3, 0.6), "scale": (0.3, 0.6, 1.0)}
+
     form, averages, passes = "elementwise", False, 2
 
     def held(self, n: int) -> int:

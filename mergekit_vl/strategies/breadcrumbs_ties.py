@@ -32,6 +32,8 @@ class BreadcrumbsTies:
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
+    grid = {"density": (0.14, 0.3, 0.6), "scale": (0.3, 0.6, 1.0)}
+
     form, averages, passes = "elementwise", False, 2
 
     def held(self, n: int) -> int:

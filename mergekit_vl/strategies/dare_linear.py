@@ -37,6 +37,8 @@ class DareLinear:
     scale: Coefficient = option(0.4, "of the sum, as in task arithmetic")
     rescale: Rescale = option("density", "divide by density, or match the task vector's L1 norm in each tensor")
 
+    grid = {"density": (0.1, 0.3, 0.5), "scale": (0.2, 0.4, 0.7)}
+
     form, averages = "elementwise", False
 
     @property

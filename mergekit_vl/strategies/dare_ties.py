@@ -32,6 +32,8 @@ class DareTies:
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
+    grid = {"density": (0.1, 0.3, 0.5), "scale": (0.3, 0.6, 1.0)}
+
     form, averages = "elementwise", False
 
     @property

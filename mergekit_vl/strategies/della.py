@@ -40,6 +40,8 @@ class Della:
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
+    grid = {"density": (0.3, 0.5, 0.7), "scale": (0.3, 0.6, 1.0)}
+
     form, averages = "rows", False
 
     @property

@@ -30,6 +30,8 @@ class DellaLinear:
     scale: Coefficient = option(0.4, "of the sum, as in task arithmetic")
     rescale: Rescale = option("probability", "divide by the probability, or match the L1 norm in each tensor")
 
+    grid = {"density": (0.3, 0.5, 0.7), "scale": (0.2, 0.4, 0.7)}
+
     form, averages = "rows", False
 
     @property

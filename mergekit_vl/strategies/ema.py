@@ -22,6 +22,8 @@ class Ema:
 
     decay: Coefficient = option(0.9, "weight of the past at each checkpoint: 0 is the last one alone")
 
+    grid = {"decay": (0.3, 0.5, 0.7, 0.8, 0.95, 0.99)}
+
     form, averages = "accumulating", True
 
     def held(self, n: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mergekit_vl.calibration import temperature
 from mergekit_vl.errors import UserError
@@ -33,6 +33,12 @@ class OutputEnsemble:
     )
     of: Literal["probabilities", "logits"] = option("probabilities", "what is averaged")
     calibrated: bool = option(False, "a temperature per model, fitted on validation images")
+
+    @staticmethod
+    def grid(models: int) -> dict[str, Sequence[Any]]:
+        """Shares of zero-shot, the tuned models sharing the rest."""
+        weights = [(share, *((1 - share) / models,) * models) for share in (0.3, 0.5, 0.7, 0.9)]
+        return {"of": ("probabilities", "logits"), "weights": weights}
 
     def merge(self, inputs: MergeInputs) -> Model:
         members = (inputs.base, *inputs.tuned)

@@ -44,6 +44,8 @@ class Fisher:
     floor: float = option(1e-6, "least information, in units of the mean")
     normalise: bool = option(False, "divide each model's information by its norm")
 
+    grid = {"base": (False, True), "normalise": (False, True)}
+
     def __post_init__(self) -> None:
         if self.images < 1:
             raise UserError(f"images={self.images}", where=WHERE, mend="at least 1")

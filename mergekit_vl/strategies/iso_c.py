@@ -37,6 +37,8 @@ class IsoC:
     scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
+    grid = {"scale": (0.2, 0.4, 0.6, 0.8, 1.2, 1.4, 1.6)}
+
     form, averages = "tensor", False
 
     def held(self, n: int) -> int:

@@ -43,6 +43,8 @@ class IsoCTS:
     scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
+    grid = {"common": (0.6, 0.8), "scale": (0.4, 0.7, 1.0, 1.3)}
+
     form, averages = "tensor", False
 
     def held(self, n: int) -> int:

@@ -32,6 +32,8 @@ class Linear:
         "own", "merge the tensors, or the classifiers that they make (`run` only)"
     )
 
+    grid = {"space": ("own", "features")}
+
     form, averages, weighs_base = "accumulating", True, True
 
     def held(self, n: int) -> int:

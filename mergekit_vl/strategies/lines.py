@@ -31,6 +31,8 @@ class Lines:
     combine: Literal["sum", "mean"] = option("sum", "of several task vectors")
     outside: Literal["alpha", "depth"] = option("alpha", "factor of what is in no block: alpha, or by its depth")
 
+    grid = {"alpha": (0.1, 0.3, 0.5), "beta": (0.2, 0.5, 0.8)}
+
     form, averages = "accumulating", False
 
     def held(self, n: int) -> int:

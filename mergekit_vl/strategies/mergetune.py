@@ -94,6 +94,8 @@ class MergeTune:
     )
     accumulate: int = option(1, "of a tower: batches whose gradients make one step")
 
+    grid = {"lambda": (2.0, 4.0, 16.0)}
+
     def __post_init__(self) -> None:
         for name, valid, mend in (
             ("lambda_", self.lambda_ >= 0, "0 or more"),

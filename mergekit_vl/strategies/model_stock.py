@@ -26,6 +26,8 @@ class ModelStock:
 
     along: Literal["tensor", "row"] = option("tensor", "what has a ratio of its own")
 
+    grid = {"along": ("tensor", "row")}
+
     averages = False
 
     @property

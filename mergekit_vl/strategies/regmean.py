@@ -45,6 +45,8 @@ class RegMean:
     alpha: float = option(0.9, "off-diagonal elements are multiplied by it")
     images: int = option(256, "training images of each model, at most, where a tower reads them")
 
+    grid = {"alpha": (0.1, 0.3, 0.5, 0.7, 0.8, 1.0)}
+
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha={self.alpha}", where=WHERE, mend="between 0 and 1")

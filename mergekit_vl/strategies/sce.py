@@ -39,6 +39,8 @@ class Sce:
     mean: bool = option(False, "divide by the sum of c_i over the agreeing models")
     equal_below: float = option(0.0, "equal c_i where the mean squares of the selected sum to less")
 
+    grid = {"density": (0.1, 0.3, 0.6, 1.0), "scale": (0.5, 1.0)}
+
     form, averages = "elementwise", False
 
     @property

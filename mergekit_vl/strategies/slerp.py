@@ -33,6 +33,8 @@ class Slerp:
     t: Coefficient = option(0.5, "0 is the first model, 1 the second")
     line_above: float = option(1.0, "the straight line where |cosine| exceeds this")
 
+    grid = {"t": (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)}
+
     form, averages, passes = "accumulating", False, 1
 
     def held(self, n: int) -> int:

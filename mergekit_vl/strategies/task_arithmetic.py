@@ -24,6 +24,8 @@ class TaskArithmetic:
     scale: Coefficient = option(0.4, "the same for every task vector (the paper's rule of thumb is 0.3 to 0.5)")
     scales: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `scale`")
 
+    grid = {"scale": (0.1, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0)}
+
     form, averages, per_model = "accumulating", False, "scales"
 
     def held(self, n: int) -> int:

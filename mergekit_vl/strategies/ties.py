@@ -38,6 +38,8 @@ class Ties:
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
+    grid = {"density": (0.1, 0.2, 0.5), "scale": (0.3, 0.6, 1.0)}
+
     form, averages, passes = "elementwise", False, 2
 
     def held(self, n: int) -> int:

@@ -45,6 +45,8 @@ class TsvM:
     rank: float | None = option(None, "share of the singular values that each task keeps; empty: 1 / number of tasks")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
+    grid = {"scale": (0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.5)}
+
     form, averages = "tensor", False
 
     def held(self, n: int) -> int:

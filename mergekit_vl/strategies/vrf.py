@@ -46,6 +46,8 @@ class Vrf:
     b: float | None = option(None, "width of the change; none: by validation")
     calibrated: bool = option(True, "a temperature for each of both models, fitted on validation images")
 
+    grid = {"calibrated": (True, False)}
+
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:
             raise UserError(f"k={self.k}", where=WHERE, mend="at least 1")

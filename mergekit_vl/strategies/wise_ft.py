@@ -25,6 +25,8 @@ class WiseFT:
         "own", "merge the tensors, or the classifiers that they make (`run` only)"
     )
 
+    grid = {"space": ("own", "features"), "alpha": (0.3, 0.5, 0.7, 0.9)}
+
     form, averages = "accumulating", True
 
     def held(self, n: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,6 @@ def descend(
 def check_loss(value: Tensor, what: str, epoch: int, lr: float) -> None:
     """Raise UserError for a loss that is not finite."""
     if not value.isfinite():
-        raise UserError(
+        raise Failed(
             f"the loss of {what} is {value.item()} in epoch {epoch + 1}", where=what, mend=f"lower lr (now {lr})"
         )

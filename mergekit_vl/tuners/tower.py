@@ -19,7 +19,7 @@ from mergekit_vl.adapters.tower import HEAD, Tower
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.backbone import out_of_memory
 from mergekit_vl.data import Augment
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed
 from mergekit_vl.evaluate import evaluate
 from mergekit_vl.features import prefetched, train_view
 from mergekit_vl.model import ImagePath, Single
@@ -106,7 +106,7 @@ def fit_tower(
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                raise UserError(
+                raise Failed(
                     f"out of memory with {batch} images at once",
                     where=what,
                     mend=f"set batch={max(1, batch // 2)} accumulate={2 * schedule.accumulate}: the same step in half of the memory",
@@ -124,7 +124,7 @@ def fit_tower(
     if file is not None:
         file.unlink(missing_ok=True)
     if not all(weight.isfinite().all() for weight in forward.weights.values()):
-        raise UserError(f"the weights of {what} are not finite", where=what, mend=f"lower lr (now {schedule.lr})")
+        raise Failed(f"the weights of {what} are not finite", where=what, mend=f"lower lr (now {schedule.lr})")
     return training.chosen()
 
 

@@ -1,0 +1,175 @@
+"""`mergekit-vl bench`: arguments in, a table out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.plugins import load_plugins
+from mergekit_vl.recipe import load_recipe, with_datasets
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, release, warn
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.plan import Plan
+
+SMALL = "bench_small"
+"""What a bare `bench` runs."""
+FAILED = 3
+"""The exit code where rows failed."""
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")] = SMALL,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
+    strategies: Annotated[
+        str, typer.Option(help="all, or names or labels: ties,wise_ft; +name adds to the recipe's")
+    ] = "",
+    datasets: Annotated[
+        str, typer.Option(help="of the recipe by name, or others of its kind: microworld tasks, folders, CoOp's names")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="1,2,3")] = "",
+    shots: Annotated[str, typer.Option(help="images a class, a table each: 1,4,16")] = "",
+    out: Annotated[Path | None, typer.Option(help="folder; default runs/bench-<recipe>-<hash>")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="forget what is done already")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Compare strategies under the same anchors, images, selection and evaluator; a killed bench goes on with the same command.
+
+    Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
+    """
+    from mergekit_vl.bench import plan as plans
+    from mergekit_vl.bench import report
+
+    registry = load_plugins()
+    if "=" in recipe:  # only overrides were given
+        recipe, overrides = SMALL, [recipe, *(overrides or [])]
+    words = [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])]
+    made = load_recipe(recipe, words)
+    if datasets:
+        made = with_datasets(made, _list(datasets), registry)
+    plan = plans.build(made, registry, strategies=_list(strategies), shots=[_whole(n, "--shots") for n in _list(shots)])
+    folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
+    show = not quiet and not as_json
+    if show or dry_run:
+        for line in described(plan, folder):
+            typer.echo(line, err=not dry_run)
+    if dry_run:
+        return
+    load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
+    done = claim(folder, plan.place, load, force=force)
+    if done is None or _failed(done):
+        done = _run(plan, folder, device, show)
+    else:
+        typer.echo(f"already done, --force repeats: {folder / 'report.html'}", err=True)
+    if as_json:
+        typer.echo(json.dumps(done))
+    elif not quiet:
+        _print(done, folder)
+    if _failed(done):
+        raise typer.Exit(FAILED)
+
+
+def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
+    from mergekit_vl.bench import grid
+    from mergekit_vl.features import FeatureStore
+
+    try:
+        with TerminalProgress(show) as progress:
+
+            def told(done: int, total: int, what: str) -> None:
+                progress(done, total, what)
+
+            store = FeatureStore(report=told)
+            tell = lambda text: progress.bar.console.print(text, highlight=False) if show else None  # noqa: E731
+            return grid.run(
+                plan, folder, device=device_of(device), store=store, progress=told, warn=warn, tell=tell
+            )  # fmt: skip
+    except UserError:
+        release(folder)
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues", err=True)
+        raise typer.Exit(130) from None
+
+
+def _list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole(text: str, where: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"{text!r} is not a whole number", where=where, mend="write 1,4,16")
+    return int(text)
+
+
+def _failed(report: dict[str, Any]) -> bool:
+    return any(each["status"] == "failed" for each in report["left_out"])
+
+
+def described(plan: Plan, folder: Path) -> list[str]:
+    """The plan in words: cells, rows, and how long it will take."""
+    usable = [spec.label for spec, cls in plan.strategies if isinstance(cls, type)]
+    datasets = [spec.options.get("task") or spec.options.get("dataset") or spec.label for spec in plan.recipe.datasets]
+    shots = [str(n) for n in plan.shots if n is not None]
+    cells, trainings = plan.cells(), plan.trainings()
+    lines = [
+        f"bench     {plan.recipe.name}: {plan.recipe.protocol.name} on {plan.experiment.backbone}",
+        f"datasets  {', '.join(map(str, datasets))}; seeds {', '.join(map(str, plan.recipe.seeds))}"
+        + (f"; shots {', '.join(shots)}" if shots else ""),
+        f"rows      {', '.join([*plan.experiment.rows, 'continued', 'best single model', 'average', *usable])}",
+        f"cells     {cells}, with {trainings} trainings each at most; options are chosen "
+        + {"none": "nowhere: defaults"}.get(plan.search.by, f"by {plan.how()}"),
+        f"time      {plan.time()}; what is done already is not done again",
+        f"folder    {folder}",
+    ]
+    return lines
+
+
+def _print(report: dict[str, Any], folder: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mergekit_vl.bench.page import headline
+    from mergekit_vl.bench.report import reasons
+
+    console = Console()
+    for shown in report["tables"]:
+        if not shown["rows"]:
+            continue
+        metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
+        few = len(metric["columns"]) < 4
+        table = Table(
+            title=f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
+            caption="* the 95% interval excludes 0; cost: towers + heads a sample",
+            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+            collapse_padding=True,
+        )  # fmt: skip
+        heads = [*(metric["columns"] if few else []), *([metric["headline"]] * (several or not few)), "rank"]
+        for header in ["row", *heads, f"- {report['base']}", f"- {shown['anchor']}", "default", "cost"]:
+            table.add_column(header, justify="left" if header == "row" else "right", no_wrap=True)
+        for row in sorted(shown["rows"], key=lambda r: -r["score"]):
+            values = [f"{column['acc1']:.1f}" for column in row["columns"].values()] if few else []
+            values += [f"{row['score']:.1f}"] * (several or not few)
+            gains = [
+                "" if d is None else f"{d['mean']:+.1f}{' ' if d['verdict'] == 'not shown' else '*'}"
+                for d in (row["minus_base"], row["minus_tuned"])
+            ]
+            default = "" if row["default"] is None else f"{row['default']:.1f}"
+            cost = f"{row['towers']:.0f}+{row['forwards']}"
+            table.add_row(row["row"], *values, f"{row['rank']:.1f}", *gains, default, cost)
+        console.print(table)
+        for row in shown["rows"]:
+            if row["equal"]:
+                console.print(f"= {row['row']} to the bit: {', '.join(row['equal'])}", highlight=False)
+    for line in reasons(report):
+        console.print(line, highlight=False)
+    console.print(headline(report), highlight=False)
+    typer.echo(f"report: {folder / 'report.html'}")

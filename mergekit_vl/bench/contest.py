@@ -1,0 +1,273 @@
+"""One cell of a bench: anchors once, then each strategy's options chosen on the selection tasks and its model made and scored.
+
+A strategy that cannot be used on these models, and one that fails, is a record with its reason; the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import landscape, search
+from mergekit_vl.bench.plan import BEST, Entry
+from mergekit_vl.errors import Failed, UserError
+from mergekit_vl.files import slug, write_json
+from mergekit_vl.memory import Peak
+from mergekit_vl.model import size_in_bytes
+from mergekit_vl.strategy import MergeInputs, trains
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.grid import Bench, Key, Record
+    from mergekit_vl.cell import Cell
+    from mergekit_vl.model import Model
+    from mergekit_vl.recipe import Spec
+
+LINE_POINTS, PLANE_POINTS = 21, 13
+
+
+@dataclass
+class Contest:
+    bench: Bench
+    key: Key
+    cell: Cell
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """The strategy with the options that were chosen, by label."""
+
+    def make(self, entries: list[Entry]) -> None:
+        """Make and record these rows, in the order of the table."""
+        try:
+            self.anchors  # noqa: B018  # tuned now, or read
+        except Exception as error:  # a tuner may be a plugin
+            if isinstance(error, UserError) and not isinstance(error, Failed):
+                raise  # the recipe does not fit: no cell will go better
+            for entry in entries:
+                self._record(entry, {"status": "failed", "reason": f"its anchors failed: {_told(error)}"})
+            return
+        for number, entry in enumerate(entries):
+            self.bench.progress(number, len(entries), f"{self.key.name}: rows")
+            self._record(entry, self._made(entry))
+        shutil.rmtree(self.cell.folder / "scratch", ignore_errors=True)
+        self._path()
+
+    @cached_property
+    def anchors(self) -> tuple[list[Record], MergeInputs]:
+        return self.bench.ready.anchors(self.cell)
+
+    @cached_property
+    def selection(self) -> list[tuple[Cell, MergeInputs]] | str:
+        """The selection tasks; or why there are none."""
+        if self.bench.plan.search.by == "none":
+            return "the search is off"
+        try:
+            return self.bench.select(self.key, self.cell, self.anchors[1])
+        except Exception as error:
+            return _told(error)
+
+    def _record(self, entry: Entry, record: Record) -> None:
+        name = entry.spec.name if entry.spec is not None else None
+        told = {"row": entry.label, "kind": entry.kind, "strategy": name, **record}
+        write_json(self.cell.folder / "records" / entry.file, told)
+
+    def _made(self, entry: Entry) -> Record:
+        try:
+            if entry.kind in ("zero-shot", "tuned"):
+                return self._anchor(entry)
+            if entry.label == BEST:
+                return self._best()
+            if isinstance(entry.cls, UserError):
+                raise entry.cls
+            return self._strategy(entry)
+        except Failed as error:
+            return {"status": "failed", "reason": str(error)}
+        except UserError as error:
+            return {"status": "inapplicable", "reason": str(error)}
+        except (Exception, SystemExit) as error:  # a plugin's code may raise anything; the others go on
+            return {"status": "failed", "reason": _told(error)}
+
+    def _anchor(self, entry: Entry) -> Record:
+        rows, inputs = self.anchors
+        models = dict(zip((row["row"] for row in rows), (inputs.base, *inputs.tuned)))
+        row = next(row for row in rows if row["row"] == entry.label)
+        return self._done(models[entry.label], row, options={**row["chosen"]})
+
+    def _best(self) -> Record:
+        """The base or the tuned model that does best on the selection tasks."""
+        rows, inputs = self.anchors
+        if isinstance(self.selection, str):
+            raise UserError(f"no model can be chosen: {self.selection}", where=BEST)
+        found = []
+        for i, row in enumerate(rows):
+            scores = [cell.scores((given.base, *given.tuned)[i]) for cell, given in self.selection]
+            found.append((search.quality(scores), row["row"], (inputs.base, *inputs.tuned)[i], row))
+        _, name, model, row = max(found, key=lambda each: each[0])
+        return self._done(model, row, options={"model": name})
+
+    def _strategy(self, entry: Entry) -> Record:
+        assert entry.spec is not None
+        self.selection  # noqa: B018  # its anchors are no strategy's cost
+        encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
+        tries = self._configurations(entry.spec, entry.cls)
+        strategy, table, how = self._choose(entry.spec, tries)
+        search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
+        options = next(given for given, made in tries if made == strategy)
+        self.chosen[entry.label] = strategy
+        with Peak(self.bench.ready.device) as peak:
+            model, row = self._scored(self.cell, entry.spec, strategy, self.anchors[1])
+        done = self._done(model, row, options=options, peak=peak.bytes, search_seconds=search_seconds)
+        done |= {"trains": trains(strategy), "search": {"how": how, "configurations": table}}
+        if strategy != tries[0][1]:
+            done["default"] = self._default(entry.spec, *tries[0])
+        return done
+
+    def _default(self, spec: Spec, given: dict[str, Any], strategy: Any) -> dict[str, Any]:
+        """What the row would be without the choice; its options may not be usable where the chosen ones are."""
+        try:
+            row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
+        except UserError as error:
+            return {"options": given, "reason": str(error)}
+        return {"options": given, "tests": row["tests"], "score": row["score"]}
+
+    def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
+        return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
+
+    def _choose(self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]) -> tuple[Any, list[dict[str, Any]], str]:
+        """The best strategy of `tries`, what each scored on the selection tasks, and how it was chosen."""
+        default = tries[0][1]
+        if len(tries) == 1:
+            return default, [], "nothing to choose"
+        if isinstance(self.selection, str):
+            return default, [], f"defaults: {self.selection}"
+        table, best = [], None
+        for number, (given, strategy) in enumerate(tries):
+            self.bench.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
+            try:
+                rows = [self._scored(cell, spec, strategy, inputs)[1] for cell, inputs in self.selection]
+            except UserError as error:  # this configuration does not fit these models, or came to nothing
+                table.append({"options": given, "reason": str(error)})
+                continue
+            quality = search.quality(rows)
+            table.append({"options": given, "score": quality[0], "nll": -quality[1]})
+            if best is None or quality > best[0]:
+                best = quality, strategy
+        task = self.selection[0][0].task
+        if best is None:
+            return default, table, "defaults: none of the configurations could be used on the selection task"
+        images = ", ".join(f"{len(split)} {name}" for name, _, split in task.tests)
+        where = "development tasks: " if self.bench.plan.search.by == "development" else ""
+        return best[1], table, f"{where}{images}"
+
+    def _scored(self, cell: Cell, spec: Spec, strategy: Any, inputs: MergeInputs) -> tuple[Model, Record]:
+        """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
+        name = f"{slug(spec.label)}-{_digest(strategy)}"
+        given = self._given(cell, spec, inputs)
+        given = dataclasses.replace(given, scratch=cell.folder / "scratch" / name)
+        if trains(strategy):
+            model, row = cell.row(
+                spec.label, "merged", lambda: strategy.merge(given), strategy=strategy, name=f"models/{name}"
+            )
+        else:
+            model, seconds = cell.timed(lambda: strategy.merge(given))
+            row = cell.scores(model)
+            row["cost"]["seconds"] = seconds
+        for test, scores in row["tests"].items():
+            if scores["nll"] != scores["nll"]:
+                raise Failed(f"its answers on {test} are not finite", where=spec.label)
+        return model, row
+
+    def _given(self, cell: Cell, spec: Spec, inputs: MergeInputs) -> MergeInputs:
+        """The inputs of a strategy: all tuned models, or the one that it is `of`."""
+        if spec.of is None:
+            return inputs
+        labels = [entry.label for entry in self.bench.entries if entry.kind == "tuned"]
+        if spec.of in labels:
+            i = labels.index(spec.of)
+            return dataclasses.replace(inputs, tuned=inputs.tuned[i : i + 1], data=inputs.data[i : i + 1])
+        parent = next(entry for entry in self.bench.entries if entry.label == spec.of)
+        model, _ = self._scored(cell, parent.spec, self._choice(parent), inputs)  # type: ignore[arg-type]
+        return dataclasses.replace(inputs, tuned=(model,), data=inputs.data[:1])
+
+    def _choice(self, entry: Entry) -> Any:
+        """The strategy of another row with the options that were chosen for it."""
+        if entry.label not in self.chosen:
+            file = self.cell.folder / "records" / entry.file
+            record = json.loads(file.read_text()) if file.exists() else {"status": "failed", "reason": "not made"}
+            if record["status"] != "done":
+                raise Failed(f"{entry.label}, which it is made of, was not: {record['reason']}")
+            assert entry.spec is not None
+            tries = self._configurations(entry.spec, entry.cls)
+            self.chosen[entry.label] = next(made for given, made in tries if given == record["options"])
+        return self.chosen[entry.label]
+
+    def _done(
+        self,
+        model: Model,
+        row: Record,
+        *,
+        options: Mapping[str, Any],
+        peak: int | None = None,
+        search_seconds: float = 0.0,
+    ) -> Record:
+        towers = len(model.paths)
+        cost = {
+            **row["cost"],
+            "search_seconds": search_seconds,
+            "peak_bytes": peak,
+            "bytes": size_in_bytes(model),
+            "towers": towers,
+            "ms_per_sample": towers * self.bench.image_ms + row["cost"]["ms_per_sample"],
+        }
+        kept = {key: row[key] for key in ("tests", "score", "right", "digest", "parameters", "forwards")}
+        return {"status": "done", **kept, "options": dict(options), "cost": cost}
+
+    def _path(self) -> None:
+        """Loss and accuracy between zero-shot, the first trained row (else the first) and the tuned model; of towers in the first cell alone."""
+        merged = [
+            e
+            for e, r in zip(self.bench.entries, self.bench.records(self.key))
+            if e.kind == "merged" and r and r["status"] == "done"
+        ]
+        entry = next((e for e in merged if trains(e.cls)), merged[0] if merged else None)
+        inputs = self.anchors[1]
+        if entry is None or entry.spec is None or len(inputs.tuned) != 1:
+            return
+        file = self.cell.folder / "records" / f"path-{entry.file}"
+        towers = getattr(getattr(inputs.tuned[0], "adapter", None), "space", "") == "tower"
+        if file.exists() or (towers and self.key != self.bench.keys()[0]):
+            return
+        self.bench.progress(0, 0, f"{self.key.name}: path")
+        try:
+            model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)
+            found = landscape.landscapes(inputs.base, inputs.tuned[0], model, inputs.features)
+            points = [
+                point
+                for between in found
+                for point in landscape.lines(
+                    between, self.cell.task.tests, 11 if towers else LINE_POINTS, landscape.LEGS
+                )
+            ]
+            plane = landscape.plane(found[0], self.cell.task.tests, PLANE_POINTS) if found and not towers else None
+        except UserError:
+            return
+        write_json(file, {"row": entry.label, "points": points, "barriers": landscape.barriers(points), "plane": plane})
+
+
+def _digest(strategy: Any) -> str:
+    return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]
+
+
+def _told(error: BaseException) -> str:
+    """An error on one line, with the place where code that is not ours raised it."""
+    if isinstance(error, UserError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"

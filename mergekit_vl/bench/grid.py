@@ -1,0 +1,190 @@
+"""A bench at work: every strategy on every cell of a grid (dataset, seed, shots), under the same anchors, images, selection and evaluator.
+
+A cell is a function of its key: it reads and writes the bench's folder alone, so `execute` may run cells in any order, anywhere. Each
+row's record is written when the row is done; what is there is not made again, so a killed bench goes on, and a new strategy
+costs itself alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import search
+from mergekit_vl.bench.plan import Entry, Plan, lineup
+from mergekit_vl.data import Progress
+from mergekit_vl.experiment import Ready, has_novel_classes, load_datasets
+from mergekit_vl.files import slug, write_json
+from mergekit_vl.strategy import MergeInputs
+
+if TYPE_CHECKING:
+    from mergekit_vl.cell import Cell
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.protocol import Task
+
+Record = dict[str, Any]
+"""A row of a cell as plain data; `status` is done, inapplicable or failed, the last two with a `reason`."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """Of a cell."""
+
+    dataset: str
+    seed: int
+    shots: int | None
+
+    @property
+    def name(self) -> str:
+        shots = "" if self.shots is None else f"-{self.shots}shots"
+        return f"{slug(self.dataset)}-seed{self.seed}{shots}"
+
+
+Executor = Callable[[Callable[[Key], None], Sequence[Key]], Iterable[Key]]
+"""Runs work(key) for every key and gives each when it is done: the one seam for engines of many machines."""
+
+
+def serial(work: Callable[[Key], None], keys: Sequence[Key]) -> Iterator[Key]:
+    for key in keys:
+        work(key)
+        yield key
+
+
+@dataclass
+class Bench:
+    """A plan whose backbone and data are loaded, at work in a folder."""
+
+    plan: Plan
+    ready: Ready
+    out: Path
+    store: FeatureStore
+    progress: Progress
+    warn: Callable[[str], None]
+
+    def keys(self) -> list[Key]:
+        return list(self.tasks)
+
+    @cached_property
+    def tasks(self) -> dict[Key, Task]:
+        return {
+            Key(name, seed, shots): task
+            for shots in self.plan.shots
+            for name, seed, task in self.ready.tasks(self._protocol(shots), self.plan.recipe.seeds)
+        }
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        return lineup(self.plan, [dataset.name for dataset in self.ready.datasets])
+
+    def _protocol(self, shots: int | None) -> Any:
+        protocol = self.plan.experiment.protocol
+        return protocol if shots == getattr(protocol, "shots", None) else dataclasses.replace(protocol, shots=shots)
+
+    def folder(self, key: Key) -> Path:
+        return self.out / "cells" / key.name
+
+    def cell(self, task: Task, seed: int, folder: Path) -> Cell:
+        return self.ready.cell(task, seed, folder, self.store, self.progress)
+
+    def select(self, key: Key, cell: Cell, inputs: MergeInputs) -> list[tuple[Cell, MergeInputs]]:
+        """The selection tasks of a cell, with their tuned models; raises UserError where nothing can be chosen."""
+        how = self.plan.search
+        if how.by == "validation" or (how.by == "auto" and not has_novel_classes(cell.task)):
+            made = dataclasses.replace(cell, task=search.by_validation(cell.task), folder=cell.folder / "select")
+            return [(made, inputs)]
+        if how.by == "development":
+            tasks = {
+                self.out / "development" / dataclasses.replace(key, dataset=dataset.name).name: self._protocol(
+                    key.shots
+                ).task(dataset, key.seed)
+                for dataset in self._development
+            }
+        else:
+            tasks = {cell.folder / "select": search.by_held_out(cell.task, key.seed)}
+        found = []
+        for folder, task in tasks.items():
+            made = self.cell(task, key.seed, folder)
+            made.claim(self.ready.experiment.tuners, self.warn)
+            found.append((made, self.ready.anchors(made)[1]))
+        return found
+
+    @cached_property
+    def _development(self) -> list[Any]:
+        specs, made = zip(*self.plan.development)
+        return load_datasets(specs, made, self.progress)
+
+    @cached_property
+    def image_ms(self) -> float:
+        """Milliseconds that the backbone takes for an image, in batches of 16: measured once and kept."""
+        file = self.out / "speed.json"
+        if not file.exists():
+            write_json(file, {"image_ms": self._measured(), "device": self.ready.device})
+        return json.loads(file.read_text())["image_ms"]
+
+    def _measured(self) -> float:
+        import torch
+
+        from mergekit_vl.features import test_view
+        from mergekit_vl.model import ImagePath
+
+        path, source = ImagePath(self.ready.backbone), self.ready.datasets[0].test.source
+        images = torch.stack([test_view(source.load(i % len(source)), path) for i in range(16)])
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            began = time.perf_counter()
+            path.encode(images, 16).cpu()
+            seconds.append(time.perf_counter() - began)
+        return 1000 * sorted(seconds[1:])[1] / len(images)
+
+    def records(self, key: Key) -> list[Record | None]:
+        """What is on record of the cell's rows, in the order of `entries`."""
+        files = [self.folder(key) / "records" / entry.file for entry in self.entries]
+        return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+    def work(self, key: Key) -> None:
+        """Make the rows of a cell that are not on record, or failed."""
+        from mergekit_vl.bench.contest import Contest
+
+        self.store.memory.clear()  # what cells share is on disk
+        cell = self.cell(self.tasks[key], key.seed, self.folder(key))
+        cell.claim(self.ready.experiment.tuners, self.warn)
+        missing = [e for e, found in zip(self.entries, self.records(key)) if not found or found["status"] == "failed"]
+        if missing:
+            cell.keep_shots(key.dataset, key.seed)
+            write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))
+            Contest(self, key, cell).make(missing)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    device: str,
+    store: FeatureStore,
+    progress: Progress,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None] = lambda text: None,
+    execute: Executor = serial,
+) -> dict[str, Any]:
+    """Run every cell that is not done into `out` and return the report as plain data (also written there)."""
+    from mergekit_vl.bench import report
+    from mergekit_vl.experiment import prepare
+
+    began = time.time()
+    ready = prepare(plan.experiment, device=device, progress=progress, warn=warn)
+    bench = Bench(plan, ready, out, store, progress, warn)
+    keys = bench.keys()
+    for done, key in enumerate(execute(bench.work, keys), 1):
+        progress(done, len(keys), "all cells")
+        if done == 1 and len(keys) > 1 and (seconds := time.time() - began) > 20:
+            tell(
+                f"the first cell ({key.name}) took {seconds:.0f} s: about {seconds * (len(keys) - 1) / 60:.0f} min more"
+            )
+    progress(0, 0, "writing the report")
+    return report.write(bench, keys, seconds=time.time() - began)

@@ -1,0 +1,230 @@
+"""What a bench is asked for, checked, and its rows before they are made; reads no weights and imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mergekit_vl import __version__, options
+from mergekit_vl.errors import UserError
+from mergekit_vl.experiment import Experiment
+from mergekit_vl.experiment import build as build_experiment
+from mergekit_vl.files import slug
+from mergekit_vl.plugins import Registry
+from mergekit_vl.recipe import ALL, Recipe, Spec, dataset_specs
+from mergekit_vl.search import Search, configurations
+from mergekit_vl.strategies.linear import Linear
+from mergekit_vl.strategies.mergetune import MergeTune
+from mergekit_vl.strategies.uniform_soup import UniformSoup
+from mergekit_vl.strategy import trains
+
+CONTINUED = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
+"""What the row "continued" takes over from the tuner, where no MergeTune says how long to go on."""
+BEST = "best single model"
+
+
+def _source(cls: Any) -> str:
+    """Of a strategy's file: a plugin at work on its own gets new records, not those of what it was before."""
+    file = inspect.getsourcefile(cls) if isinstance(cls, type) else None
+    return _hash(Path(file).read_text(encoding="utf-8")) if file else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bench, checked."""
+
+    experiment: Experiment
+    """Without strategies."""
+    strategies: tuple[tuple[Spec, Any], ...]
+    """(spec, class, or the UserError of one that cannot be built) in the order of the rows."""
+    search: Search
+    development: tuple[tuple[Spec, Any], ...]
+    shots: tuple[int | None, ...]
+    recipe: Recipe
+    """With every strategy named."""
+
+    @property
+    def place(self) -> str:
+        """Hash of what all cells share: a bench with other strategies, datasets, seeds or shots goes on in the same folder."""
+        shared = {key: self.recipe.plain[key] for key in ("backbone", "tuned")}
+        shared["protocol"] = {k: v for k, v in self.recipe.plain["protocol"].items() if k != "shots"}
+        if self.experiment.joint:
+            shared["dataset"] = self.recipe.plain["dataset"]
+        return _hash([shared, __version__])[:8]
+
+    @property
+    def hash(self) -> str:
+        """Of the whole request."""
+        return _hash([self.recipe.plain, self.shots, [_source(cls) for _, cls in self.strategies], __version__])
+
+    def cells(self) -> int:
+        return len(self.recipe.seeds) * len(self.shots) * (1 if self.experiment.joint else len(self.recipe.datasets))
+
+    def trainings(self) -> int:
+        """Trainings of a cell, at most: anchors, those of the selection, the row "continued", and those of strategies."""
+        anchors = len(self.experiment.tuners) * (len(self.recipe.datasets) if self.experiment.joint else 1)
+        total = anchors * (2 if self.recipe.controls else 1) + (anchors if self.retunes() else 0)
+        for spec, cls in self.strategies:
+            if isinstance(cls, type) and trains(cls):
+                n = len(configurations(cls, spec, anchors, self.search))
+                total += n + 2 if n > 1 else 1
+        return total
+
+    def how(self) -> str:
+        """Where options are chosen, in words."""
+        words = {
+            "held_out": "held-out classes",
+            "validation": "validation images",
+            "development": "development datasets",
+        }
+        return words.get(self.search.by, "held-out classes" if self.retunes() else "validation images")
+
+    def time(self) -> str:
+        """As measured for prompts of the micro CLIP on 2 cores; of anything else the first cell tells."""
+        if self.recipe.backbone.name != "micro" or self.recipe.protocol.name != "base_to_novel":
+            return "unknown before the first cell is done, which tells"
+        epochs = max([getattr(t, "epochs", 0) for t in self.experiment.tuners], default=0)
+        seconds = self.cells() * (8 + self.trainings() * 0.07 * epochs + 0.5 * len(self.strategies))
+        return f"about {max(1, round(seconds / 60))} min on 2 cores"
+
+    def retunes(self) -> bool:
+        """Whether anchors are tuned once more to choose on."""
+        novel = self.recipe.protocol.name == "base_to_novel"
+        return self.search.by in ("held_out", "development") or (self.search.by == "auto" and novel)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (), shots: Sequence[int] = ()) -> Plan:
+    """Check a bench. `strategies` are names or labels, or `all`; with + in front of each they come to the recipe's own."""
+    chosen = _chosen(recipe, registry, strategies)
+    plain = {**recipe.plain, "strategy": [_plain(spec) for spec, _ in chosen]}
+    recipe = dataclasses.replace(recipe, strategies=tuple(spec for spec, _ in chosen), plain=plain)
+    experiment = build_experiment(dataclasses.replace(recipe, strategies=()), registry, of_bench=True)
+    taken = [slug(label) for label in experiment.rows]
+    for spec, _ in chosen:
+        if slug(spec.label) in taken:
+            raise UserError(f"two rows are called {spec.label!r}", where=recipe.name, mend="give one of them a label")
+        taken.append(slug(spec.label))
+    how = options.build(Search, recipe.search, where=f"{recipe.name}: search")
+    built = tuple((spec, _class(spec, registry, how, lenient=lenient)) for spec, lenient in chosen)
+    if shots and not hasattr(experiment.protocol, "shots"):
+        raise UserError(f"protocol {recipe.protocol.name} takes no shots", where="--shots", mend="leave it out")
+    if bad := [n for n in shots if n < 1]:
+        raise UserError(f"shots={bad[0]}", where="--shots", mend="1 or more")
+    own = getattr(experiment.protocol, "shots", None)
+    development = []
+    for spec in dataset_specs(how.development, where=f"{recipe.name}: search.development"):
+        cls = registry.find("datasets", spec.name, where=spec.where).resolve()
+        development.append((spec, options.build(cls, spec.options, where=spec.where)))
+    return Plan(experiment, built, how, tuple(development), tuple(dict.fromkeys(shots)) or (own,), recipe)
+
+
+def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tuple[Spec, bool]]:
+    """Each strategy, and whether it may turn out not to be usable: those that `all` brought."""
+    every = [(Spec(name, {}, f"strategy {name} (of `all`)", name), True) for name in registry.entries["strategies"]]
+    own = [(spec, False) for spec in recipe.strategies] or every
+    if not names:
+        return own
+    found = [] if not names[0].startswith("+") else own
+    for name in (name.removeprefix("+") for name in names):
+        more = [each for each in own if name in (each[0].label, each[0].name)]
+        if name == ALL:
+            more = own + [each for each in every if each[0].name not in [spec.name for spec, _ in own]]
+        if not more:
+            registry.find("strategies", name, where="--strategies")
+            more = [(Spec(name, {}, f"strategy {name}", name), False)]
+        found = found + [each for each in more if each not in found]
+    labels = [spec.label for spec, _ in found]
+    for spec, _ in found:
+        if spec.of is not None and spec.of in [s.label for s, _ in own] and spec.of not in labels:
+            raise UserError(f"{spec.label} is made of {spec.of}", where="--strategies", mend=f"name {spec.of} too")
+    return found
+
+
+def _plain(spec: Spec) -> dict[str, Any]:
+    more = {"label": spec.label} if spec.label != spec.name else {}
+    more |= {"of": spec.of} if spec.of is not None else {}
+    more |= {"grid": spec.grid} if spec.grid is not None else {}
+    return {"name": spec.name, **more, **spec.options}
+
+
+def _class(spec: Spec, registry: Registry, how: Search, *, lenient: bool) -> Any:
+    """The strategy's class, or why it cannot be used."""
+    try:
+        cls = registry.find("strategies", spec.name, where=spec.where).resolve()
+        configurations(cls, spec, 1, how)
+    except UserError as error:
+        if not lenient:
+            raise
+        return error
+    return cls
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table, before it is made."""
+
+    label: str
+    kind: Literal["zero-shot", "tuned", "control", "merged"]
+    definition: tuple[Any, ...] = ()
+    """What its record depends on beside the cell; part of the record's name."""
+    spec: Spec | None = None
+    """Of a strategy, the always-there ones included."""
+    cls: Any = None
+    """Its class, or the UserError of one that cannot be used."""
+
+    @property
+    def file(self) -> str:
+        return f"{slug(self.label)}-{_hash(self.definition)[:8]}.json"
+
+
+def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
+    """The rows of a cell in the order of the table; `dataset_names` are those of its tasks."""
+    made, how = plan.experiment, dataclasses.asdict(plan.search)
+    tuned = list(made.tuned_labels)
+    if made.joint and all(hasattr(tuner, "tune") for tuner in made.tuners):
+        tuned = [f"{label} on {name}" for label in tuned for name in dataset_names]
+    entries = [Entry(made.base_label, "zero-shot"), *(Entry(label, "tuned") for label in tuned)]
+    by_label = {spec.label: spec for spec, _ in plan.strategies}
+    if plan.recipe.controls:
+        for i, label in enumerate(tuned):
+            tuner = made.tuners[i // (len(tuned) // len(made.tuners))]
+            name = "continued" if len(tuned) == 1 else f"{label}, continued"
+            spec = Spec("mergetune", _continued(plan, tuner), "the row continued", name, of=label, grid={})
+            entries.append(Entry(name, "control", ("mergetune", spec.options, label), spec, MergeTune))
+    entries.append(Entry(BEST, "control", (how,)))
+    average, cls = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
+    spec = Spec(average, {}, "the row average", "average", grid={})
+    entries.append(Entry("average", "control", (average,), spec, cls))
+    entries = [entry for entry in entries if entry.kind in ("zero-shot", "tuned") or entry.label not in by_label]
+    for spec, cls in plan.strategies:
+        chain, parent = [], spec
+        while True:
+            chain.append(_plain(parent))
+            if parent.of not in by_label:
+                break
+            parent = by_label[parent.of]
+        grid = configurations(cls, spec, len(tuned), plan.search) if isinstance(cls, type) else []
+        tried = [given for given, _ in grid]
+        definition = (chain, tried, how, plan.retunes(), _source(cls))
+        entries.append(Entry(spec.label, "merged", definition, spec, cls))
+    return entries
+
+
+def _continued(plan: Plan, tuner: Any) -> dict[str, Any]:
+    """MergeTune without its terms, from the tuned model itself: for as many steps as the first MergeTune, or as the tuner took."""
+    first = next((spec for spec, cls in plan.strategies if cls is MergeTune), None)
+    if first is not None:
+        own = {k: v for k, v in first.options.items() if k in CONTINUED}
+    else:
+        own = {k: getattr(tuner, k) for k in CONTINUED if getattr(tuner, k, None) is not None}
+    return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}

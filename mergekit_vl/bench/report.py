@@ -1,0 +1,388 @@
+"""The table of a bench as plain data, and its files: JSON, CSV, Markdown, the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit_vl import landscape
+from mergekit_vl.bench.plan import BEST
+from mergekit_vl.files import write_json, write_text
+from mergekit_vl.report import metric_of, paired, summary
+from mergekit_vl.statistics import ranks
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.grid import Bench, Key
+    from mergekit_vl.bench.plan import Entry
+
+NAME = "bench.json"
+"""Written last: it marks a bench as done."""
+
+
+def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any]:
+    """Write every file of a finished bench and return its report."""
+    from mergekit_vl.bench import page
+    from mergekit_vl.report import environment, to_yaml
+
+    plan = bench.plan
+    cells = [_cell(bench, key) for key in keys]
+    report = {
+        "recipe": plan.recipe.name,
+        "hash": plan.hash,
+        "protocol": plan.recipe.protocol.name,
+        "base": plan.experiment.base_label,
+        "tuned": [entry.label for entry in bench.entries if entry.kind == "tuned"],
+        "grid": {
+            "datasets": list(dict.fromkeys(cell["dataset"] for cell in cells)),
+            "seeds": list(plan.recipe.seeds),
+            "shots": list(plan.shots),
+        },
+        "search": {"budget": plan.search.budget, "training_budget": plan.search.training_budget, "by": plan.search.by},
+        "tables": [table(bench, [cell for cell in cells if cell["shots"] == shots], shots) for shots in plan.shots],
+        "left_out": left_out(bench, cells),
+        "chosen": chosen(bench, cells),
+        "repeat": {entry.label: command for entry in bench.entries if (command := repeat(bench, entry, cells))},
+        "path": path(bench, keys),
+        "environment": environment(bench.ready.device),
+        "image_ms": bench.image_ms,
+        "seconds": seconds,
+    }
+    write_text(bench.out / "recipe.yaml", to_yaml(plan.recipe.plain))
+    write_text(bench.out / "results.csv", results_csv(cells))
+    for shown in report["tables"]:
+        name = "table" if len(plan.shots) == 1 else f"table-{shown['shots']}shots"
+        write_text(bench.out / f"{name}.csv", table_csv(shown))
+    write_text(bench.out / "README.md", markdown(report))
+    write_text(bench.out / "report.html", page.html(report, cells))
+    write_json(bench.out / NAME, report)
+    return report
+
+
+def load(out: Path) -> dict[str, Any] | None:
+    """The report of a finished bench, or None."""
+    file = out / NAME
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _cell(bench: Bench, key: Key) -> dict[str, Any]:
+    facts = json.loads((bench.folder(key) / "facts.json").read_text())
+    return {**facts, "shots": key.shots, "name": key.name, "rows": bench.records(key)}
+
+
+def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[str, Any]:
+    """Rows that are there in every cell, averaged; rows whose answers are equal to the bit in all of them share one."""
+    complete = [i for i in range(len(bench.entries)) if all(_done(cell["rows"][i]) for cell in cells)]
+    shown: dict[Any, int] = {}
+    equal: dict[int, list[str]] = {}
+    for i in complete:
+        answers = tuple(json.dumps(cell["rows"][i]["digest"], sort_keys=True) for cell in cells)
+        own = bench.entries[i].kind in ("zero-shot", "tuned")  # always there, whatever else they are equal to
+        first = i if own else shown.setdefault(answers, i)
+        shown.setdefault(answers, i)
+        equal.setdefault(first, [])
+        if first != i:
+            equal[first].append(bench.entries[i].label)
+    rows = sorted(equal)
+    cells = [{**cell, "rows": [cell["rows"][i] for i in rows]} for cell in cells]
+    if not rows or bench.entries[rows[0]].kind != "zero-shot":
+        return {"shots": shots, "metric": cells[0]["metric"], "rows": [], "n": len(cells)}
+    labels = [bench.entries[i].label for i in rows]
+    anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
+    places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])
+    out = []
+    for n, (i, entry) in enumerate(zip(rows, summary(cells))):
+        records = [cell["rows"][n] for cell in cells]
+        defaults = [record.get("default", record) for record in records]
+        entry |= {
+            "equal": equal[i],
+            "strategy": records[0]["strategy"],
+            "rank": float(places[:, n].mean()),
+            "sd": _sd(cells, [record["score"] for record in records]),
+            "minus_base": paired(cells, labels[n], labels[0]) if n else None,
+            "minus_tuned": paired(cells, labels[n], anchor) if anchor and labels[n] != anchor else None,
+            "default": _headline(cells, defaults)
+            if defaults != records and all("score" in d for d in defaults)
+            else None,
+            "searched": any(record.get("search", {}).get("configurations") for record in records),
+            "trains": bool(records[0].get("trains")) or records[0]["kind"] == "tuned",
+            **{
+                key: _mean(records, key) for key in ("search_seconds", "peak_bytes", "bytes", "towers", "ms_per_sample")
+            },
+        }
+        out.append(entry)
+    own = [c for c in cells if c["note"]]
+    return {
+        "shots": shots,
+        "metric": cells[0]["metric"],
+        "note": own[0]["note"] if own else "",
+        "n": len(cells),
+        "counts": cells[0]["counts"],
+        "anchor": anchor,
+        "rows": out,
+    }
+
+
+def _done(record: dict[str, Any] | None) -> bool:
+    return record is not None and record["status"] == "done"
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [record["cost"].get(key) for record in records]
+    return None if None in values else float(np.mean(values))
+
+
+def _headline(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
+    """The headline of the averages, in percent."""
+    metric = metric_of(cells[0])
+    means = [
+        100 * float(np.mean([metric.column(name, {t: s["acc1"] for t, s in row["tests"].items()}) for row in rows]))
+        for name in metric.columns
+    ]
+    return float(metric.score(means))
+
+
+def _sd(cells: list[dict[str, Any]], scores: list[float]) -> float | None:
+    """The standard deviation over seeds of the headline's mean over tasks, in points."""
+    by_seed: dict[int, list[float]] = {}
+    for cell, score in zip(cells, scores):
+        by_seed.setdefault(cell["seed"], []).append(score)
+    means = [100 * float(np.mean(values)) for values in by_seed.values()]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+
+def left_out(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that are not there in every cell, with their reasons and where."""
+    out = []
+    for i, entry in enumerate(bench.entries):
+        records = [(cell["name"], cell["rows"][i]) for cell in cells]
+        if all(_done(record) for _, record in records):
+            continue
+        reasons: dict[str, list[str]] = {}
+        for name, record in records:
+            if not _done(record):
+                reasons.setdefault(record["reason"] if record else "not made", []).append(name)
+        failed = any(record is None or record["status"] == "failed" for _, record in records)
+        out.append({
+            "row": entry.label,
+            "status": "failed" if failed else "inapplicable",
+            "reasons": [{"reason": reason, "cells": names} for reason, names in reasons.items()],
+            "done": sum(_done(record) for _, record in records),
+            "of": len(records),
+        })  # fmt: skip
+    return out
+
+
+def chosen(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was chosen for each row that was searched: its options by cell, with the headline that every configuration had there."""
+    out = []
+    for i, entry in enumerate(bench.entries):
+        records = [(cell["name"], cell["rows"][i]) for cell in cells if _done(cell["rows"][i])]
+        searched = [(name, r) for name, r in records if r.get("search", {}).get("configurations")]
+        if entry.label == BEST or searched:
+            out.append({
+                "row": entry.label,
+                "how": searched[0][1]["search"]["how"] if searched else "",
+                "cells": [
+                    {"cell": name, "options": r["options"], "configurations": r.get("search", {}).get("configurations")}
+                    for name, r in (searched or records)
+                ],
+            })  # fmt: skip
+    return out
+
+
+def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The command that makes a row again with `run`: one for all cells where the same options were chosen in them."""
+    by_label = {e.label: (i, e) for i, e in enumerate(bench.entries)}
+    recipe, several = str(bench.out / "recipe.yaml"), len(bench.plan.shots) > 1
+    by_strategy: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        chain, label = [], entry.label
+        while (
+            label in by_label
+            and (one := by_label[label][1]).spec is not None
+            and _done(cell["rows"][by_label[label][0]])
+        ):
+            options = cell["rows"][by_label[label][0]]["options"]
+            more = {"of": one.spec.of} if one.spec.of is not None else {}
+            chain.insert(0, {"name": one.spec.name, "label": label, **more, **options})
+            label = one.spec.of
+        if chain:
+            by_strategy.setdefault(json.dumps(chain), []).append(cell)
+    out = []
+    for strategy, of in by_strategy.items():
+        words = ["mergekit-vl", "run", recipe, f"strategy={strategy}", "controls=false"]
+        if len(by_strategy) == 1 and len(of) == len(cells) and not several:
+            return [{"cells": "all", "command": shlex.join(words)}]
+        for cell in of:
+            own = [f"seed={cell['seed']}", *([f"protocol.shots={cell['shots']}"] if several else [])]
+            if not bench.plan.experiment.joint:
+                own.append(f"dataset={json.dumps(_dataset(bench, cell['dataset']))}")
+            out.append({"cells": cell["name"], "command": shlex.join(words + own)})
+    return out
+
+
+def _dataset(bench: Bench, name: str) -> Any:
+    """What the recipe says of a dataset, by its name once it is loaded."""
+    given = bench.plan.recipe.plain["dataset"]
+    given = given if isinstance(given, list) else [given]
+    return next(plain for plain, made in zip(given, bench.ready.datasets) if made.name == name)
+
+
+def path(bench: Bench, keys: Sequence[Key]) -> dict[str, Any] | None:
+    """Points and barriers of the path, averaged over the cells that have one; the plane of the first of them."""
+    found: dict[str, list[tuple[Key, dict[str, Any]]]] = {}
+    for key in keys:
+        for entry in bench.entries:
+            file = bench.folder(key) / "records" / f"path-{entry.file}"
+            if file.exists():
+                found.setdefault(entry.label, []).append((key, json.loads(file.read_text())))
+    if not found:
+        return None
+    row, told = next(iter(found.items()))
+    first = told[0][1]
+    told = [(key, each) for key, each in told if len(each["points"]) == len(first["points"])]
+    mean = landscape.averaged([each for _, each in told])
+    return {"row": row, "cells": len(told), **mean, "plane": first["plane"], "plane_of": told[0][0].name}
+
+
+COLUMNS = ("dataset", "seed", "shots", "row", "strategy", "status", "score")
+
+
+def results_csv(cells: list[dict[str, Any]]) -> str:
+    """One line a row and cell: accuracies as fractions, the options that were chosen, costs, and the reason where there is no model."""
+    tests = list(dict.fromkeys(test for cell in cells for row in cell["rows"] if _done(row) for test in row["tests"]))
+    costs = ("seconds", "search_seconds", "ms_per_sample", "peak_bytes", "bytes", "towers")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"{t}_acc1" for t in tests), "default_score", "options", "forwards", *costs, "reason"])
+    for cell in cells:
+        for row in cell["rows"]:
+            if row is None:
+                continue
+            own = [cell["dataset"], cell["seed"], cell["shots"], row["row"], row["strategy"], row["status"]]
+            if not _done(row):
+                writer.writerow([*own, *[""] * (len(tests) + len(costs) + 4), row["reason"]])
+                continue
+            accuracies = [row["tests"].get(t, {}).get("acc1", "") for t in tests]
+            default = row.get("default", row).get("score", "")
+            cost = [row["cost"].get(key, "") for key in costs]
+            writer.writerow(
+                [*own, row["score"], *accuracies, default, json.dumps(row["options"]), row["forwards"], *cost, ""]
+            )
+    return out.getvalue()
+
+
+def headers(shown: dict[str, Any]) -> list[str]:
+    """Of the table's plain cells, as `cells_of` gives them."""
+    metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
+    return [
+        "row", *metric["columns"], *([metric["headline"]] * several),
+        *(["mean of HMs"] * metric["harmonic"]), *(["normalised"] * metric["normalised"]),
+        "sd over seeds", "rank", "minus base", "low", "high", "minus tuned", "low", "high", "default",
+        "seconds", "towers", "heads", "ms a sample", "peak MB", "MB",
+    ]  # fmt: skip
+
+
+def cells_of(entry: dict[str, Any], shown: dict[str, Any]) -> list[Any]:
+    """A row of the table as numbers; None where there is none."""
+    metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
+    spans = [entry[key] or {"mean": None, "low": None, "high": None} for key in ("minus_base", "minus_tuned")]
+    mb = [None if entry[key] is None else entry[key] / 1e6 for key in ("peak_bytes", "bytes")]
+    return [
+        entry["row"], *(column["acc1"] for column in entry["columns"].values()), *([entry["score"]] * several),
+        *([entry["mean_of_scores"]] * metric["harmonic"]), *([entry.get("normalised")] * metric["normalised"]),
+        entry["sd"], entry["rank"], *(span[key] for span in spans for key in ("mean", "low", "high")), entry["default"],
+        entry["seconds"], entry["towers"], entry["forwards"], entry["ms_per_sample"], *mb,
+    ]  # fmt: skip
+
+
+def table_csv(shown: dict[str, Any]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*headers(shown), "equal to the bit"])
+    for entry in shown["rows"]:
+        writer.writerow([*("" if v is None else v for v in cells_of(entry, shown)), "; ".join(entry["equal"])])
+    return out.getvalue()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The folder's README: the tables, what is left out, and how to go on."""
+    parts = [f"# {report['recipe']}, a bench of {report['protocol']}", lead(report)]
+    for shown in report["tables"]:
+        if len(report["tables"]) > 1:
+            parts.append(f"## {shown['shots']} shots")
+        if not shown["rows"]:
+            parts.append("No row is there in every cell.")
+            continue
+        metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
+        heads = ["row", *metric["columns"], *([metric["headline"]] * several), "rank", "minus " + report["base"],
+                 f"minus {shown['anchor']}", "default", "towers, heads a sample"]  # fmt: skip
+        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for entry in sorted(shown["rows"], key=lambda e: -e["score"]):
+            spans = [span(entry[key]) for key in ("minus_base", "minus_tuned")]
+            values = [f"{column['acc1']:.1f}" for column in entry["columns"].values()]
+            values += [f"{entry['score']:.1f}" + (f" ± {entry['sd']:.1f}" if entry["sd"] is not None else "")] * several
+            default = "" if entry["default"] is None else f"{entry['default']:.1f}"
+            cells = [" = ".join([entry["row"], *entry["equal"]]), *values, f"{entry['rank']:.1f}", *spans, default]
+            lines.append("| " + " | ".join([*cells, f"{entry['towers']:.0f}, {entry['forwards']}"]) + " |")
+        parts.append("\n".join(lines))
+    if report["left_out"]:
+        parts.append("## Not in the table\n\n" + "\n".join(reasons(report)))
+    parts.append("Repeat it with `mergekit-vl bench recipe.yaml`; `report.html` has the plots, costs and commands.")
+    return "\n\n".join(parts) + "\n"
+
+
+def span(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+
+
+def lead(report: dict[str, Any]) -> str:
+    """What was compared, on what, and how options were chosen, in one paragraph."""
+    grid, search = report["grid"], report["search"]
+    shots = [s for s in grid["shots"] if s is not None]
+    cells = sum(shown["n"] for shown in report["tables"])
+    note = next((shown["note"] for shown in report["tables"] if shown.get("note")), "")
+    how = {
+        "none": "No options were chosen: all rows are at their defaults.",
+        "validation": "on validation images",
+        "held_out": "on classes held out of those that are tuned on",
+        "development": "on development datasets",
+        "auto": "on classes held out of those that are tuned on"
+        if report["protocol"] == "base_to_novel"
+        else "on validation images",
+    }[search["by"]]
+    if search["by"] != "none":
+        how = (
+            f"Options were chosen cell by cell {how}, never on test, among at most {search['budget']} configurations a strategy"
+            f" ({search['training_budget']} where it trains); `default` is the row without that choice."
+        )
+    few = " With so few datasets an interval is little more than the range." if 1 < len(grid["datasets"]) < 5 else ""
+    over = next((d["over"] for shown in report["tables"] for e in shown["rows"] if (d := e["minus_base"])), "tasks")
+    return (
+        f"{len(grid['datasets'])} datasets, seeds {', '.join(map(str, grid['seeds']))}"
+        + (f", {', '.join(map(str, shots))} shots" if shots else "")
+        + f": {cells} cells{f' ({note})' if note else ''}. {how} Differences are paired, with 95% intervals from a bootstrap over {over}.{few}"
+        " ± is the standard deviation over seeds; rank is the mean place over cells, rows that are equal to the bit counting once."
+    )
+
+
+def reasons(report: dict[str, Any]) -> list[str]:
+    """One line a reason, with the rows that share it."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for each in report["left_out"]:
+        for reason in each["reasons"]:
+            names = reason["cells"]
+            where = "" if len(names) == each["of"] else f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+            text = reason["reason"].removeprefix(f"strategy {each['row']}: ")
+            word = "failed" if each["status"] == "failed" else "not for these models"
+            rows.setdefault((word, where, text), []).append(each["row"])
+    return [f"- {', '.join(names)}: {word}{where}: {text}" for (word, where, text), names in rows.items()]

@@ -1,0 +1,58 @@
+"""`mergekit-vl cache`: what the feature store keeps, and clearing it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergekit_vl.errors import UserError
+
+DAY = 86_400
+
+
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="delete stored features; they are computed again when needed")
+    ] = False,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, help="with --clear: only what was written this many days ago or before")
+    ] = None,
+) -> None:
+    """Show the stored image features (MERGEKIT_VL_CACHE moves them elsewhere), or clear them."""
+    from mergekit_vl.features import default_folder
+
+    if older_than is not None and not clear:
+        raise UserError("--older-than goes with --clear", where="command line", mend="add --clear")
+    folder = default_folder()
+    files = sorted(folder.glob("??/*.safetensors")) if folder.is_dir() else []
+    if not clear:
+        typer.echo(f"folder  {folder}")
+        typer.echo(f"files   {len(files)}, {_size(files)}")
+        for days, label in ((1, "today"), (7, "this week"), (30, "this month"), (None, "before")):
+            last = {1: 0, 7: 1, 30: 7, None: 30}[days]
+            inside = [f for f in files if _age(f) >= last and (days is None or _age(f) < days)]
+            if inside:
+                typer.echo(f"        {label}: {len(inside)}, {_size(inside)}")
+        if files:
+            typer.echo("clear it with mergekit-vl cache --clear [--older-than DAYS]")
+        return
+    chosen = [f for f in files if older_than is None or _age(f) >= older_than]
+    freed = _size(chosen)
+    for file in chosen:
+        file.unlink(missing_ok=True)
+        if not any(file.parent.iterdir()):
+            file.parent.rmdir()
+    typer.echo(f"deleted {len(chosen)} files, {freed}, from {folder}")
+
+
+def _age(file: Path) -> float:
+    """In days."""
+    return (time.time() - file.stat().st_mtime) / DAY
+
+
+def _size(files: list[Path]) -> str:
+    total = sum(file.stat().st_size for file in files)
+    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"

@@ -1,0 +1,117 @@
+"""`mergekit-vl path`: loss and accuracy between zero-shot, the merged and the tuned model of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.plugins import load_plugins
+from mergekit_vl.recipe import Recipe, load_recipe
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, warn
+
+if TYPE_CHECKING:
+    from mergekit_vl.data import Progress
+    from mergekit_vl.experiment import Experiment
+
+
+def path(
+    recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
+    points: Annotated[int, typer.Option(min=3, help="of a line, ends included")] = 21,
+    plane: Annotated[
+        int, typer.Option(min=0, help="a side of the plane; 0: none. Each point of towers reads all images")
+    ] = 15,
+    out: Annotated[Path | None, typer.Option(help="run folder; default that of `run`")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Loss, accuracy and barriers along zero-shot -> merged -> tuned, and on the plane through the three; of the recipe's first strategy.
+
+    Uses the models of `run` with the same recipe where they are there, and makes them where not. Writes path.json and path.html.
+    """
+    from mergekit_vl import experiment as experiments
+    from mergekit_vl.files import write_json, write_text
+    from mergekit_vl.landscape_page import section
+    from mergekit_vl.page import document
+
+    plan = load_recipe(recipe, overrides or [])
+    made = experiments.build(plan, load_plugins())
+    if made.joint:
+        raise UserError(
+            "has several tuned models", where=f"protocol {plan.protocol.name}", mend="path is between three models"
+        )
+    folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+    claim(folder, plan.hash, lambda folder: None, force=False)
+    with TerminalProgress(True) as progress:
+        told = _measured(made, plan, folder, device_of(device), points, plane, progress)
+    base, anchor = made.base_label, made.tuned_labels[0]
+    write_text(folder / "path.html", document(f"The path of {plan.name}", section(told, base, anchor)))
+    write_json(folder / "path.json", told)
+    _print(told, base, anchor)
+    typer.echo(f"report: {folder / 'path.html'}")
+
+
+def _measured(
+    made: Experiment, plan: Recipe, folder: Path, device: str, points: int, plane: int, progress: Progress
+) -> dict[str, Any]:
+    """Over all cells: the means of the lines, and the plane of the first one."""
+    from mergekit_vl import experiment as experiments
+    from mergekit_vl import landscape
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.report import cell_name
+
+    ready = experiments.prepare(made, device=device, progress=progress, warn=warn)
+    store, cells, first_plane = FeatureStore(report=progress), [], None
+    label, strategy = made.strategies[0]
+    tasks = ready.tasks(made.protocol, plan.seeds)
+    for number, (name, seed, task) in enumerate(tasks):
+        progress(number, len(tasks), "all cells")
+        cell = ready.cell(task, seed, folder / "state" / cell_name(name, seed), store, progress)
+        cell.claim(ready.experiment.tuners, warn)
+        cell.keep_shots(name, seed)
+        _, inputs = ready.anchors(cell)
+        merged, _ = cell.row(label, "merged", lambda: strategy.merge(inputs), strategy=strategy, main=True)  # noqa: B023
+        found = landscape.landscapes(inputs.base, inputs.tuned[0], merged, store)
+        if not found:
+            raise UserError(
+                "nothing lies between these models", where=f"{plan.name}: {label}", mend="tune a prompt, head or tower"
+            )
+        progress(0, 0, f"path of {name}")
+        line = [p for each in found for p in landscape.lines(each, task.tests, points, landscape.LEGS)]
+        cells.append({"points": line, "barriers": landscape.barriers(line)})
+        if number == 0 and plane > 1:
+            progress(0, 0, f"plane of {name}")
+            first_plane = landscape.plane(found[0], task.tests, plane)
+    mean = landscape.averaged(cells)
+    return {
+        "row": label,
+        "cells": len(cells),
+        **mean,
+        "plane": first_plane,
+        "plane_of": f"{tasks[0][0]}, seed {tasks[0][1]}",
+    }
+
+
+def _print(told: dict[str, Any], base: str, anchor: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mergekit_vl.landscape_page import leg_name
+
+    tests = list(told["barriers"][0]["tests"])
+    table = Table(
+        title="barriers: loss in nats, and points of accuracy",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for head in ("between", "line", *tests):
+        table.add_column(head, justify="right" if head in tests else "left")
+    for leg in told["barriers"]:
+        heights = [f"{leg['tests'][t]['nll']:.3f}  {100 * leg['tests'][t]['acc1']:.1f}" for t in tests]
+        table.add_row(leg["space"], leg_name(leg["leg"], base, told["row"], anchor), *heights)
+    Console().print(table)

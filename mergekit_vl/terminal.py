@@ -1,0 +1,92 @@
+"""What the commands share: progress on the terminal, the device, and a run's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mergekit_vl.errors import UserError, unknown
+
+ALL_CELLS = "all cells"
+MARK = ".recipe-hash"
+
+
+def warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
+def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, goes_on: bool = False) -> Any:
+    """Take a folder for what `mark` stands for; what `load` finds there if it is done already, and not to be gone on with.
+
+    Raises UserError for the folder of something else.
+    """
+    import shutil
+
+    from mergekit_vl.files import PARTIAL, write_text
+
+    file = folder / MARK
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file", where=str(folder), mend="choose another --out")
+    if folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
+        if not file.exists() or file.read_text().strip() != mark:
+            raise UserError(
+                "this folder belongs to another recipe, or to other settings of it",
+                where=str(folder),
+                mend="choose another --out",
+            )
+        if force:
+            shutil.rmtree(folder)
+        elif not goes_on and (found := load(folder)) is not None:
+            return found
+    write_text(file, mark + "\n")
+    for path in folder.rglob(f".*{PARTIAL}"):  # a kill left them
+        path.unlink()
+    return None
+
+
+def release(folder: Path) -> None:
+    """Leave nothing behind of what failed before its first result."""
+    if [path.name for path in folder.iterdir()] == [MARK]:
+        (folder / MARK).unlink()
+        folder.rmdir()
+
+
+def device_of(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name}: no GPU is visible to torch", mend="use --device cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"))
+    return name
+
+
+class TerminalProgress:
+    """Rich progress on stderr: what is done now, and above it all cells where there are several, each with the time left."""
+
+    def __init__(self, show: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> TerminalProgress:
+        self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if what not in self.tasks:
+            for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
+                self.bar.remove_task(self.tasks.pop(old))
+            self.tasks[what] = self.bar.add_task(what, total=total or None)
+        self.bar.update(self.tasks[what], completed=done, total=total or None)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()

@@ -137,6 +137,11 @@ def register_strategies(register: Register) -> None:
         "select by variance, weigh by squares, erase minority signs (Wan et al. 2024)",
     )
     register(
+        "consensus",
+        "mergekit_vl.strategies.consensus:Consensus",
+        "sum or TIES' sum of the task vectors where several tasks use it, by TALL-masks (Wang et al. 2024)",
+    )
+    register(
         "tsv_m",
         "mergekit_vl.strategies.tsv_m:TsvM",
         "first singular vectors of every task, made orthonormal (Gargiulo et al. 2025)",

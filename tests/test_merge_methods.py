@@ -20,6 +20,7 @@ from mergekit_vl.plugins import DEFAULT_PLUGINS, load_plugins
 from mergekit_vl.strategies import della
 from mergekit_vl.strategies.breadcrumbs import Breadcrumbs
 from mergekit_vl.strategies.breadcrumbs_ties import BreadcrumbsTies
+from mergekit_vl.strategies.consensus import Consensus
 from mergekit_vl.strategies.dare_linear import DareLinear
 from mergekit_vl.strategies.dare_ties import DareTies
 from mergekit_vl.strategies.della import Della
@@ -97,6 +98,7 @@ EVERY = (
     *(Breadcrumbs(), BreadcrumbsTies(0.3)),
     *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
     *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
+    *(Consensus(), Consensus(lambdas=(0.3, 0.8), of="ties"), Consensus(k=1, scale=1.0)),
     *(TsvM(), TsvM(0.5, rank=0.8), IsoC(), IsoC(0.5, averaged=("*",)), IsoCTS(), IsoCTS(0.5)),
 )
 """At least every closed form, and the variants that take another way through the code; for a base and two tuned models."""
@@ -168,6 +170,17 @@ def test_every_closed_form_is_tested():
         (Sce(1.0), [0, 0], [[1e-2, 0], [0, 2e-2]], [2e-3, 1.6e-2]),
         (Sce(1.0, equal_below=1e-3), [0, 0], [[1e-2, 0], [0, 2e-2]], [5e-3, 1e-2]),
         (Sce(0.1), [0] * 3, [[1, 3, 2]] * 3, [1, 3, 2]),  # no variance: equal to the threshold, all stay
+        # tasks (4, 1, 3) and (2, -1, -1), their sum (6, 0, 2); the rest that each compares with is the other task's vector
+        (Consensus(1.0, scale=0.5), [1, 1, 1], [[5, 2, 4], [3, 0, 0]], [1, 1, 1]),
+        (Consensus(0.5, scale=0.5), [1, 1, 1], [[5, 2, 4], [3, 0, 0]], [4, 1, 1]),  # 2 >= 4 / 2, but 1 < 3 / 2
+        (Consensus(1.0, k=1, scale=0.5), [1, 1, 1], [[5, 2, 4], [3, 0, 0]], [4, 1, 2]),
+        (Consensus(9.0, k=0, scale=1.0), [1, 1, 1], [[5, 2, 4], [3, 0, 0]], [7, 1, 3]),  # task arithmetic
+        (Consensus(lambdas=(1.0, 0.3), scale=1.0), [0] * 3, [[4, 1, 3], [2, -1, -1]], [6, 0, 2]),  # 1 >= 0.3 * 3
+        (Consensus(9.0, k=1, scale=1.0), [0] * 3, [[4, 1, 3], [2, -1, -1]], [0, 0, 0]),  # catastrophic
+        # trimmed (4, 0, 3) and (2, 0, -1): the disjoint sum (6, 0, 3); A uses its elements, B the first at 2 >= 0.5 * 4
+        (Consensus(0.5, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 0]),
+        (Consensus(0.5, k=1, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
+        (Consensus(1.0, scale=0.5), [1, 1], [[2, 4]] * 2, [2, 4]),  # the same task twice uses all of itself
         # for a 2 x 2 matrix the mean of the singular values times U V^T is (M +- its cofactors) / 2, with the sign of det M
         (IsoC(), [[0, 0], [0, 0]], [[[3, 0], [4, 5]]], [[4, -2], [2, 4]]),
         (IsoC(), [[1, 0], [0, 0]], [[[3, 2], [0, -1]], [[1, 2], [0, -2]]], [[3.5, 2], [2, -2.5]]),  # M = 2 4 / 0 -3
@@ -348,6 +361,7 @@ SYMMETRIC = [
     TaskArithmetic(0.7),
     Ties(),
 ]
+SYMMETRIC += [Consensus(), Consensus(of="ties", k=3)]
 SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]
 SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
 
@@ -393,7 +407,9 @@ def test_endpoints_are_exact(seed):
 
 
 @pytest.mark.parametrize(
-    "method", [Lines(0.0, 0.0), Sce(scale=0.0), Sce(0.0), TsvM(0.0), IsoC(0.0), IsoCTS(scale=0.0)], ids=str
+    "method",
+    [Lines(0.0, 0.0), Sce(scale=0.0), Sce(0.0), Consensus(scale=0.0), TsvM(0.0), IsoC(0.0), IsoCTS(scale=0.0)],
+    ids=str,
 )
 def test_the_coefficient_zero_gives_the_base(method):
     base, tuned = random_models(2)
@@ -532,6 +548,12 @@ def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():
         (Sce(), 1, True, "strategy sce: at least 2 tuned models, not 1 (name more models)"),
         (Sce(1.5), 2, True, "strategy sce: density=1.5 (it lies in 0 .. 1)"),
         (Sce(equal_below=-1.0), 2, True, "strategy sce: equal_below=-1 (a number from 0)"),
+        (Consensus(), 1, True, "strategy consensus: at least 2 tuned models, not 1 (name more models)"),
+        (Consensus(), 2, False, "strategy consensus: needs the model that the others were tuned from"),
+        (Consensus(k=3), 2, True, "strategy consensus: k=3 of 2 tasks (from 0 to their number)"),
+        (Consensus(-1.0), 2, True, "strategy consensus: lambda=-1 (it lies in 0 .. inf)"),
+        (Consensus(lambdas=(0.4,)), 2, True, "strategy consensus: 1 lambdas for 2 tuned models (one each: A, B)"),
+        (Consensus(density=2.0), 2, True, "strategy consensus: density=2 (it lies in 0 .. 1)"),
         (TsvM(), 1, True, "strategy tsv_m: at least 2 tuned models, not 1 (name more models)"),
         (TsvM(), 2, False, "strategy tsv_m: needs the model that the others were tuned from"),
         (TsvM(rank=0.0), 2, True, "strategy tsv_m: rank=0 (a share above 0, at most 1)"),
@@ -551,7 +573,8 @@ def test_what_makes_no_sense_is_refused(method, n, base, message):
 
 
 @pytest.mark.parametrize(
-    "method", [Linear(), TaskArithmetic(), Ties(), DareTies(), Della(), Breadcrumbs(), Slerp(), ModelStock()]
+    "method",
+    [Linear(), TaskArithmetic(), Ties(), DareTies(), Della(), Breadcrumbs(), Slerp(), ModelStock(), Consensus()],
 )
 def test_values_that_are_not_finite_name_model_and_tensor(method):
     bad = np.ones(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,12 +72,7 @@ class Ties:
         return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        thresholds = facts if self.trim == "model" else facts[piece.tensor.name]
-        vectors = []
-        for i, threshold in enumerate(thresholds):
-            vector = piece.delta(i)
-            vector *= magnitude(vector) >= threshold
-            vectors.append(vector)
+        vectors = trimmed(piece, facts if self.trim == "model" else facts[piece.tensor.name])
         merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
         return add_to_base(piece, merged, piece.at(self.scale))
 
@@ -84,3 +80,13 @@ class Ties:
 def smallest_kept(size: int, density: float) -> list[int]:
     """The ascending position of the smallest of the `density` largest of `size` magnitudes; none where nothing is kept."""
     return [size - max(1, int(density * size))] if density > 0 and size else []
+
+
+def trimmed(piece: Piece, thresholds: Sequence[float]) -> list[Array]:
+    """The task vectors without the elements that are smaller than their model's threshold."""
+    vectors = []
+    for i, threshold in enumerate(thresholds):
+        vector = piece.delta(i)
+        vector *= magnitude(vector) >= threshold
+        vectors.append(vector)
+    return vectors

@@ -142,6 +142,11 @@ def register_strategies(register: Register) -> None:
         "sum or TIES' sum of the task vectors where several tasks use it, by TALL-masks (Wang et al. 2024)",
     )
     register(
+        "pcb",
+        "mergekit_vl.strategies.pcb:Pcb",
+        "each element by how the task vectors compete for it, within and between them (Du et al. 2024)",
+    )
+    register(
         "tsv_m",
         "mergekit_vl.strategies.tsv_m:TsvM",
         "first singular vectors of every task, made orthonormal (Gargiulo et al. 2025)",

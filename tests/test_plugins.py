@@ -20,7 +20,7 @@ BUILTINS = {
     "strategies": [
         *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
         *("task_arithmetic", "lines", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
-        *("breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "consensus", "tsv_m", "iso_c", "iso_cts"),
+        *("breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "consensus", "pcb", "tsv_m", "iso_c", "iso_cts"),
         *("fisher", "regmean", "ensemble", "vrf", "mergetune"),
     ],
     "datasets": ["microworld", "folder", "coop_layout"],

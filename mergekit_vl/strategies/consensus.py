@@ -15,7 +15,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.ties import Ties, trimmed
-from mergekit_vl.task_vectors import add_to_base, agreeing
+from mergekit_vl.task_vectors import add_to_base, agreeing, weighted_sum
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy consensus"
@@ -102,10 +102,7 @@ def multi_task_vector(method: Masks, piece: Piece, vectors: list[Array], facts: 
     """Of the task vectors, which stay as they are; `facts` are `trim_thresholds`."""
     if method.of == "ties":
         return agreeing(trimmed(piece, facts), (1.0,) * len(vectors), elect="raw", mean=False)
-    total = vectors[0].copy()
-    for vector in vectors[1:]:
-        total += vector
-    return total
+    return weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors))
 
 
 def uses(method: Masks, piece: Piece, i: int, vector: Array, merged: Array) -> Array:

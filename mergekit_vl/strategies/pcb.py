@@ -1,0 +1,122 @@
+"""PCB-Merging, parameter competition balancing (Du et al. 2024, "Parameter Competition Balancing for Model Merging", arXiv 2410.02396,
+section 3: intra-balancing, inter-balancing, drop, rescale).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+import numpy as np
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.surveys import Vector, delta, model_ranks
+from mergekit_vl.task_vectors import add_to_base, weighted_sum
+from mergekit_vl.weights import merge_adapters
+
+WHERE = "strategy pcb"
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Pcb:
+    """base + scale * sum_i w_i b_i t_i / sum_i b_i, with b_i how well task vector t_i holds its own in the competition for an element.
+
+    As the released `pcb-merging.py` does it, on the whole task vector of each model: magnitudes are clipped to their quantiles `clip` and
+    1 - clip, n_i is their place between those, 0 to 1; b_i = exp(N n_i^2) tanh(t_i sum_j t_j) for N models; the largest `density` of them
+    are rescaled to 0..1, so that the smallest weighs 0, and the others dropped. The paper writes softmax for exp and tanh, and normalised
+    products t_i t_j: the nearest is inter=pairs, as in the released `pcb_ES.py`, sum_j tanh(s_i s_j) with s the signed n. Only that
+    one does not depend on the scale of the weights; task vectors far below 1 (towers) are in tanh's straight part anyhow. Departure: where all
+    that is kept has one b_i, it weighs 1 (0 if that is not positive); the released code divides by zero. Defaults are those of
+    `pcb-merging.py`; other released scripts take density 0.05, clip 0.01 and scale 1.2, or search the w_i on validation images.
+    """
+
+    density: float = option(0.1, "share of each task vector that is kept, by its balance")
+    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
+    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
+    clip: float = option(0.0001, "share of the magnitudes that is clipped at either end")
+    inter: Literal["sum", "pairs"] = option(
+        "sum", "balance with the sum of the task vectors, or normalised, pair by pair"
+    )
+
+    form, averages, passes = "elementwise", False, 4
+
+    def held(self, n: int) -> int:
+        return 5 * n + 6
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, at_least=2, base=True)
+        models.check_weights(WHERE, self.weights, models.labels, "weights")
+        models.check_coefficient(WHERE, self.scale, "scale")
+        models.check_coefficient(WHERE, self.density, "density", 0, 1)
+        models.check_coefficient(WHERE, self.clip, "clip", 0, 0.5)
+
+    merge = merge_adapters
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        """Per model: the magnitudes that its task vector is clipped to, and the balances that become 0 and 1."""
+        n, size = len(models.tuned), sum(t.size for t in models.tensors if not t.twin_of)
+        if not size:
+            return [(0.0, 0.0)] * n, [(np.inf, np.inf)] * n
+        low = min(int(self.clip * size), size - 1)
+        high = max(low, size - 1 - ceil(self.clip * size))
+        clips = [tuple(found) for found in model_ranks(models, delta, [[low, high]] * n, run, chunk)]
+        last = threading.local()  # a model's balances need all models: those of a thread's piece are computed once
+
+        def balance(piece: Piece, i: int) -> Array:
+            if getattr(last, "piece", None) is not piece:
+                last.piece, last.balances = piece, self._balances(deltas(piece), clips)
+            return last.balances[i]
+
+        dropped = int((1 - self.density) * size)
+        if dropped >= size:
+            return clips, [(np.inf, np.inf)] * n
+        return clips, signed_ranks(models, balance, [dropped, size - 1], size, run, chunk)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        clips, bounds = facts
+        vectors = deltas(piece)
+        shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
+        clipped = (np.sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
+        merged = weighted_sum(clipped, piece.weights(self.weights))
+        merged /= np.maximum(weighted_sum(shares, (1.0,) * len(shares)), 1e-12)
+        return add_to_base(piece, merged, piece.at(self.scale))
+
+    def _balances(self, vectors: list[Array], clips: list[Bounds]) -> list[Array]:
+        """b_i of each task vector, divided by exp(N), which does not overflow and is the same for all elements."""
+        n = len(vectors)
+        places = [place(np.abs(vector), *clip) for vector, clip in zip(vectors, clips)]
+        if self.inter == "sum":
+            total = weighted_sum((vector.copy() for vector in vectors), (1.0,) * n)
+            inter = [np.tanh(vector * total) for vector in vectors]
+        else:
+            signed = [np.sign(vector) * x for vector, x in zip(vectors, places)]
+            inter = [sum(np.tanh(x * y) for y in signed) for x in signed]
+        return [np.exp(n * (x * x - 1)) * y for x, y in zip(places, inter)]
+
+
+def deltas(piece: Piece) -> list[Array]:
+    return [piece.delta(i) for i in range(len(piece.models.tuned))]
+
+
+def place(values: Array, low: float, high: float) -> Array:
+    """0 at `low` and below, 1 at `high` and above, a straight line between; 0 for what is not positive where they coincide."""
+    if not low < high:
+        return ((values >= high) & (values > 0)).astype(values.dtype)
+    return (np.clip(values, low, high) - low) / (high - low)
+
+
+def signed_ranks(models: Models, vector: Vector, ranks: list[int], size: int, run: Run, chunk: int) -> list[Bounds]:
+    """For each model, the values (not magnitudes) at the ascending positions `ranks` of `size` elements; exact."""
+    n = len(models.tuned)
+    above = model_ranks(models, lambda piece, i: np.maximum(vector(piece, i), 0), [ranks] * n, run, chunk)
+    if all(value > 0 for found in above for value in found):
+        return [tuple(found) for found in above]
+    mirrored = [size - 1 - rank for rank in ranks]
+    below = model_ranks(models, lambda piece, i: np.maximum(-vector(piece, i), 0), [mirrored] * n, run, chunk)
+    return [tuple(a - b for a, b in zip(*found)) for found in zip(above, below)]

@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_vl.model import image_paths
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -56,7 +58,8 @@ def answers(model: Model, classes: Classes, split: Split, store: FeatureStore) -
     """Logits [B, K] of the images of a split and their labels [B], on the CPU; and the seconds from features to logits."""
     import torch
 
-    features = {path.key: store.features(path, split).to(path.backbone.device) for path in model.paths}
+    paths = image_paths(model, classes)
+    features = {path.key: store.features(path, split).to(path.backbone.device) for path in paths}
     with torch.no_grad():
         head = model.bind(classes)
         began = time.perf_counter()

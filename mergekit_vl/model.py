@@ -80,6 +80,12 @@ class Model(Protocol):
         ...
 
 
+def image_paths(model: Model, classes: Classes) -> tuple[ImagePath, ...]:
+    """The paths whose features the model's head for these classes reads: all, unless its `paths_for` tells which."""
+    paths_for = getattr(model, "paths_for", None)
+    return paths_for(classes) if paths_for else model.paths
+
+
 class Adapter(Protocol):
     """What is tuned on a frozen backbone. Only adapters of equal `space` can be merged."""
 

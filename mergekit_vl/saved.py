@@ -12,8 +12,9 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.files import write_json
-from mergekit_vl.model import Ensemble, Mixture, Single
+from mergekit_vl.model import Classes, Ensemble, Mixture, Single
 from mergekit_vl.per_sample import ByDistance
+from mergekit_vl.per_task import ByTask
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
@@ -30,7 +31,9 @@ def can_save(model: Model) -> bool:
     """A plugin's own kind of model may have no file."""
     if isinstance(model, Single):
         return isinstance(model.adapter, ZeroShot) or hasattr(model.adapter, "save")
-    return isinstance(model, (Mixture, Ensemble, ByDistance)) and all(can_save(member) for member in model.members)
+    return isinstance(model, (Mixture, Ensemble, ByDistance, ByTask)) and all(
+        can_save(member) for member in model.members
+    )
 
 
 def save(model: Model, folder: Path, name: str) -> None:
@@ -41,13 +44,16 @@ def save(model: Model, folder: Path, name: str) -> None:
         else:
             model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)  # type: ignore[attr-defined]
         return
-    assert isinstance(model, (Mixture, Ensemble, ByDistance))
+    assert isinstance(model, (Mixture, Ensemble, ByDistance, ByTask))
     for i, member in enumerate(model.members):
         save(member, folder, f"{name}.{i}")
     if isinstance(model, Mixture):
         facts: dict[str, Any] = {"kind": "mixture", "weights": model.weights}
     elif isinstance(model, Ensemble):
         facts = {"kind": "ensemble", "weights": model.weights, "of": model.of, "temperatures": model.temperatures}
+    elif isinstance(model, ByTask):
+        tasks = [[task.names, [t for t in task.templates if isinstance(t, str)]] for task in model.tasks]
+        facts = {"kind": "by_task", "tasks": tasks}
     else:
         stored.write(folder / f"{name}.near.safetensors", {"near": model.near}, {"adapter": NEAR})
         facts = {"kind": "by_distance", "k": model.k, "a": model.a, "b": model.b, "temperatures": model.temperatures}
@@ -65,7 +71,7 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     facts = json.loads(told.read_text())
     if facts["kind"] == "zero_shot":
         return Single(backbone, ZeroShot())
-    n = 2 if facts["kind"] == "by_distance" else len(facts["weights"])
+    n = 2 if facts["kind"] == "by_distance" else len(facts["tasks" if facts["kind"] == "by_task" else "weights"])
     members: Any = tuple(load(folder, f"{name}.{i}", backbone, adapter) for i in range(n))
     if None in members:
         raise UserError("a member is missing", where=str(told), mend="run it again with --force")
@@ -73,6 +79,8 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
         return Mixture(members, tuple(facts["weights"]))
     if facts["kind"] == "ensemble":
         return Ensemble(members, tuple(facts["weights"]), facts["of"], tuple(facts["temperatures"]))
+    if facts["kind"] == "by_task":
+        return ByTask(members, tuple(Classes(tuple(names), tuple(templates)) for names, templates in facts["tasks"]))
     near = stored.read(folder / f"{name}.near.safetensors", NEAR, backbone.device)[0]["near"]
     return ByDistance(members, near, facts["k"], facts["a"], facts["b"], tuple(facts["temperatures"]))
 

@@ -102,6 +102,7 @@ def predict_images(
     import torch
 
     from mergekit_vl.features import prefetched, test_view
+    from mergekit_vl.model import image_paths
     from mergekit_vl.runs import open_model
 
     files = _files(images)
@@ -111,9 +112,10 @@ def predict_images(
     head = used.model.bind(known)
     out: list[dict[str, Any]] = []
     load = _loader(files)
-    size = min(len(files), *(path.backbone.block for path in used.model.paths))
+    paths = image_paths(used.model, known)
+    size = min(len(files), *(path.backbone.block for path in paths))
     features: dict[str, list[Any]] = {}
-    for path in used.model.paths:
+    for path in paths:
         features[path.key] = []
         for batch in prefetched(lambda i, path=path: test_view(load(i), path), len(files), size):  # type: ignore[misc]
             features[path.key].append(path.encode(batch, block=size))

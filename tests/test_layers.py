@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mergekit_vl"
 LAYERS = (
     ("errors", "hookspecs", "files", "memory"),
-    ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "microworld"),
+    ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "per_task", "microworld"),
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading"),
     ("closed_form", "surveys", "task_vectors", "singular"),

@@ -14,6 +14,7 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Classes, Ensemble, Mixture, Single
+from mergekit_vl.per_task import ByTask
 from mergekit_vl.plugins import load_plugins
 
 CLASSES = Classes(NAMES)
@@ -36,6 +37,7 @@ def models(micro):
         "tower": Single(micro, Tower(weights)),
         "tower with head": Single(micro, Tower(weights, head.adapter)),
         "mixture": Mixture((base, prompt), (0.25, 0.75)),
+        "by task": ByTask((Single(micro, Tower(weights)), prompt), (CLASSES, Classes(("a", "b"), ("{}?",)))),
         "ensemble": Ensemble((base, Mixture((prompt, base), (0.5, 0.5)), head), (0.2, 0.3, 0.5)),
     }
 
@@ -52,6 +54,7 @@ def test_what_is_saved_comes_back(micro, tmp_path):
         saved.save(model, tmp_path, name)
         found = saved.load(tmp_path, name, micro, adapter)
         assert type(found) is type(model) and torch.equal(logits(found), logits(model)), name
+        assert getattr(found, "tasks", None) == getattr(model, "tasks", None)
         assert (found.parameters, found.forwards) == (model.parameters, model.forwards)
     assert saved.load(tmp_path, "another", micro, adapter) is None
 

@@ -142,6 +142,16 @@ def register_strategies(register: Register) -> None:
         "sum or TIES' sum of the task vectors where several tasks use it, by TALL-masks (Wang et al. 2024)",
     )
     register(
+        "emr",
+        "mergekit_vl.strategies.emr:Emr",
+        "one elected vector, with a mask and a factor for each task; needs the task (Huang et al. 2024)",
+    )
+    register(
+        "tall_mask",
+        "mergekit_vl.strategies.tall_mask:TallMask",
+        "sum of the task vectors, with a mask for each task; needs the task (Wang et al. 2024)",
+    )
+    register(
         "pcb",
         "mergekit_vl.strategies.pcb:Pcb",
         "each element by how the task vectors compete for it, within and between them (Du et al. 2024)",

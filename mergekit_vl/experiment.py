@@ -119,6 +119,13 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
             where=f"{recipe.name}: tuned",
             mend="give tuners, or one checkpoint per data set, in the order of the data sets",
         )
+    for label, strategy in experiment.strategies:
+        if getattr(strategy, "by_task", False) and not (experiment.joint and (checkpoints or len(tuners) == 1)):
+            raise UserError(
+                "makes a model for each task, of one tuned model each",
+                where=f"{recipe.name}: {label}",
+                mend="use the protocol multi_task with one tuner, or set its option task",
+            )
     files = [slug(row) for row in experiment.rows]
     twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
     if twice:

@@ -143,9 +143,16 @@ def _check_same(everyone: tuple[Checkpoint, ...], kept: set[str], keep: tuple[st
             )
 
 
+def of_no_task(plan: MergePlan) -> list[str]:
+    """A note where a method that makes a model for each task is not told which."""
+    if not getattr(plan.method, "by_task", False):
+        return []
+    return [f"no task=LABEL: {plan.strategy} writes the vector of all tasks unmasked, which it does not use by itself"]
+
+
 def _notes(opened: Opened) -> list[str]:
-    notes = []
     reference, plan = opened.reference, opened.plan
+    notes = of_no_task(plan)
     whole = [name for name in opened.copied if reference.tensors[name].code not in FLOATS]
     if whole:
         notes.append(
@@ -219,6 +226,8 @@ def merge(
     check_target(out, force=force)
     reuse_freed_memory()
     opened = open_plan(plan)
+    for note in of_no_task(plan):
+        warn(note)
     try:
         _check_not_an_input(opened, out)
         threads = threads or threads_available()

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
+from mergekit_vl.errors import unknown
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import absolute_sums
 
@@ -108,6 +109,16 @@ def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
 def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:
     """The density of every tuned model: `densities`, or `density` for all."""
     return method.densities or (method.density,) * len(models.tuned)
+
+
+def chosen_task(where: str, task: str | int | None, models: Models) -> int | None:
+    """The number of the tuned model that `task` names by its label or number, None for none; raises UserError where there is no such."""
+    if task is None:
+        return None
+    names = [*models.labels, *map(str, range(len(models.labels)))]
+    if str(task) not in names:
+        raise unknown("task", task, names, where=where)
+    return names.index(str(task)) % len(models.labels)
 
 
 Thin = Callable[[TaskVectors, Piece, int], Array]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,6 +64,17 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     apply(method, Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed), write, SERIAL, CHUNK)
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged)
+
+
+def merge_by_task(method: Any, inputs: MergeInputs) -> Model:
+    """The `merge` of a closed form that makes a model for each task: all of them, bound late, or that of its option `task`."""
+    from mergekit_vl.per_task import ByTask, check_tasks
+
+    if method.task is not None:
+        return merge_adapters(method, inputs)
+    tasks = tuple(data.classes for data in inputs.data)
+    check_tasks(tasks)
+    return ByTask(tuple(merge_adapters(replace(method, task=i), inputs) for i in range(len(inputs.tuned))), tasks)
 
 
 def _array(tensor: TorchTensor) -> tuple[Array, str]:

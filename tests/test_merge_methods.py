@@ -26,6 +26,7 @@ from mergekit_vl.strategies.dare_ties import DareTies
 from mergekit_vl.strategies.della import Della
 from mergekit_vl.strategies.della_linear import DellaLinear
 from mergekit_vl.strategies.ema import Ema
+from mergekit_vl.strategies.emr import Emr
 from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.karcher import Karcher
@@ -37,6 +38,7 @@ from mergekit_vl.strategies.nuslerp import NuSlerp
 from mergekit_vl.strategies.pcb import Pcb
 from mergekit_vl.strategies.sce import Sce
 from mergekit_vl.strategies.slerp import Slerp
+from mergekit_vl.strategies.tall_mask import TallMask
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.strategies.tsv_m import TsvM
@@ -100,6 +102,7 @@ EVERY = (
     *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
     *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
     *(Consensus(), Consensus(lambdas=(0.3, 0.8), of="ties"), Consensus(k=1, scale=1.0)),
+    *(Emr(), Emr(0), Emr(1, norm="tensors"), TallMask(), TallMask(1, of="ties")),
     *(Pcb(), Pcb(0.4, weights=(1.2, 0.9), inter="pairs"), Pcb(1.0)),
     *(TsvM(), TsvM(0.5, rank=0.8), IsoC(), IsoC(0.5, averaged=("*",)), IsoCTS(), IsoCTS(0.5)),
 )
@@ -183,6 +186,19 @@ def test_every_closed_form_is_tested():
         (Consensus(0.5, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 0]),
         (Consensus(0.5, k=1, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
         (Consensus(1.0, scale=0.5), [1, 1], [[2, 4]] * 2, [2, 4]),  # the same task twice uses all of itself
+        # (4, 1, -2, 0) and (2, -3, -1, 1): signs + - - +, largest 4, 3, 2, 1
+        (Emr(), [1] * 4, [[5, 2, -1, 1], [3, -2, 0, 2]], [5, -2, -1, 2]),
+        (Emr("A"), [0] * 4, [[4, 1, -2, 0], [2, -3, -1, 1]], [14 / 3, 0, -7 / 3, 0]),  # 7 over 6
+        (Emr(1), [0] * 4, [[4, 1, -2, 0], [2, -3, -1, 1]], [2.8, -2.1, -1.4, 0.7]),  # 7 over 10
+        (Emr(0), [0, 0], [[1, 2], [-1, 2]], [0, 3]),  # a sum of zero elects nobody
+        (Emr(1), [0, 0], [[3, -3], [-1, 1]], [0, 0]),  # outvoted everywhere
+        (Emr(0), [0, 0, 0], [[1, -2, 3]], [1, -2, 3]),  # one model is itself
+        (Emr(1), [0, 0, 0], [[1, -2, 3]] * 3, [1, -2, 3]),
+        (TallMask(0, 1.0), [1] * 3, [[5, 2, 4], [3, 0, 0]], [7, 1, 3]),
+        (TallMask("B", 0.5), [1] * 3, [[5, 2, 4], [3, 0, 0]], [7, 1, 1]),  # 2 >= 4 / 2, but 1 < 3 / 2
+        (TallMask(1, lambdas=(0.1, 1.0)), [1] * 3, [[5, 2, 4], [3, 0, 0]], [1, 1, 1]),
+        (TallMask(scale=0.5), [1] * 3, [[5, 2, 4], [3, 0, 0]], [4, 1, 2]),
+        (TallMask(0, of="ties", density=2 / 3), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
         # (2, 1, 0) and (0, 3, 1) have the places (1, 1/2, 0) and (0, 1, 1/3) and the sum (2, 4, 1): balances e^2 tanh 4, e^0.5 tanh 4, 0
         # and 0, e^2 tanh 12, e^(2/9) tanh 1, so that the second element weighs e^-1.5 and 1
         (Pcb(1.0, clip=0.0), [0] * 3, [[2, 1, 0], [0, 3, 1]], [2, 2.6351489, 1]),
@@ -378,6 +394,7 @@ SYMMETRIC = [
     Ties(),
 ]
 SYMMETRIC += [Consensus(), Consensus(of="ties", k=3)]
+SYMMETRIC += [Emr(), TallMask()]
 SYMMETRIC += [Pcb(0.5), Pcb(0.5, inter="pairs")]
 SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]
 SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
@@ -451,6 +468,15 @@ def test_lines_by_depth_is_a_gradient():
     same = merged(TaskArithmetic((0.2, 0.9)), models(*tuned, base=base))
     for name in names:
         np.testing.assert_allclose(ours[name], same[name], rtol=1e-6, atol=1e-6)
+
+
+def test_emrs_rescaler_is_of_the_whole_model_or_of_its_tensors_means():
+    base = {"u": [0.0], "v": [0.0, 0.0]}
+    tuned = {"u": [1.0], "v": [2.0, 4.0]}, {"u": [-3.0], "v": [2.0, 0.0]}
+    whole, means = (merged(Emr(0, norm), models(*tuned, base=base)) for norm in ("model", "tensors"))
+    assert whole["u"].tolist() == means["u"].tolist() == [0]  # outvoted by -3
+    np.testing.assert_allclose(whole["v"], [14 / 6, 28 / 6], rtol=1e-6)  # 1 + 6 over 6
+    np.testing.assert_allclose(means["v"], [8 / 3, 16 / 3], rtol=1e-6)  # 1 + 3 over 3
 
 
 def test_iso_cts_without_subspaces_of_the_tasks_is_iso_c():
@@ -608,6 +634,11 @@ def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():
         (Consensus(-1.0), 2, True, "strategy consensus: lambda=-1 (it lies in 0 .. inf)"),
         (Consensus(lambdas=(0.4,)), 2, True, "strategy consensus: 1 lambdas for 2 tuned models (one each: A, B)"),
         (Consensus(density=2.0), 2, True, "strategy consensus: density=2 (it lies in 0 .. 1)"),
+        (Emr(), 1, False, "strategy emr: needs the model that the others were tuned from"),
+        (Emr("C"), 2, True, "strategy emr: unknown task 'C' (known: 0, 1, A, B)"),
+        (Emr(-1), 2, True, "strategy emr: unknown task -1"),
+        (TallMask(2), 2, True, "strategy tall_mask: unknown task 2 (known: 0, 1, A, B)"),
+        (TallMask(), 1, True, "strategy tall_mask: at least 2 tuned models, not 1"),
         (Pcb(), 1, True, "strategy pcb: at least 2 tuned models, not 1 (name more models)"),
         (Pcb(), 2, False, "strategy pcb: needs the model that the others were tuned from"),
         (Pcb(1.5), 2, True, "strategy pcb: density=1.5 (it lies in 0 .. 1)"),
@@ -633,7 +664,8 @@ def test_what_makes_no_sense_is_refused(method, n, base, message):
 
 @pytest.mark.parametrize(
     "method",
-    [Linear(), TaskArithmetic(), Ties(), DareTies(), Della(), Breadcrumbs(), Slerp(), ModelStock(), Consensus()],
+    [Linear(), TaskArithmetic(), Ties(), DareTies(), Della(), Breadcrumbs(), Slerp(), ModelStock(), Consensus()]
+    + [Pcb(), Emr(), Emr(0), TallMask(0)],
 )
 def test_values_that_are_not_finite_name_model_and_tensor(method):
     bad = np.ones(8)

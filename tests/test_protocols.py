@@ -250,17 +250,19 @@ def test_a_multi_task_run(run):
         dataset=[WORLD, {"name": "microworld", "task": "sea_and_sky_blinds"}],
         protocol={"name": "multi_task", "shots": 1},
         tuned=[{"tuner": {"name": "full", "head": "text", "epochs": 1, "batch": 10, "lr": 1e-4}}],
-        strategy=[{"name": "task_arithmetic"}],
+        strategy=[{"name": "task_arithmetic"}, {"name": "emr"}],
         controls=False,
     )
     tasks = ["fantasy_mosaic", "sea_and_sky_blinds"]
-    assert list(rows) == ["zero-shot", *(f"full on {t}" for t in tasks), "task_arithmetic"]
+    assert list(rows) == ["zero-shot", *(f"full on {t}" for t in tasks), "task_arithmetic", "emr"]
     merged = rows["task_arithmetic"]
     check_mean(merged, tasks)
     own = [rows[f"full on {t}"]["columns"][t]["acc1"] for t in tasks]
     ours = [merged["columns"][t]["acc1"] for t in tasks]
     assert merged["normalised"] == pytest.approx(100 * np.mean([a / b for a, b in zip(ours, own)]))
     assert out["path"] == []
+    check_mean(rows["emr"], tasks)
+    assert (rows["emr"]["parameters"], rows["emr"]["forwards"]) == (2 * merged["parameters"], 1)
 
 
 def test_a_few_shot_run_of_an_image_classifier_on_files(run, tmp_path):

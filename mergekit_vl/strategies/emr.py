@@ -1,0 +1,92 @@
+"""EMR-Merging (Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", arXiv 2405.17461, section 3: elect, mask,
+rescale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.surveys import absolute_sums
+from mergekit_vl.task_vectors import add_to_base, chosen_task, weighted_sum
+from mergekit_vl.weights import merge_by_task
+
+WHERE = "strategy emr"
+
+
+@dataclass(frozen=True)
+class Emr:
+    """For task t: base + r_t * the unified task vector where its sign is that of task vector t, 0 elsewhere. Not one model: it needs the task.
+
+    Elect: each element of the unified vector has the sign of the sum over the models and the largest magnitude among those of that sign.
+    Mask: by that sign. Rescale: r_t is the L1 norm of task vector t over that of the masked unified vector. `run` (protocol multi_task)
+    makes a model of all tasks that is bound to one by its class names; `merge` writes the model of the task that `task` names, and without
+    it base + the unified vector, which the paper does not use alone. Departures: a sum of exactly zero elects nobody, where the released code
+    takes the negative sign; its ViT code takes the norms as sums of the tensors' means, which gives small tensors more to say
+    (norm=tensors; the paper's formula and its code for 30 ViTs: norm=model).
+    """
+
+    task: str | int | None = option(None, "label or number (from 0) of the tuned model whose task the result is for")
+    norm: Literal["model", "tensors"] = option("model", "L1 norms of the whole model, or sums of its tensors' means")
+
+    form, averages = "elementwise", False
+
+    @property
+    def by_task(self) -> bool:
+        return self.task is None
+
+    @property
+    def passes(self) -> int:
+        return int(self.task is not None)
+
+    def held(self, n: int) -> int:
+        return n + 6
+
+    def check(self, models: Models) -> None:
+        models.check_count(WHERE, base=True)
+        chosen_task(WHERE, self.task, models)
+
+    merge = merge_by_task
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        """The rescaler of the task, with its number; none without a task."""
+        t = chosen_task(WHERE, self.task, models)
+        if t is None:
+            return None
+
+        def both(piece: Piece) -> list[Array]:
+            vectors = [piece.delta(i) for i in range(len(models.tuned))]
+            return [vectors[t], masked(unified(vectors), vectors[t])]
+
+        sums = absolute_sums(models, both, run, chunk)
+        counted = [tensor for tensor in models.tensors if tensor.size and not tensor.twin_of]
+        each = [sums[tensor.name] / (tensor.size if self.norm == "tensors" else 1) for tensor in counted]
+        own, ours = np.sum(each, 0) if each else (0.0, 0.0)
+        return t, float(own / ours) if ours else 1.0
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        vectors = [piece.delta(i) for i in range(len(piece.models.tuned))]
+        merged = unified(vectors)
+        if facts is None:
+            return add_to_base(piece, merged, 1.0)
+        t, rescaler = facts
+        return add_to_base(piece, masked(merged, vectors[t]), rescaler)
+
+
+def unified(vectors: list[Array]) -> Array:
+    """The elected vector of several task vectors, which stay as they are."""
+    sign = np.sign(weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors)))
+    largest = np.zeros_like(sign)
+    for vector in vectors:
+        np.maximum(largest, vector * sign, out=largest)
+    return np.multiply(largest, sign, out=largest)
+
+
+def masked(vector: Array, task: Array) -> Array:
+    """The elements that have the sign of the task's."""
+    return vector * (np.sign(vector) == np.sign(task))

@@ -1,0 +1,64 @@
+"""TALL-masks as compression (Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression",
+arXiv 2405.07813, section 4): the model of a task, from the multi-task vector and one bit per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_vl.coefficients import Coefficient
+from mergekit_vl.dtypes import Array
+from mergekit_vl.options import option
+from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.strategies.consensus import Of, check_masks, multi_task_vector, trim_thresholds, uses
+from mergekit_vl.task_vectors import add_to_base, chosen_task
+from mergekit_vl.weights import merge_by_task
+
+WHERE = "strategy tall_mask"
+
+
+@dataclass(frozen=True)
+class TallMask:
+    """For task t: base + scale * the multi-task vector where task t uses it, 0 elsewhere. Not one model: it needs the task.
+
+    The masks and their departures are those of `consensus`. `run` (protocol multi_task) makes a model of all tasks that is bound to one by its
+    class names; `merge` writes the model of the task that `task` names, and without it base + scale * the multi-task vector.
+    """
+
+    task: str | int | None = option(None, "label or number (from 0) of the tuned model whose task the result is for")
+    lambda_: Coefficient = option(0.4, "the larger, the fewer elements a task uses")
+    lambdas: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `lambda`")
+    of: Of = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
+    density: float = option(0.2, "with of=ties, share of each task vector that its trim keeps")
+    scale: Coefficient = option(1.0, "of the masked multi-task vector")
+
+    form, averages = "elementwise", False
+
+    @property
+    def by_task(self) -> bool:
+        return self.task is None
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.of == "ties" else 0
+
+    def held(self, n: int) -> int:
+        return 2 * n + 6
+
+    def check(self, models: Models) -> None:
+        check_masks(WHERE, self, models)
+        chosen_task(WHERE, self.task, models)
+
+    merge = merge_by_task
+
+    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+        return trim_thresholds(self, models, run, chunk)
+
+    def merge_piece(self, piece: Piece, facts: Any) -> Array:
+        vectors = [piece.delta(i) for i in range(len(piece.models.tuned))]
+        merged = multi_task_vector(self, piece, vectors, facts)
+        t = chosen_task(WHERE, self.task, piece.models)
+        if t is not None:
+            merged *= uses(self, piece, t, vectors[t], merged)
+        return add_to_base(piece, merged, piece.at(self.scale))

@@ -101,8 +101,8 @@ EVERY = (
     *(Breadcrumbs(), BreadcrumbsTies(0.3)),
     *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
     *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
-    *(Consensus(), Consensus(lambdas=(0.3, 0.8), of="ties"), Consensus(k=1, scale=1.0)),
-    *(Emr(), Emr(0), Emr(1, norm="tensors"), TallMask(), TallMask(1, of="ties")),
+    *(Consensus(), Consensus(lambdas=(0.3, 0.8), vector="ties"), Consensus(k=1, scale=1.0)),
+    *(Emr(), Emr(0), Emr(1, norm="tensors"), TallMask(), TallMask(1, vector="ties")),
     *(Pcb(), Pcb(0.4, weights=(1.2, 0.9), inter="pairs"), Pcb(1.0)),
     *(TsvM(), TsvM(0.5, rank=0.8), IsoC(), IsoC(0.5, averaged=("*",)), IsoCTS(), IsoCTS(0.5)),
 )
@@ -183,8 +183,8 @@ def test_every_closed_form_is_tested():
         (Consensus(lambdas=(1.0, 0.3), scale=1.0), [0] * 3, [[4, 1, 3], [2, -1, -1]], [6, 0, 2]),  # 1 >= 0.3 * 3
         (Consensus(9.0, k=1, scale=1.0), [0] * 3, [[4, 1, 3], [2, -1, -1]], [0, 0, 0]),  # catastrophic
         # trimmed (4, 0, 3) and (2, 0, -1): the disjoint sum (6, 0, 3); A uses its elements, B the first at 2 >= 0.5 * 4
-        (Consensus(0.5, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 0]),
-        (Consensus(0.5, k=1, of="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
+        (Consensus(0.5, vector="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 0]),
+        (Consensus(0.5, k=1, vector="ties", density=2 / 3, scale=1.0), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
         (Consensus(1.0, scale=0.5), [1, 1], [[2, 4]] * 2, [2, 4]),  # the same task twice uses all of itself
         # (4, 1, -2, 0) and (2, -3, -1, 1): signs + - - +, largest 4, 3, 2, 1
         (Emr(), [1] * 4, [[5, 2, -1, 1], [3, -2, 0, 2]], [5, -2, -1, 2]),
@@ -198,7 +198,7 @@ def test_every_closed_form_is_tested():
         (TallMask("B", 0.5), [1] * 3, [[5, 2, 4], [3, 0, 0]], [7, 1, 1]),  # 2 >= 4 / 2, but 1 < 3 / 2
         (TallMask(1, lambdas=(0.1, 1.0)), [1] * 3, [[5, 2, 4], [3, 0, 0]], [1, 1, 1]),
         (TallMask(scale=0.5), [1] * 3, [[5, 2, 4], [3, 0, 0]], [4, 1, 2]),
-        (TallMask(0, of="ties", density=2 / 3), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
+        (TallMask(0, vector="ties", density=2 / 3), [0] * 3, [[4, 1, 3], [2, -0.5, -1]], [6, 0, 3]),
         # (2, 1, 0) and (0, 3, 1) have the places (1, 1/2, 0) and (0, 1, 1/3) and the sum (2, 4, 1): balances e^2 tanh 4, e^0.5 tanh 4, 0
         # and 0, e^2 tanh 12, e^(2/9) tanh 1, so that the second element weighs e^-1.5 and 1
         (Pcb(1.0, clip=0.0), [0] * 3, [[2, 1, 0], [0, 3, 1]], [2, 2.6351489, 1]),
@@ -393,7 +393,7 @@ SYMMETRIC = [
     TaskArithmetic(0.7),
     Ties(),
 ]
-SYMMETRIC += [Consensus(), Consensus(of="ties", k=3)]
+SYMMETRIC += [Consensus(), Consensus(vector="ties", k=3)]
 SYMMETRIC += [Emr(), TallMask()]
 SYMMETRIC += [Pcb(0.5), Pcb(0.5, inter="pairs")]
 SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]

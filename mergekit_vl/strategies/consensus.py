@@ -19,14 +19,14 @@ from mergekit_vl.task_vectors import add_to_base, agreeing, weighted_sum
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy consensus"
-Of = Literal["sum", "ties"]
+Vector = Literal["sum", "ties"]
 
 
 @dataclass(frozen=True)
 class Consensus:
     """base + scale * the multi-task vector, at the elements that at least k tasks use; 0 at the others.
 
-    Consensus TA (of=sum: the sum of the task vectors) and Consensus TIES (of=ties: trim, elect, disjoint sum). Task t uses an element
+    Consensus TA (vector=sum: the sum of the task vectors) and Consensus TIES (vector=ties: trim, elect, disjoint sum). Task t uses an element
     where |task vector t| >= lambda_t * |multi-task vector - task vector t|: its TALL-mask. k=2 takes away what one task alone uses
     ("selfish") and what none does ("catastrophic"); k=1 the latter alone, k=0 nothing. Departures: the released code compares with >,
     which drops an element that is the same in two models at lambda=1; a sum of zero elects no sign. The paper chooses lambda_t (0.2 to
@@ -36,15 +36,15 @@ class Consensus:
     lambda_: Coefficient = option(0.4, "the larger, the fewer elements a task uses")
     lambdas: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `lambda`")
     k: int = option(2, "tasks that must use an element")
-    of: Of = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
-    density: float = option(0.2, "with of=ties, share of each task vector that its trim keeps")
+    vector: Vector = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
+    density: float = option(0.2, "with vector=ties, share of each task vector that its trim keeps")
     scale: Coefficient = option(0.4, "alpha, of the masked multi-task vector")
 
     form, averages = "elementwise", False
 
     @property
     def passes(self) -> int:
-        return 2 if self.of == "ties" else 0
+        return 2 if self.vector == "ties" else 0
 
     def held(self, n: int) -> int:
         return 2 * n + 6
@@ -74,7 +74,7 @@ class Masks(Protocol):
 
     lambda_: Coefficient
     lambdas: tuple[Coefficient, ...]
-    of: Of
+    vector: Vector
     density: float
     scale: Coefficient
 
@@ -94,13 +94,13 @@ def each_lambda(method: Masks, models: Models) -> tuple[Coefficient, ...]:
 
 
 def trim_thresholds(method: Masks, models: Models, run: Run, chunk: int) -> Any:
-    """With of=ties, the smallest magnitude of each task vector that is kept."""
-    return Ties(method.density).survey(models, run, chunk) if method.of == "ties" else None
+    """With vector=ties, the smallest magnitude of each task vector that is kept."""
+    return Ties(method.density).survey(models, run, chunk) if method.vector == "ties" else None
 
 
 def multi_task_vector(method: Masks, piece: Piece, vectors: list[Array], facts: Any) -> Array:
     """Of the task vectors, which stay as they are; `facts` are `trim_thresholds`."""
-    if method.of == "ties":
+    if method.vector == "ties":
         return agreeing(trimmed(piece, facts), (1.0,) * len(vectors), elect="raw", mean=False)
     return weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors))
 

@@ -11,7 +11,7 @@ from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.strategies.consensus import Of, check_masks, multi_task_vector, trim_thresholds, uses
+from mergekit_vl.strategies.consensus import Vector, check_masks, multi_task_vector, trim_thresholds, uses
 from mergekit_vl.task_vectors import add_to_base, chosen_task
 from mergekit_vl.weights import merge_by_task
 
@@ -29,8 +29,8 @@ class TallMask:
     task: str | int | None = option(None, "label or number (from 0) of the tuned model whose task the result is for")
     lambda_: Coefficient = option(0.4, "the larger, the fewer elements a task uses")
     lambdas: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `lambda`")
-    of: Of = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
-    density: float = option(0.2, "with of=ties, share of each task vector that its trim keeps")
+    vector: Vector = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
+    density: float = option(0.2, "with vector=ties, share of each task vector that its trim keeps")
     scale: Coefficient = option(1.0, "of the masked multi-task vector")
 
     form, averages = "elementwise", False
@@ -41,7 +41,7 @@ class TallMask:
 
     @property
     def passes(self) -> int:
-        return 2 if self.of == "ties" else 0
+        return 2 if self.vector == "ties" else 0
 
     def held(self, n: int) -> int:
         return 2 * n + 6

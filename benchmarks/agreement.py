@@ -4,8 +4,8 @@
 
 Prints the largest difference relative to the largest value for every method that both have. Random drops cannot agree element by
 element: DARE and DELLA are compared at density 1, and at density 0.5 by the share that is kept and the L1 norm. The methods on
-singular vectors are compared with fusion_bench's on the task vectors of three models, given to it in float64: in float32 its own rounding
-is 0.5e-6 to 3e-6.
+singular vectors, those on TALL-masks and EMR are compared with fusion_bench's on the task vectors of three models, given to it in float64:
+in float32 its own rounding is 0.5e-6 to 3e-6 for singular vectors. Its TIES keeps one element more than the share says, hence that density.
 """
 
 from __future__ import annotations
@@ -59,29 +59,47 @@ CASES = {
     "della": "merge_method: della\n" + DENSE,
     "della_linear": "merge_method: della_linear\n" + DENSE,
 }
-SINGULAR = {
+FUSION_BENCHS = {
     "tsv_m": (["tsv_m"], "tsv.compute_and_sum_svd_mem_reduction(vectors, accelerator='cpu')"),
     "iso_c": (["iso_c"], "iso.iso_c(vectors, accelerator='cpu')"),
     "iso_cts": (["iso_cts"], "iso.iso_cts(vectors, 0.8, accelerator='cpu')"),
     "iso_cts, common=0.5": (["iso_cts", "common=0.5"], "iso.iso_cts(vectors, 0.5, accelerator='cpu')"),
+    "consensus": (["consensus", "scale=1"], "shaped(rows.sum(0) * (tall(rows.sum(0)).sum(0) >= 2))"),
+    "consensus, ties": (
+        ["consensus", "vector=ties", "density=0.20007", "scale=1"],
+        "shaped(disjoint() * (tall(disjoint()).sum(0) >= 2))",
+    ),
+    "tall_mask": (["tall_mask", "task=B"], "shaped(rows.sum(0) * tall(rows.sum(0))[1])"),
+    "emr": (["emr", "task=B", "norm=tensors"], "emr(1)"),
 }
 """Our options, and what fusion_bench computes of the task vectors."""
 FUSION_BENCH = """
+import torch
+from fusion_bench.method.emr_merging.utils import emr_merge
 from fusion_bench.method.isotropic_merging import iso_utils as iso
+from fusion_bench.method.tall_mask.utils import generate_task_masks
 from fusion_bench.method.task_singular_vector.utils import TSVM_utils as tsv
+from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
 from safetensors.torch import load_file, save_file
 base, *tuned = (load_file(f"{name}.safetensors") for name in ("ZS", "A", "B", "C"))
 vectors = [{k: (model[k] - base[k]).double() for k in base} for model in tuned]
+rows = torch.stack([torch.cat([v[k].flatten() for k in base]) for v in vectors])
+tall = lambda total: generate_task_masks(rows, rows, 0 * rows[0], total, 0.4)
+disjoint = lambda: ties_merging(rows, reset_thresh=20, merge_func="dis-sum")
+shaped = lambda row: {k: part.reshape(base[k].shape) for k, part in zip(base, row.split([v.numel() for v in base.values()]))}
+def emr(task):
+    vector, masks, rescalers = emr_merge(vectors)
+    return {k: vector[k] * masks[k][task] * rescalers[task] for k in base}
 merged = CALL
 save_file({k: (base[k] + merged[k]).float().contiguous() for k in base}, "theirs.safetensors")
 """
 
 
-def singular(python: str, folder: Path, environment: dict[str, str]) -> None:
-    """The methods on singular vectors, against fusion_bench's."""
+def fusion_bench(python: str, folder: Path, environment: dict[str, str]) -> None:
+    """The methods that mergekit has not, against fusion_bench's."""
     ours = [sys.executable, "-m", "mergekit_vl.cli", "merge"]
     words = ["A.safetensors", "B.safetensors", "C.safetensors", "--base", "ZS.safetensors", "-o", "ours", "--force"]
-    for row, ((strategy, *options), call) in SINGULAR.items():
+    for row, ((strategy, *options), call) in FUSION_BENCHS.items():
         for command in (
             [python, "-c", FUSION_BENCH.replace("CALL", call)],
             [*ours, *words, "--strategy", strategy, *options],
@@ -125,7 +143,7 @@ def main() -> None:
                     worst = max(np.abs(ours[k] - theirs[k]).max() / np.abs(theirs[k]).max() for k in base)
                     print(f"{row}: {worst:.1e}")
         if len(sys.argv) > 2:
-            singular(sys.argv[2], folder, environment)
+            fusion_bench(sys.argv[2], folder, environment)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ class ByTask:
                 return found[0]
             if found:
                 raise UserError(
-                    f"{len(found)} tasks have the classes {_some(classes.names)}", mend="name all classes of one task"
+                    f"{_some(classes.names)} are classes of {len(found)} tasks", mend="name all classes of one task"
                 )
         raise UserError(
-            f"no task that was merged has the classes {_some(classes.names)}",
-            mend="name those of one task, for instance " + _some(self.tasks[0].names),
+            f"{_some(classes.names)} are the classes of no task that was merged",
+            mend="name those of one: " + "; ".join(_some(task.names) for task in self.tasks),
         )
 
     @property
@@ -71,4 +71,4 @@ def check_tasks(tasks: Sequence[Classes]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -75,10 +75,10 @@ def test_class_names_choose_the_member(classes, name):
     [
         (
             ("cat", "cow"),
-            r"no task that was merged has the classes cat, cow \(name those of one task, for instance cat, dog, hare\)",
+            r"cat, cow are the classes of no task that was merged \(name those of one: cat, dog, hare; one, two; one, two\)",
         ),
-        ((*PETS.names, *DIGITS.names), "no task that was merged has the classes cat, dog, hare, ..."),
-        (DIGITS.names, r"2 tasks have the classes one, two \(name all classes of one task\)"),
+        ((*PETS.names, *DIGITS.names), "cat, dog, hare and 2 more are the classes of no task that was merged"),
+        (DIGITS.names, r"one, two are classes of 2 tasks \(name all classes of one task\)"),
     ],
 )
 def test_other_classes_are_refused(names, message):

@@ -1,5 +1,5 @@
 """Consensus merging by TALL-masks (Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression",
-arXiv 2405.07813, sections 4 and 5).
+arXiv 2405.07813: TALL-masks, and the consensus of them).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Consensus:
     Consensus TA (vector=sum: the sum of the task vectors) and Consensus TIES (vector=ties: trim, elect, disjoint sum). Task t uses an element
     where |task vector t| >= lambda_t * |multi-task vector - task vector t|: its TALL-mask. k=2 takes away what one task alone uses
     ("selfish") and what none does ("catastrophic"); k=1 the latter alone, k=0 nothing. Departures: the released code compares with >,
-    which drops an element that is the same in two models at lambda=1; a sum of zero elects no sign. The paper chooses lambda_t (0.2 to
-    0.6) and scale (0.1 to 1) on validation images; these defaults are ours.
+    which drops an element that is the same in two models at lambda=1; a sum of zero elects no sign. The authors choose lambda_t (of 0.2
+    to 0.6) and scale (of 0.1 to 1) on validation images; these defaults are ours.
     """
 
     lambda_: Coefficient = option(0.4, "the larger, the fewer elements a task uses")

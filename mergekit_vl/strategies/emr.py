@@ -1,6 +1,4 @@
-"""EMR-Merging (Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", arXiv 2405.17461, section 3: elect, mask,
-rescale).
-"""
+"""EMR-Merging (Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", arXiv 2405.17461: elect, mask, rescale)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""PCB-Merging, parameter competition balancing (Du et al. 2024, "Parameter Competition Balancing for Model Merging", arXiv 2410.02396,
-section 3: intra-balancing, inter-balancing, drop, rescale).
+"""PCB-Merging, parameter competition balancing (Du et al. 2024, "Parameter Competition Balancing for Model Merging", arXiv 2410.02396:
+intra-balancing, inter-balancing, drop, rescale).
 """
 
 from __future__ import annotations

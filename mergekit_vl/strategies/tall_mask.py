@@ -1,5 +1,5 @@
 """TALL-masks as compression (Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression",
-arXiv 2405.07813, section 4): the model of a task, from the multi-task vector and one bit per element.
+arXiv 2405.07813): the model of a task, from the multi-task vector and one bit per element.
 """
 
 from __future__ import annotations

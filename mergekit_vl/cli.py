@@ -13,6 +13,7 @@ import typer
 
 from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
 from mergekit_vl.bench import command as bench_command
+from mergekit_vl.bench import plan as bench_plan
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 from mergekit_vl.terminal import TerminalProgress, claim, device_of, release, warn
@@ -241,6 +242,10 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
     from mergekit_vl.experiment import build
 
     plan = load_recipe(recipe, overrides)
+    if not plan.strategies:  # all of them: a bench
+        for line in bench_command.described(bench_plan.build(plan, _registry())):
+            typer.echo(line)
+        return
     experiment = build(plan, _registry())
     typer.echo(f"recipe    {plan.name} ({plan.hash})")
     typer.echo(f"backbone  {experiment.backbone}")

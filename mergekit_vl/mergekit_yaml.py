@@ -110,7 +110,7 @@ def _options(method: str, each: Any, one: Any, has_base: bool, where: str) -> di
     if method == "karcher":
         return {"steps": int(one("max_iter", 10)), "tolerance": one("tol", 1e-5)}
     if method == "sce":
-        return {"density": one("select_topk", 1.0), "of": "varying", "mean": True, "equal_below": 1e-6}
+        return {"density": one("select_topk", 1.0), "share_of": "varying", "mean": True, "equal_below": 1e-6}
     if method == "model_stock":
         return {"along": "row" if one("filter_wise", False) else "tensor"}
     return _task_vectors(method, each, one, where)

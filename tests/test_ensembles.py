@@ -68,7 +68,7 @@ def test_logits_or_probabilities():
     inputs = given([[math.log(4.0), 0.0]], [0])
     log_p = OutputEnsemble(weights=(3.0, 1.0)).merge(inputs).bind(CLASSES)({"x": torch.tensor([[math.log(4.0), 0.0]])})
     torch.testing.assert_close(log_p.exp(), torch.tensor([[0.725, 0.275]]))  # .75 * .8 + .25 * .5
-    logits = OutputEnsemble(weights=(3.0, 1.0), of="logits").merge(inputs)
+    logits = OutputEnsemble(weights=(3.0, 1.0), average="logits").merge(inputs)
     torch.testing.assert_close(
         logits.bind(CLASSES)({"x": torch.tensor([[math.log(4.0), 4.0]])}), torch.tensor([[0.75 * math.log(4.0) + 1, 0]])
     )
@@ -85,7 +85,7 @@ def test_calibrated_members_agree_whatever_their_scale():
 def test_weights_chosen_on_validation_images():
     # zero-shot: +1 on both images, the second is wrong; tuned: -9 and +3, both wrong on the first. logits w + (1 - w) * tuned
     x, labels = [[1.0, 0.2], [1.0, -1.0]], [0, 1]
-    out = OutputEnsemble(weights="validation", of="logits").merge(given(x, labels))
+    out = OutputEnsemble(weights="validation", average="logits").merge(given(x, labels))
 
     # right on both images from w0 < .5; of those the likelihood decides between the grid's 0, .05, ... .45
     def nll(w):

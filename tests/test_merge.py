@@ -371,7 +371,7 @@ def test_mergekits_sce_is_its_variant(monkeypatch, capsys):
     models = "base_model: ZS.safetensors\nmodels: [{model: A.safetensors}, {model: B.safetensors}]\n"
     Path("m.yml").write_text(f"merge_method: sce\n{models}parameters: {{select_topk: 0.3, int8_mask: true}}\n")
     code, out, _ = call(monkeypatch, capsys, "merge", "m.yml", "-o", "out")
-    assert code == 0 and out.startswith("mergekit's sce: density=0.3 of=varying mean=True equal_below=1e-06\n")
+    assert code == 0 and out.startswith("mergekit's sce: density=0.3 share_of=varying mean=True equal_below=1e-06\n")
     Path("m.yml").write_text(f"merge_method: sce\n{models}")
     call(monkeypatch, capsys, "merge", "m.yml", "-o", "out", "--force")
     assert streaming.read_metadata(Path("out"))[0]["options"]["density"] == 1.0

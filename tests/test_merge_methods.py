@@ -100,7 +100,7 @@ EVERY = (
     ),
     *(Breadcrumbs(), BreadcrumbsTies(0.3)),
     *(Lines(), Lines(0.2, 0.6, combine="mean", outside="depth")),
-    *(Sce(), Sce(0.4, of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
+    *(Sce(), Sce(0.4, share_of="varying", mean=True), Sce(0.4, merged="all"), Sce(1.0)),
     *(Consensus(), Consensus(lambdas=(0.3, 0.8), vector="ties"), Consensus(k=1, scale=1.0)),
     *(Emr(), Emr(0), Emr(1, norm="tensors"), TallMask(), TallMask(1, vector="ties")),
     *(Pcb(), Pcb(0.4, weights=(1.2, 0.9), inter="pairs"), Pcb(1.0)),
@@ -169,8 +169,8 @@ def test_every_closed_form_is_tested():
         ),  # of (0, 3, 2) and (0, -1, -4): 13 / 30, 17 / 30
         (Sce(2 / 3, mean=True), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 3, -4]),
         (Sce(2 / 3, mean=True, merged="all"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [1, 3, -4]),
-        (Sce(0.5, of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, -3.2]),  # one of two; 4 / 20, 16 / 20
-        (Sce(0.4, of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, 0]),  # none of two
+        (Sce(0.5, share_of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, -3.2]),  # one of two; 4 / 20, 16 / 20
+        (Sce(0.4, share_of="varying"), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, 0]),  # none of two
         (Sce(0.5), [0] * 3, [[1, 3, 2], [1, -1, -4]], [0, 0, -3.2]),  # one of three
         (Sce(1.0), [0, 0], [[1e-2, 0], [0, 2e-2]], [2e-3, 1.6e-2]),
         (Sce(1.0, equal_below=1e-3), [0, 0], [[1e-2, 0], [0, 2e-2]], [5e-3, 1e-2]),
@@ -396,7 +396,7 @@ SYMMETRIC = [
 SYMMETRIC += [Consensus(), Consensus(vector="ties", k=3)]
 SYMMETRIC += [Emr(), TallMask()]
 SYMMETRIC += [Pcb(0.5), Pcb(0.5, inter="pairs")]
-SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]
+SYMMETRIC += [Lines(0.2), Sce(0.3), Sce(0.3, share_of="varying", mean=True), TsvM(), IsoC(), IsoCTS()]
 SYMMETRIC += [Ties(0.3, trim="tensor"), DareTies(1.0), DareLinear(1.0), Breadcrumbs(), BreadcrumbsTies(0.3)]
 
 

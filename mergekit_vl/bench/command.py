@@ -58,7 +58,7 @@ def bench(
     folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
     show = not quiet and not as_json
     if show or dry_run:
-        for line in described(plan, folder):
+        for line in [*described(plan), f"folder    {folder}"]:
             typer.echo(line, err=not dry_run)
     if dry_run:
         return
@@ -113,23 +113,22 @@ def _failed(report: dict[str, Any]) -> bool:
     return any(each["status"] == "failed" for each in report["left_out"])
 
 
-def described(plan: Plan, folder: Path) -> list[str]:
+def described(plan: Plan) -> list[str]:
     """The plan in words: cells, rows, and how long it will take."""
-    usable = [spec.label for spec, cls in plan.strategies if isinstance(cls, type)]
+    from mergekit_vl.bench.plan import lineup
+
     datasets = [spec.options.get("task") or spec.options.get("dataset") or spec.label for spec in plan.recipe.datasets]
     shots = [str(n) for n in plan.shots if n is not None]
     cells, trainings = plan.cells(), plan.trainings()
-    lines = [
+    return [
         f"bench     {plan.recipe.name}: {plan.recipe.protocol.name} on {plan.experiment.backbone}",
         f"datasets  {', '.join(map(str, datasets))}; seeds {', '.join(map(str, plan.recipe.seeds))}"
         + (f"; shots {', '.join(shots)}" if shots else ""),
-        f"rows      {', '.join([*plan.experiment.rows, 'continued', 'best single model', 'average', *usable])}",
+        f"rows      {', '.join(entry.label for entry in lineup(plan, list(map(str, datasets))))}",
         f"cells     {cells}, with {trainings} trainings each at most; options are chosen "
         + {"none": "nowhere: defaults"}.get(plan.search.by, f"by {plan.how()}"),
         f"time      {plan.time()}; what is done already is not done again",
-        f"folder    {folder}",
     ]
-    return lines
 
 
 def _print(report: dict[str, Any], folder: Path) -> None:

@@ -22,7 +22,7 @@ from mergekit_vl.bench.plan import BEST, Entry
 from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
-from mergekit_vl.model import size_in_bytes
+from mergekit_vl.model import image_paths, size_in_bytes
 from mergekit_vl.strategy import MergeInputs, trains
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Contest:
         peak: int | None = None,
         search_seconds: float = 0.0,
     ) -> Record:
-        towers = len(model.paths)
+        towers = max(len(image_paths(model, classes)) for _, classes, _ in self.cell.task.tests)
         cost = {
             **row["cost"],
             "search_seconds": search_seconds,

@@ -40,6 +40,8 @@ class Consensus:
     density: float = option(0.2, "with vector=ties, share of each task vector that its trim keeps")
     scale: Coefficient = option(0.4, "alpha, of the masked multi-task vector")
 
+    grid = {"lambda": (0.2, 0.4, 0.6), "scale": (0.3, 0.6, 1.0)}
+
     form, averages = "elementwise", False
 
     @property

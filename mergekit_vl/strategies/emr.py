@@ -32,6 +32,8 @@ class Emr:
     task: str | int | None = option(None, "label or number (from 0) of the tuned model whose task the result is for")
     norm: Literal["model", "tensors"] = option("model", "L1 norms of the whole model, or sums of its tensors' means")
 
+    grid = {"norm": ("model", "tensors")}
+
     form, averages = "elementwise", False
 
     @property

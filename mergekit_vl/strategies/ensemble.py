@@ -31,14 +31,14 @@ class OutputEnsemble:
     weights: tuple[float, ...] | Literal["validation"] = option(
         (), "one per model, zero-shot first; empty: all equal; validation: chosen on validation images"
     )
-    of: Literal["probabilities", "logits"] = option("probabilities", "what is averaged")
+    average: Literal["probabilities", "logits"] = option("probabilities", "what is averaged")
     calibrated: bool = option(False, "a temperature per model, fitted on validation images")
 
     @staticmethod
     def grid(models: int) -> dict[str, Sequence[Any]]:
         """Shares of zero-shot, the tuned models sharing the rest."""
         weights = [(share, *((1 - share) / models,) * models) for share in (0.3, 0.5, 0.7, 0.9)]
-        return {"of": ("probabilities", "logits"), "weights": weights}
+        return {"average": ("probabilities", "logits"), "weights": weights}
 
     def merge(self, inputs: MergeInputs) -> Model:
         members = (inputs.base, *inputs.tuned)
@@ -63,7 +63,7 @@ class OutputEnsemble:
                     mend="zero-shot first, then one per tuned model",
                 )
         if len(candidates) == 1 and not self.calibrated:
-            return Ensemble(members, candidates[0], self.of)
+            return Ensemble(members, candidates[0], self.average)
         return self._chosen(inputs, members, candidates)
 
     def _chosen(
@@ -75,7 +75,7 @@ class OutputEnsemble:
         given = [answers(member, task.classes, task.val, inputs.features) for member in members]  # type: ignore[arg-type]
         logits, labels = torch.stack([logits for logits, _, _ in given]), given[0][1]
         temperatures = tuple(temperature(z, labels) for z in logits) if self.calibrated else ()
-        ensembles = (Ensemble(members, weights, self.of, temperatures) for weights in candidates)
+        ensembles = (Ensemble(members, weights, self.average, temperatures) for weights in candidates)
         return max(ensembles, key=lambda ensemble: quality(score(ensemble.mix(logits), labels)))
 
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:

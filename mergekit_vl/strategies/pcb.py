@@ -44,6 +44,8 @@ class Pcb:
         "sum", "balance with the sum of the task vectors, or normalised, pair by pair"
     )
 
+    grid = {"density": (0.1, 0.2, 0.5), "scale": (0.6, 1.0, 1.4)}
+
     form, averages, passes = "elementwise", False, 4
 
     def held(self, n: int) -> int:

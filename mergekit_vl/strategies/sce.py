@@ -27,14 +27,16 @@ class Sce:
     squares of what is selected of vector i, as a share of all models'; erase the elements whose sign is not that of the sum over the
     models. Elements that equal the threshold are all kept. Departures: a sum of exactly zero elects nobody; `scale` is not in the paper.
     The released code and mergekit divide each element by the sum of the c_i of the models that agree (mean=true), count `density` of the
-    elements that vary at all (of=varying), and take zero as positive; the released code merges every element and selects for c_i only
+    elements that vary at all (share_of=varying), and take zero as positive; the released code merges every element and selects for c_i only
     (merged=all); mergekit takes equal c_i where the mean squares sum to less than 1e-6 (equal_below=1e-6).
-    mergekit's variant: density=1 of=varying mean=true equal_below=1e-6.
+    mergekit's variant: density=1 share_of=varying mean=true equal_below=1e-6.
     """
 
     density: Coefficient = option(0.1, "tau, share of the elements of a tensor that is selected")
     scale: Coefficient = option(1.0, "of the merged task vector")
-    of: Literal["all", "varying"] = option("all", "what `density` is a share of: all elements, or those that vary")
+    share_of: Literal["all", "varying"] = option(
+        "all", "what `density` is a share of: all elements, or those that vary"
+    )
     merged: Literal["selected", "all"] = option("selected", "the elements that are merged, or selected for c_i only")
     mean: bool = option(False, "divide by the sum of c_i over the agreeing models")
     equal_below: float = option(0.0, "equal c_i where the mean squares of the selected sum to less")
@@ -45,7 +47,7 @@ class Sce:
 
     @property
     def passes(self) -> int:
-        return 1 if self.density == 1 else 3 + (self.of == "varying")
+        return 1 if self.density == 1 else 3 + (self.share_of == "varying")
 
     def held(self, n: int) -> int:
         return 3 * n + 8
@@ -67,7 +69,7 @@ class Sce:
             share = value_at(self.density, tensor.name, tensor.depth)
             if share == 1 or not share:
                 return []
-            if self.of == "all":
+            if self.share_of == "all":
                 return [tensor.size - max(1, int(share * tensor.size))] if tensor.size else []
             varying = sum(
                 np.count_nonzero(variance(deltas(piece))) for piece in models.pieces("elementwise", chunk, tensor)

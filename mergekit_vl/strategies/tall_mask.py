@@ -33,6 +33,8 @@ class TallMask:
     density: float = option(0.2, "with vector=ties, share of each task vector that its trim keeps")
     scale: Coefficient = option(1.0, "of the masked multi-task vector")
 
+    grid = {"lambda": (0.2, 0.3, 0.5, 0.6, 0.8)}
+
     form, averages = "elementwise", False
 
     @property

@@ -89,7 +89,7 @@ class FeatureStore:
         return FeatureStore(None)
 
     def _key(self, path: ImagePath, split: str, transform: str) -> str:
-        text = json.dumps([path.key, split, transform, path.backbone.preprocess, "float32", 1])
+        text = json.dumps([path.key, split, transform, path.backbone.preprocess, path.backbone.precision, 1])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _stored(self, key: str, make: Callable[[], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.backbone import Backbone
 from mergekit_vl.backbones.clip import Clip
+from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
@@ -334,3 +335,22 @@ def test_bad_input_is_one_line(tmp_path, state):
         with pytest.raises(UserError) as error:
             given.build("cpu")
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_bfloat16_encoders_are_another_key_and_near_the_same_features(tmp_path):
+    from dataclasses import replace
+
+    from noise import split
+
+    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.model import ImagePath
+
+    exact = Micro().build("cpu")
+    assert exact.precision == "float32"
+    coarse = replace(exact, precision="bfloat16")  # as on a GPU
+    store, images = FeatureStore(tmp_path), split(6)
+    ours, theirs = (store.features(ImagePath(backbone), images) for backbone in (exact, coarse))
+    assert theirs.dtype == torch.float32 and len(list(tmp_path.glob("*/*"))) == 2
+    cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
+    assert not torch.equal(ours, theirs) and cosine.min() > 0.999
+    assert coarse.with_weights({}).precision == "bfloat16"

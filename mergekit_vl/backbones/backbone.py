@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Classifier:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """Towers in evaluation mode, without gradients of their own, in float32."""
+    """Towers in evaluation mode, without gradients of their own; weights, features and logits are float32."""
 
     image: nn.Module
     """Images [B, 3, H, W] -> raw features [B, D]; of a tuple, the first."""
@@ -60,8 +60,12 @@ class Backbone:
     """What the user should know about how it was loaded."""
     classifier: Classifier | None = None
     block: int = BLOCK
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of the image tower's own arithmetic, weights and features staying float32; none: bfloat16 on a GPU, float32 elsewhere."""
 
     def __post_init__(self) -> None:
+        if self.precision is None:
+            object.__setattr__(self, "precision", "bfloat16" if self.device.startswith("cuda") else "float32")
         for module in (self.image, self.text):
             if module is not None:
                 module.to(self.device).eval().requires_grad_(False)  # type: ignore[attr-defined]
@@ -152,7 +156,8 @@ class Backbone:
         for block in images.split(size):
             padded = torch.zeros(size, *block.shape[1:])
             padded[: len(block)] = block
-            features = self.image(padded.to(self.device))
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16"):
+                features = self.image(padded.to(self.device))
             features = features[0] if isinstance(features, tuple) else features
             out.append(features.float()[: len(block)])
         return torch.cat(out)

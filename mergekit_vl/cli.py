@@ -231,10 +231,11 @@ def check(
     recipe: Annotated[list[str], typer.Argument(help="a recipe with key=value overrides, or models to merge")],
     base: merge_command.Base = None,
     strategy: merge_command.StrategyName = None,
+    rebasin: merge_command.Rebasin = False,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
     if merge_command.is_merge(recipe, base=base, strategy=strategy):
-        return merge_command.check(recipe, base=base, strategy=strategy)
+        return merge_command.check(recipe, base=base, strategy=strategy, rebasin=rebasin)
     return _check_recipe(recipe[0], recipe[1:])
 
 

@@ -20,7 +20,7 @@ from mergekit_vl.recipe import set_option
 if TYPE_CHECKING:
     from mergekit_vl.streaming import MergePlan, Opened
 
-WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep")
+WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep", "rebasin")
 RECIPES = (".yaml", ".yml")
 SVD_SECONDS = 5e-10
 """One core's time for the SVD of an m x n matrix, divided by m n min(m, n): 0.4 to 0.55 ns on an AMD EPYC, float64."""
@@ -41,6 +41,9 @@ DType = Annotated[
 Keep = Annotated[
     list[str] | None, typer.Option(help="tensors to take from the base or first model unmerged: part of a name")
 ]
+Rebasin = Annotated[
+    bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: one per core")]
 MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
 
@@ -53,6 +56,7 @@ def merge(
     seed: Seed = None,
     dtype: DType = None,
     keep: Keep = None,
+    rebasin: Rebasin = False,
     shard_size: Annotated[
         str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
     ] = None,
@@ -65,7 +69,7 @@ def merge(
     from mergekit_vl import streaming
 
     began = time.monotonic()
-    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep)
+    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin)
     _say(asked.notes, quiet)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -77,6 +81,7 @@ def merge(
             max_ram=size_in_bytes(max_ram, "--max-ram"),
             shard_size=size_in_bytes(shard_size, "--shard-size"),
             warn=lambda text: typer.echo(f"warning: {text}", err=True),
+            tell=lambda text: _say([text], quiet),
             progress=_progress() if not quiet and sys.stderr.isatty() else lambda elements: None,
         )
     except KeyboardInterrupt:
@@ -96,14 +101,14 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def check(words: Sequence[str], *, base: str | None, strategy: str | None) -> None:
+def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebasin: bool = False) -> None:
     """What `check` prints for models: read from their headers alone."""
     import shutil
 
     from mergekit_vl import streaming
 
     plain = not any(word.endswith(RECIPES) for word in words)
-    asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None))
+    asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None), rebasin=rebasin)
     _say(asked.notes, False)
     opened = streaming.open_plan(asked.plan)
     for role, c in [("base", opened.base), *(("model", c) for c in opened.tuned)]:
@@ -147,7 +152,8 @@ def estimates(opened: Opened) -> list[str]:
     plan, n = opened.plan, len(opened.tuned)
     threads = streaming.threads_available()
     passes = 1 + getattr(plan.method, "passes", 0)
-    memory = streaming.piece_memory(opened, threads, streaming.chunk_for(opened, threads, None)) + anonymous_memory()
+    pieces = streaming.piece_memory(opened, threads, streaming.chunk_for(opened, threads, None))
+    memory = max(pieces, streaming.alignment_memory(opened)) + anonymous_memory()
     read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
     seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
     held = f"{plan.method.held(n)} arrays of a piece at a time"
@@ -157,7 +163,15 @@ def estimates(opened: Opened) -> list[str]:
         svds = getattr(plan.method, "svds", lambda n: 0)(n)
         seconds += svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices) / threads
     given = ", ".join(f"{key}={value}" for key, value in streaming.option_values(plan.method).items())
+    aligned = []
+    if opened.symmetries:
+        groups = opened.symmetries.groups
+        aligned = [
+            f"rebasin   to match {opened.reference.label}: {len(groups)} permutations, the largest of {max(g.size for g in groups)}; "
+            "their time is not in the one below"
+        ]
     return [
+        *aligned,
         f"strategy  {plan.strategy}: {given or 'no options'}",
         f"form      {plan.method.form}, {held}, {passes} pass{'es' if passes > 1 else ''} over the files",
         f"memory    about {memory >> 20} MB at {threads} threads",
@@ -193,6 +207,7 @@ def verify(
         metadata["seed"],
         metadata["dtype"],
         tuple(metadata["keep"]),
+        metadata.get("rebasin", False),
     )
     differing = streaming.verify(plan, metadata, merged, threads=threads)
     if differing:
@@ -221,6 +236,7 @@ def ask(
     seed: int | None = None,
     dtype: str | None = None,
     keep: Sequence[str] | None = None,
+    rebasin: bool = False,
 ) -> Asked:
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
     from mergekit_vl.streaming import MergePlan
@@ -253,6 +269,7 @@ def ask(
         seed if seed is not None else section.get("seed", 0),
         dtype or section.get("dtype"),
         (keep,) if isinstance(keep, str) else tuple(keep),
+        rebasin or section.get("rebasin", False),
     )
     return Asked(plan, notes)
 
@@ -364,6 +381,8 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
         raise UserError(f"seed={seed!r}", where=path, mend="a whole number from 0")
     if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):
         raise UserError(f"keep={keep!r}", where=path, mend="parts of tensors' names")
+    if not isinstance(section.get("rebasin", False), bool):
+        raise UserError(f"rebasin={section['rebasin']!r}", where=path, mend="write rebasin: true")
     if not isinstance(strategy, str | Mapping):
         raise UserError(f"strategy={strategy!r}", where=path, mend="write strategy: {name: ties, density: 0.2}")
     return section, []

@@ -205,6 +205,12 @@ def _cosine(a: Source, b: Source, shapes: Shapes, names: Mapping[str, object]) -
     return float(sums[0] / np.sqrt(sums[1] * sums[2])) if sums[1] and sums[2] else 0.0
 
 
+def reading(shapes: Shapes, groups: Sequence[Group], elements: int) -> int:
+    """Elements that reading so many of a permuted model takes at most: whole rows, in three states."""
+    longest = max(int(np.prod(shapes[place.tensor][1:])) for group in groups for place in group.places)
+    return 3 * (max(elements, CHUNK) + 2 * longest)
+
+
 def memory(shapes: Shapes, groups: Sequence[Group]) -> int:
     """Bytes that `align` takes at most: four arrays of products, and a tensor of each model in three states."""
     most = 0

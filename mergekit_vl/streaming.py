@@ -1,6 +1,6 @@
 """Merging checkpoints on disk: headers first, then piece by piece from the inputs to its place in the output.
 
-plan -> opened (headers, alignment) -> apply (closed_form.py) -> strategies/<method>.merge_piece -> output.py
+plan -> opened (headers that agree) -> rebasin.py, where asked for -> apply (closed_form.py) -> strategies/<method>.merge_piece -> output.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl import __version__, options
+from mergekit_vl import __version__, options, rebasin
 from mergekit_vl.checkpoints import CONFIGS, Checkpoint, open_checkpoint
 from mergekit_vl.closed_form import ClosedForm, apply, workers
 from mergekit_vl.coefficients import depths, matches
@@ -24,7 +24,8 @@ from mergekit_vl.dtypes import FLOATS, NAMES, STORED, Array, float_code, narrow
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import anonymous_memory, reuse_freed_memory
 from mergekit_vl.output import METADATA_KEY, Output, Slot, check_target
-from mergekit_vl.pieces import BLOCK, CHUNK, Models, Piece, Tensor
+from mergekit_vl.pieces import BLOCK, CHUNK, Models, Piece, Source, Tensor
+from mergekit_vl.symmetries import Symmetries, find, heads_told
 
 NO_HASH = "0" * 64
 ADAPTER = ("adapter", "backbone", "init", "names")
@@ -48,6 +49,8 @@ class MergePlan:
     dtype: str | None = None
     keep: tuple[str, ...] = ()
     """Tensors that are not merged but taken from the base (or the first model) as they are: filters as in `coefficients`."""
+    rebasin: bool = False
+    """Whether every model but the base (or the first) is first reordered to match that one."""
 
 
 @dataclass
@@ -61,6 +64,12 @@ class Opened:
     copied: tuple[str, ...]
     slots: tuple[Slot, ...]
     notes: list[str] = field(default_factory=list)
+    symmetries: Symmetries | None = None
+    """Where the models are aligned first: the reorderings that are tried."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {tensor.name: tensor.shape for tensor in self.models.tensors}
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -119,7 +128,36 @@ def open_plan(plan: MergePlan) -> Opened:
     opened = Opened(plan, base, tuned, models, copied, slots)
     plan.method.check(models)
     opened.notes = _notes(opened)
+    if plan.rebasin:
+        opened.symmetries = _symmetries(opened, kept)
+        opened.notes += opened.symmetries.notes
     return opened
+
+
+def _symmetries(opened: Opened, kept: set[str]) -> Symmetries:
+    if len(opened.all) < 2:
+        raise UserError("--rebasin has one model and none that it is to match", mend="name more models, or a --base")
+    reference = opened.reference
+    heads = next((told for c in opened.all if (told := heads_told(c.config))), {})
+    return find({name: reference.tensors[name].shape for name in reference.floats}, heads, kept)
+
+
+def align(opened: Opened, tell: Callable[[str], None] = lambda text: None) -> None:
+    """Let the method see every model but the reference in the order in which it matches that; does nothing without `rebasin`."""
+    if opened.symmetries is None:
+        return
+    shapes, groups, sources = opened.shapes, opened.symmetries.groups, list[Source]()
+    for checkpoint in opened.tuned:
+        if checkpoint is opened.reference:
+            sources.append(checkpoint)
+            continue
+        found = rebasin.align(opened.reference, checkpoint, shapes, groups)
+        tell(
+            f"rebasin: {checkpoint.label} matches {opened.reference.label} after {found.moved} of {len(groups)} permutations, "
+            f"cosine {found.before:.4f} before, {found.after:.4f} now"
+        )
+        sources.append(rebasin.Permuted(checkpoint, shapes, found.orders))
+    opened.models = dataclasses.replace(opened.models, tuned=tuple(sources))
 
 
 def _check_same(everyone: tuple[Checkpoint, ...], kept: set[str], keep: tuple[str, ...]) -> None:
@@ -187,11 +225,20 @@ def piece_memory(opened: Opened, threads: int, chunk: int) -> int:
     flat = method.held(n) * chunk * widest
     if method.form == "rows":
         flat = method.held(n) * max(chunk, max(t.row for t in tensors)) * widest
+    reading = 0
+    if opened.symmetries:
+        largest = {"tensor": max(t.size for t in tensors), "rows": max(t.row for t in tensors)}.get(method.form, 0)
+        reading = rebasin.reading(opened.shapes, opened.symmetries.groups, max(chunk, largest)) * widest
     if method.form != "tensor":
-        return threads * flat
+        return threads * (flat + reading)
     arrays = getattr(method, "whole", lambda tensor, n: method.held(n))
     needs = [*(arrays(t, n) * t.size * t.wide.itemsize for t in tensors), *(flat,) * threads]
-    return sum(sorted(needs)[-threads:])
+    return sum(sorted(needs)[-threads:]) + threads * reading
+
+
+def alignment_memory(opened: Opened) -> int:
+    """Bytes that aligning the models takes, before the first piece is read."""
+    return rebasin.memory(opened.shapes, opened.symmetries.groups) if opened.symmetries else 0
 
 
 def chunk_for(opened: Opened, threads: int, max_ram: int | None) -> int:
@@ -202,6 +249,7 @@ def chunk_for(opened: Opened, threads: int, max_ram: int | None) -> int:
     needed = piece_memory(opened, threads, chunk)
     while chunk > BLOCK and room < needed > (less := piece_memory(opened, threads, chunk // 2)):
         chunk, needed = chunk // 2, less
+    needed = max(needed, alignment_memory(opened))
     if max_ram is not None and needed > room:
         raise UserError(
             f"--max-ram {max_ram >> 20}M is too little: {(used + SPARE + needed) >> 20}M are needed at {threads} threads",
@@ -219,6 +267,7 @@ def merge(
     max_ram: int | None = None,
     shard_size: int | None = None,
     warn: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda elements: None,
     chunk: int | None = None,
 ) -> dict[str, Any]:
@@ -232,6 +281,9 @@ def merge(
         _check_not_an_input(opened, out)
         threads = threads or threads_available()
         chunk = chunk or chunk_for(opened, threads, max_ram)
+        for note in opened.symmetries.notes if opened.symmetries else ():
+            tell(f"rebasin: {note}")
+        align(opened, tell)
         texts, stem = _companions(opened)
         blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
         output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
@@ -368,6 +420,7 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
         "seed": plan.seed,
         "dtype": plan.dtype,
         "keep": list(plan.keep),
+        "rebasin": plan.rebasin,
     }
 
 
@@ -413,6 +466,8 @@ def model_card(opened: Opened, metadata: Mapping[str, Any]) -> str:
             lines += [f"  - {name} sha256 `{value}`" for name, value in model["sha256"].items()]
     lines += ["", "| option | value |", "|---|---|"]
     lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in metadata["options"].items()]
+    if plan.rebasin:
+        lines.append(f"| rebasin | every model is reordered to match `{opened.reference.label}` |")
     lines += [f"| seed | `{plan.seed}` |", f"| dtype | `{plan.dtype or 'as the first model'}` |", ""]
     lines += ["`mergekit-vl verify` of this folder repeats the merge from the same files and compares every byte.", ""]
     return "\n".join(lines)
@@ -454,6 +509,7 @@ def verify(
             if there.tobytes() != stored.reshape(-1).view(STORED[merged.tensors[name].code]).tobytes():
                 differing[name] = None
 
+        align(opened)
         _fill(opened, compare, threads, chunk_for(opened, threads, None), lambda text: None, lambda n: None)
         return list(differing)
     finally:

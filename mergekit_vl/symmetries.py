@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,10 @@ RESNET_SIGNS = ("layer1.0.conv1.weight", "layer1.0.bn1.running_var", "layer1.0.c
 EVERYWHERE = ("logit_scale", "logit_bias")
 
 
-def find(shapes: Shapes, heads: Mapping[str, int] | None = None) -> Symmetries:
+def find(shapes: Shapes, heads: Mapping[str, int] | None = None, kept: Collection[str] = ()) -> Symmetries:
     """The symmetries of a checkpoint with these tensors; `heads` by tower (`visual`, `text`), where a config tells them.
 
-    Raises UserError where there is none.
+    Tensors that are `kept` are not merged: they are the reference's, which no group reorders. Raises UserError where there is no group.
     """
     roles: Roles = {}
     notes: list[str] = []
@@ -197,7 +197,8 @@ def find(shapes: Shapes, heads: Mapping[str, int] | None = None) -> Symmetries:
     for projection, tower in (("visual_projection", "vision_model."), ("text_projection", "text_model.")):
         if f"{tower}embeddings.position_embedding.weight" in roles:
             roles[f"{projection}.weight"] = (".", f"{tower}|w")
-    stray = [name for name in shapes if name not in roles and name not in EVERYWHERE]
+    stray = [name for name in shapes if name not in roles and name not in EVERYWHERE and name not in kept]
+    roles = {name: each for name, each in roles.items() if name not in kept}
     if stray:
         roles = {name: tuple("." if STREAM.search(role) else role for role in each) for name, each in roles.items()}
     groups = _groups(shapes, roles, heads or {}, notes)

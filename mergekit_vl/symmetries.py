@@ -197,7 +197,7 @@ def find(shapes: Shapes, heads: Mapping[str, int] | None = None, kept: Collectio
     for projection, tower in (("visual_projection", "vision_model."), ("text_projection", "text_model.")):
         if f"{tower}embeddings.position_embedding.weight" in roles:
             roles[f"{projection}.weight"] = (".", f"{tower}|w")
-    stray = [name for name in shapes if name not in roles and name not in EVERYWHERE and name not in kept]
+    stray = [name for name in shapes if name not in roles and name not in EVERYWHERE]
     roles = {name: each for name, each in roles.items() if name not in kept}
     if stray:
         roles = {name: tuple("." if STREAM.search(role) else role for role in each) for name, each in roles.items()}
@@ -253,10 +253,10 @@ def _transformer(family: Transformers, prefix: str, shapes: Shapes, notes: list[
             roles[name] = (".",) if free else _named(found, prefix)
     unknown = [name for tensors in blocks.values() for name, found in tensors.items() if found is None]
     unknown += [name for name in shapes if name.startswith(f"{prefix}patch_embed.") and name not in roles]
-    if (
-        pooled and f"{prefix}norm_pre.weight" in shapes
-    ):  # a Perception Encoder: its queries and keys turn with their place
-        unknown.append(f"{prefix}norm_pre.weight")
+    if pooled and f"{prefix}norm_pre.weight" in shapes:
+        unknown.append(
+            f"{prefix}norm_pre.weight"
+        )  # a Perception Encoder's, whose queries and keys turn with their place
     if unknown:
         notes.append(
             f"the tower of {next(iter(blocks[min(blocks)]))} stays as it is: {_few(unknown)} tells another kind"
@@ -315,7 +315,8 @@ def _stem(own: Shapes) -> dict[str, str]:
 def _residual_block(inside: Shapes, block: str, into: str, out: str) -> dict[str, str]:
     first, second = inside.get("conv1.weight"), inside.get("conv2.weight")
     grouped = first and second and first[0] != second[1]
-    a, b, squeezed = (".", ".", f"{block}se") if grouped else (f"{block}a", f"{block}b", f"{block}se")
+    a, b = (".", ".") if grouped else (f"{block}a", f"{block}b")
+    squeezed = f"{block}se"
     chain = [into, a, b, out] if "conv3.weight" in inside else [into, a, out]
     table = {}
     for i, (read, written) in enumerate(zip(chain, chain[1:]), 1):
@@ -332,7 +333,7 @@ def _groups(shapes: Shapes, roles: Roles, heads: Mapping[str, int], notes: list[
     axes: dict[str, list[tuple[str, int]]] = {}
     attentions: dict[str, dict[str, list[tuple[str, int]]]] = {}
     for name, each in roles.items():
-        for axis, (role, _) in enumerate(zip(each, shapes[name] if name in shapes else ())):
+        for axis, role in enumerate(each[: len(shapes.get(name, ()))]):
             where, _, kind = role.rpartition("|")
             if kind in ("qkv", "q", "k", "v", "o"):
                 axes.setdefault(where, [])  # its place in the order
@@ -356,6 +357,7 @@ def _groups(shapes: Shapes, roles: Roles, heads: Mapping[str, int], notes: list[
 
 
 TITLES = {
+    "heads": "heads",
     "w": "residual stream",
     "h": "hidden units",
     "se": "squeezed channels",

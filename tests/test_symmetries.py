@@ -85,7 +85,28 @@ def timm(name, size=32, heads=0, **more):
     return library.create_model(name, **more), {"visual": heads} if heads else {}, size
 
 
+def torchvision_resnet():
+    library = pytest.importorskip("torchvision")
+    return library.models.ResNet(library.models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=5), {}, 32
+
+
+def transformers_clip():
+    library = pytest.importorskip("transformers")
+    both = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 8,
+    }
+    vision = both | {"image_size": 16, "patch_size": 8}
+    text = both | {"vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63}
+    config = library.CLIPConfig(vision_config=vision, text_config=text, projection_dim=8)
+    return library.CLIPModel(config), {"visual": 4, "text": 4}, 16
+
+
 MODELS = {
+    "transformers_clip": transformers_clip,
     "open_clip": clip,
     "open_clip_average_pool": lambda: clip(pool_type="avg"),
     "open_clip_custom_text": custom_clip,
@@ -102,6 +123,7 @@ MODELS = {
     ),
     "timm_resnet": lambda: timm("test_resnet"),
     "timm_resnet18": lambda: timm("resnet18", layers=(1, 2, 1, 1), num_classes=5),
+    "torchvision_resnet": torchvision_resnet,
     "timm_resnet50d": lambda: timm("resnet50d", layers=(1, 1, 2, 1), num_classes=5),
     "timm_seresnet": lambda: timm("seresnet50", layers=(1, 1, 1, 1), num_classes=5),
     "timm_resnext": lambda: timm("resnext50_32x4d", layers=(1, 2, 1, 1), num_classes=5),
@@ -128,9 +150,12 @@ TOUCHED = {  # tensors that some permutation moves, for each model at least
 def outputs(model, size):
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(3, 3, size, size, generator=generator)
+    texts = torch.randint(1, 60, (3, TEXT["context_length"]), generator=generator)
+    if hasattr(model, "vision_model"):
+        found = model(pixel_values=images, input_ids=texts)
+        return [found.image_embeds, found.text_embeds]
     if not hasattr(model, "encode_image"):
         return [model(images)]
-    texts = torch.randint(1, 60, (3, TEXT["context_length"]), generator=generator)
     return [model.encode_image(images), model.encode_text(texts)]
 
 
@@ -177,6 +202,7 @@ def test_an_unknown_tensor_stops_the_streams_and_only_them():
     assert not plain.notes
     strange = find(shapes | {"adapter.weight": (24, 24)}, heads)
     assert strange.notes == ("residual streams stay as they are: the unknown adapter.weight may read them",)
+    assert find(shapes | {"adapter.weight": (24, 24)}, heads, {"adapter.weight"}).notes == strange.notes  # kept or not
     names = {group.name for group in plain.groups} - {group.name for group in strange.groups}
     assert names == {"visual residual stream", "residual stream"}
     within = find(shapes | {"transformer.resblocks.0.attn.gate": (2,)}, heads)

@@ -1,13 +1,13 @@
-"""The diagonal Fisher information of a model's weights.
+"""What images tell of a model's weights: its answers as a function of them, and the diagonal Fisher information.
 
-It is the mean of squared gradients of log p(y | x) over images x, with labels y from the model's own predictions (Martens 2020,
+That is the mean of squared gradients of log p(y | x) over images x, with labels y from the model's own predictions (Martens 2020,
 arXiv 1412.1193, section 9): how much its answers depend on each weight. Where the logits are known in closed form the mean over labels
 is taken exactly, else one label is drawn per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_vl.errors import UserError
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mergekit_vl.model import Single
+    from mergekit_vl.data import Split
+    from mergekit_vl.model import Classes, Single
     from mergekit_vl.strategy import MergeInputs, TaskData
+
+    Weights = Mapping[str, Tensor]
+    Predict = Callable[[Weights, Sequence[int]], Tensor]
+    """(weights by name, rows of the images [B]) -> logits [B, K]."""
 
 
 def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
@@ -29,7 +34,7 @@ def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) ->
     `images` is how many at most are taken where each costs a backward (prompts, towers). Of a tower there is none for running statistics
     and for a text tower, which these images do not move.
     """
-    measure = {"ctx": _of_context, "head": _of_linear_head, "tower": _of_tower}.get(model.adapter.space)
+    measure = {"ctx": _by_sampling, "head": _of_linear_head, "tower": _by_sampling}.get(model.adapter.space)
     if measure is None:
         raise UserError(
             f"no Fisher information of the space {model.adapter.space}", mend="tune a prompt, a head or a tower"
@@ -50,19 +55,15 @@ def _labels(inputs: MergeInputs) -> torch.Generator:
     return torch.Generator().manual_seed(inputs.seed + 2)
 
 
-def _of_context(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
-    import torch.nn.functional as F
+def _by_sampling(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
+    weights, (predict,) = predictors(model, [(data.classes, data.train)], inputs)
+    rows = some(inputs, len(data.train), images).tolist()
 
-    backbone = model.backbone
-    x = F.normalize(inputs.features.features(ImagePath(backbone), data.train).to(backbone.device), dim=-1)
-    x = x[some(inputs, len(x), images)]
-    encode = encoder(backbone, data.classes, model.adapter)  # type: ignore[arg-type]
+    def log_p(weights: Weights, i: int) -> Tensor:
+        inputs.progress(i + 1, len(rows), "Fisher information")
+        return predict(weights, rows[i : i + 1])[0].log_softmax(-1)
 
-    def log_p(weights: Mapping[str, Tensor], i: int) -> Tensor:
-        text = F.normalize(encode(weights["ctx"]), dim=-1)
-        return (backbone.scale * x[i] @ text.T).log_softmax(-1)
-
-    return by_sampling(log_p, model.adapter.tensors, len(x), _labels(inputs))
+    return by_sampling(log_p, weights, len(rows), _labels(inputs))
 
 
 def _of_linear_head(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
@@ -73,21 +74,66 @@ def _of_linear_head(model: Single, data: TaskData, inputs: MergeInputs, images: 
     return {"weight": fisher[:, :-1], "bias": fisher[:, -1]}
 
 
-def _of_tower(model: Single, data: TaskData, inputs: MergeInputs, images: int) -> dict[str, Tensor]:
-    from mergekit_vl.features import test_view
+def predictors(
+    model: Single, tasks: Sequence[tuple[Classes, Split]], inputs: MergeInputs
+) -> tuple[Weights, list[Predict]]:
+    """The weights of a prompt, a linear head or an image tower that its answers depend on, and for each task the logits of its
+    images (test views) as a function of such weights. A tower is in evaluation mode, and one for all tasks.
+    """
+    make = {"ctx": _of_contexts, "head": _of_heads, "tower": _of_towers}.get(model.adapter.space)
+    if make is None:
+        raise UserError(
+            f"answers of the space {model.adapter.space} do not depend on weights",
+            mend="tune a prompt, a head or a tower",
+        )
+    return make(model, tasks, inputs)
+
+
+def _of_contexts(model, tasks, inputs) -> tuple[Weights, list[Predict]]:
+    import torch.nn.functional as F
+
+    backbone = model.backbone
+
+    def of_task(classes: Classes, images: Split) -> Predict:
+        x = F.normalize(inputs.features.features(ImagePath(backbone), images).to(backbone.device), dim=-1)
+        encode = encoder(backbone, classes, model.adapter)
+        return lambda weights, rows: backbone.scale * x[rows] @ F.normalize(encode(weights["ctx"]), dim=-1).T
+
+    return model.adapter.tensors, [of_task(*task) for task in tasks]
+
+
+def _of_heads(model, tasks, inputs) -> tuple[Weights, list[Predict]]:
+    head = model.adapter
+
+    def of_task(classes: Classes, images: Split) -> Predict:
+        x = inputs_of(head, inputs.features.features(ImagePath(model.backbone), images).to(head.weight.device))[:, :-1]
+        rows_of = head.rows(classes)
+        return lambda weights, rows: x[rows] @ weights["weight"][rows_of].T + weights["bias"][rows_of]
+
+    return head.tensors, [of_task(*task) for task in tasks]
+
+
+def _of_towers(model, tasks, inputs) -> tuple[Weights, list[Predict]]:
+    from mergekit_vl.features import prefetched, test_view
     from mergekit_vl.tuners.tower import Forward
 
     path = ImagePath(model.backbone)
-    forward = Forward(model.backbone, model.adapter, data.classes)  # type: ignore[arg-type]
+    forward = Forward(model.backbone, model.adapter, tasks[0][0])
     forward.image.eval()
-    rows = some(inputs, len(data.train), images).tolist()
 
-    def log_p(weights: Mapping[str, Tensor], i: int) -> Tensor:
-        inputs.progress(i + 1, len(rows), "Fisher information")
-        image = test_view(data.train.source.load(int(data.train.rows[rows[i]])), path)
-        return forward(weights, image[None].to(model.backbone.device))[0].log_softmax(-1)
+    def of_task(classes: Classes, images: Split) -> Predict:
+        of_classes = forward.of(classes)
 
-    return by_sampling(log_p, forward.weights, len(rows), _labels(inputs))
+        def predict(weights: Weights, rows: Sequence[int]) -> Tensor:
+            def view(i: int) -> Tensor:
+                return test_view(images.source.load(int(images.rows[rows[i]])), path)
+
+            batch = next(prefetched(view, len(rows), len(rows)))
+            return of_classes(weights, batch.to(model.backbone.device))
+
+        return predict
+
+    return forward.weights, [of_task(*task) for task in tasks]
 
 
 def of_head(w: Tensor, x: Tensor) -> Tensor:

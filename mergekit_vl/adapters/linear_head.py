@@ -38,7 +38,7 @@ class LinearHead:
     unseen: Unseen = "refuse"
     """What to do with other class names: refuse them, or give them their zero-shot row."""
     chosen: Mapping[str, float] = field(default_factory=dict)
-    """What was chosen on validation images while it was tuned."""
+    """What was chosen on validation images while it was tuned, or learnt while it was merged."""
 
     space = "head"
 
@@ -94,6 +94,13 @@ class LinearHead:
             for ours, theirs in zip((self.weight, self.bias), (rows.weight, rows.bias) if rows else (None, None))
         )
         return AffineHead(backbone.key, weight, bias, self.normalise)
+
+    def rows(self, classes: Classes) -> list[int] | slice:
+        """Where these classes are; all rows where they are all in order, or it does not know them by name."""
+        index = {name: i for i, name in enumerate(self.names)}
+        if classes.names == self.names or not all(name in index for name in classes.names):
+            return slice(None)
+        return [index[name] for name in classes.names]
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError where image tower and head do not fit."""

@@ -34,7 +34,7 @@ class Tower:
     weights: Mapping[str, Tensor]
     head: LinearHead | None = None
     chosen: Mapping[str, float] = field(default_factory=dict)
-    """What was chosen on validation images while it was tuned."""
+    """What was chosen on validation images while it was tuned, or learnt while it was merged."""
 
     space = "tower"
 

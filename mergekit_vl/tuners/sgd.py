@@ -70,9 +70,9 @@ def descend(
     return w.detach()
 
 
-def check_loss(value: Tensor, what: str, epoch: int, lr: float) -> None:
+def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "epoch") -> None:
     """Raise UserError for a loss that is not finite."""
     if not value.isfinite():
         raise Failed(
-            f"the loss of {what} is {value.item()} in epoch {epoch + 1}", where=what, mend=f"lower lr (now {lr})"
+            f"the loss of {what} is {value.item()} in {unit} {epoch + 1}", where=what, mend=f"lower lr (now {lr})"
         )

@@ -140,7 +140,7 @@ class Forward:
     """Logits of images as a function of a tower's weights, in training mode."""
 
     def __init__(self, backbone: Backbone, start: Tower, classes: Classes) -> None:
-        self.start = start
+        self.start, self.backbone = start, backbone
         self.image = copy.deepcopy(backbone.image).train()
         in_model = {id(tensor): name for name, tensor in _named(backbone.model)}
         self.names = {name: in_model[id(tensor)] for name, tensor in _named(backbone.image) if id(tensor) in in_model}
@@ -155,11 +155,22 @@ class Forward:
         inside = set(self.names.values()) - trainable
         self.statistics = {name: tensor.detach().clone() for name, tensor in start.weights.items() if name in inside}
         """Running statistics, which a forward of `weights` changes."""
-        if start.head is None:
-            own = start.on(backbone)
-            self.scale, self.bias = own.scale, own.bias
-            with torch.no_grad():
-                self.text = F.normalize(ZeroShot().text_features(own, classes), dim=-1)
+        self._ask(classes)
+
+    def of(self, classes: Classes) -> Forward:
+        """The same tower, asked for other classes."""
+        other = copy.copy(self)
+        other._ask(classes)
+        return other
+
+    def _ask(self, classes: Classes) -> None:
+        if self.start.head is not None:
+            self.rows = self.start.head.rows(classes)
+            return
+        own = self.start.on(self.backbone)
+        self.scale, self.bias = own.scale, own.bias
+        with torch.no_grad():
+            self.text = F.normalize(ZeroShot().text_features(own, classes), dim=-1)
 
     def __call__(self, weights: Weights, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> logits [B, K]. Running statistics follow `self.weights` alone: other points get copies of them."""
@@ -173,7 +184,7 @@ class Forward:
         if head is None:
             return self.scale * F.normalize(x, dim=-1) @ self.text.T + self.bias
         x = F.normalize(x, dim=-1) if head.normalise else x
-        return x @ weights[HEAD + "weight"].T + weights[HEAD + "bias"]
+        return x @ weights[HEAD + "weight"][self.rows].T + weights[HEAD + "bias"][self.rows]
 
     def tower(self, tensors: Weights | None = None) -> Tower:
         """The tower as it stands now, or with these weights and statistics."""

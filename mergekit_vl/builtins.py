@@ -182,6 +182,11 @@ def register_strategies(register: Register) -> None:
         "linear maps merged by least squares on each model's own images (Jin et al. 2023)",
     )
     register(
+        "adamerging",
+        "mergekit_vl.strategies.adamerging:AdaMerging",
+        "coefficients of task vectors learnt by least entropy on unlabelled images (Yang et al. 2024)",
+    )
+    register(
         "ensemble",
         "mergekit_vl.strategies.ensemble:OutputEnsemble",
         "mean of the members' probabilities or logits, calibrated or not",

@@ -106,7 +106,8 @@ class Cell:
             saved.save(model, self.folder, name)
         row = {"row": label, "kind": kind, **self.scores(model)}
         row["cost"]["seconds"] = seconds
-        row["chosen"] = dict(getattr(getattr(model, "adapter", None), "chosen", {})) if kind == "tuned" else {}
+        told = dict(getattr(getattr(model, "adapter", None), "chosen", {}))
+        row |= {"chosen": told if kind == "tuned" else {}, "learnt": told if kind == "merged" else {}}
         write_json(file, row)
         return model, row
 

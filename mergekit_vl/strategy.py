@@ -60,8 +60,8 @@ class Strategy(Protocol):
 
 
 def trains(strategy: Any) -> bool:
-    """Whether a strategy has a training loop: it takes passes over the images, `epochs`."""
-    return hasattr(strategy, "epochs")
+    """Whether a strategy has a training loop: its class says `trains = True`."""
+    return getattr(strategy, "trains", False)
 
 
 class Tuner(Protocol):

@@ -33,7 +33,7 @@ BUILTINS = {
             "iso_c",
             "iso_cts",
         ),
-        *("fisher", "regmean", "ensemble", "vrf", "mergetune"),
+        *("fisher", "regmean", "adamerging", "ensemble", "vrf", "mergetune"),
     ],
     "datasets": ["microworld", "folder", "coop_layout"],
     "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],

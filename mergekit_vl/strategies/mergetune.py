@@ -96,6 +96,9 @@ class MergeTune:
 
     grid = {"lambda": (2.0, 4.0, 16.0)}
 
+    trains = True
+    """The model is stored: making it again would cost as much as making it."""
+
     def __post_init__(self) -> None:
         for name, valid, mend in (
             ("lambda_", self.lambda_ >= 0, "0 or more"),

@@ -1,0 +1,160 @@
+"""AdaMerging (Yang et al. 2024, "AdaMerging: Adaptive model merging for multi-task learning", arXiv 2310.02575, eq. 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mergekit_vl import information
+from mergekit_vl.errors import UserError
+from mergekit_vl.model import Model, Single
+from mergekit_vl.options import option
+from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
+from mergekit_vl.strategies.ties import Ties
+from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.tuners.sgd import check_loss
+from mergekit_vl.weights import anchors, as_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from mergekit_vl.data import Split
+    from mergekit_vl.model import Classes
+
+    Tensors = dict[str, Tensor]
+
+WHERE = "strategy adamerging"
+
+
+@dataclass(frozen=True)
+class AdaMerging:
+    """base + sum_i lambda_i * (tuned_i - base), the lambdas learnt by least entropy of the merged model's answers on unlabelled images.
+
+    A step draws `batch` images of every task, sums over the tasks the mean entropy of softmax(logits), each task against its own
+    class names, and moves the lambdas by Adam. `by=layer` has one lambda for each model and tensor, as the released code ("layer-wise");
+    `by=task` one for each model. AdaMerging++ (`trim=0.2`) takes the task vectors of TIES: trimmed, and zero where a model is not of the
+    elected sign.
+
+    Departures: the paper reads the unlabelled test images; here they are the tasks' own training (or validation) images without their
+    labels, since nothing reads the test split. Tuned models are sure of the images that they were tuned on, so `images=validation` is
+    nearer to the paper where there are enough. The released code takes two batches of 16 for each task and step, which to Adam is
+    one of 32, and holds lambdas in 0..1 where they are used, so that one that has left stays outside without a gradient; ours are
+    moved back to the edge after each step. Tensors that no answer depends on (a text tower, whose class names are read once) have the
+    lambda `start`; running statistics are as of any merge, and images are seen in evaluation mode. Entropy falls too where a model
+    grows sure of wrong answers: look at each task's accuracy.
+    """
+
+    by: Literal["layer", "task"] = option("layer", "a coefficient for each model and tensor, or for each model")
+    start: float = option(0.3, "of every coefficient; they stay between 0 and 1")
+    trim: float | None = option(
+        None, "AdaMerging++: share of each task vector that is kept before signs are elected (the paper's is 0.2)"
+    )
+    steps: int = option(500, "of Adam (the paper's code calls them epochs)")
+    batch: int = option(32, "images of each task in a step")
+    lr: float = option(1e-3, "of Adam")
+    images: Literal["train", "validation"] = option("train", "of the tasks, without their labels")
+
+    trains = True
+
+    def __post_init__(self) -> None:
+        for name, valid, mend in (
+            ("start", 0 <= self.start <= 1, "between 0 and 1"),
+            ("trim", self.trim is None or 0 < self.trim <= 1, "above 0, at most 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("lr", 0 < self.lr < float("inf"), "above 0"),
+        ):
+            if not valid:
+                raise UserError(f"{name}={getattr(self, name)}", where=WHERE, mend=mend)
+
+    def merge(self, inputs: MergeInputs) -> Model:
+        start, vectors = self._task_vectors(inputs)
+        own, predict = information.predictors(start, tasks := self._tasks(inputs), inputs)
+        base = anchors(inputs)[0].adapter.tensors
+        base = {name: base[name].to(tensor) for name, tensor in own.items()}
+        vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
+        lambdas = self._learn(base, vectors, predict, [len(images) for _, images in tasks], inputs)
+        merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
+        model = as_model(start, {**start.adapter.tensors, **merged})
+        if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
+            return model
+        told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
+        return Single(model.backbone, replace(model.adapter, chosen=told))  # type: ignore[type-var]
+
+    def _task_vectors(self, inputs: MergeInputs) -> tuple[Single, list[Tensors]]:
+        """The merge at the first coefficients, and each model's task vector."""
+        zero_shot, tuned = anchors(inputs)
+        if self.trim is None:
+            start = TaskArithmetic(self.start).merge(inputs)
+        else:
+            ties = Ties(density=self.trim, mean=False)
+            start = replace(ties, scale=self.start).merge(inputs)
+            n = len(tuned)
+            tuned = [
+                replace(ties, weights=tuple(float(i == j) for j in range(n))).merge(inputs)  # type: ignore[misc]
+                for i in range(n)
+            ]
+        base = zero_shot.adapter.tensors
+        return start, [{name: t[name] - base[name] for name in base} for t in (m.adapter.tensors for m in tuned)]  # type: ignore[return-value]
+
+    def _tasks(self, inputs: MergeInputs) -> list[tuple[Classes, Split]]:
+        tasks = {id(task): task for task in inputs.data}.values()
+        found = [(task.classes, task.train if self.images == "train" else task.val) for task in tasks]
+        if not found or not all(images for _, images in found):
+            raise UserError(
+                f"there are no {self.images} images",
+                where=WHERE,
+                mend="set images=train" if self.images == "validation" else "give a dataset with images to train on",
+            )
+        return found  # type: ignore[return-value]
+
+    def _learn(
+        self,
+        base: Tensors,
+        vectors: Sequence[Tensors],
+        predict: Sequence[information.Predict],
+        counts: Sequence[int],
+        inputs: MergeInputs,
+    ) -> Tensor:
+        """The coefficients [models, tensors]; by task they are equal over the tensors."""
+        import torch
+
+        device = next(iter(base.values())).device
+        raw = torch.full((len(vectors), len(base) if self.by == "layer" else 1), self.start, device=device)
+        raw.requires_grad_(True)
+        optimizer = torch.optim.Adam([raw], lr=self.lr, betas=(0.9, 0.999))
+        draw = torch.Generator().manual_seed(inputs.seed)
+        for step in range(self.steps):
+            merged = combine(base, vectors, raw.expand(-1, len(base)))
+            leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in merged.items()}
+            for of_task, n in zip(predict, counts):  # one task's graph is held at a time
+                rows = torch.randperm(n, generator=draw)[: self.batch].tolist()
+                loss = entropy(of_task(leaves, rows)).mean()
+                check_loss(loss, "adamerging", step, self.lr, unit="step")
+                loss.backward()
+            moved = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            optimizer.zero_grad()
+            torch.autograd.backward([merged[name] for name in moved], [leaves[name].grad for name in moved])
+            optimizer.step()
+            with torch.no_grad():
+                raw.clamp_(0, 1)
+            inputs.progress(step + 1, self.steps, "adamerging")
+        if not raw.isfinite().all():
+            raise UserError("the coefficients are not finite", where=WHERE, mend=f"lower lr (now {self.lr})")
+        return raw.detach().expand(-1, len(base))
+
+
+def combine(base: Tensors, vectors: Sequence[Tensors], lambdas: Tensor) -> Tensors:
+    """base + sum_i lambda_i * vector_i, tensor by tensor; lambdas [models, tensors]."""
+    return {
+        name: tensor + sum(lambdas[i, j] * vector[name] for i, vector in enumerate(vectors))
+        for j, (name, tensor) in enumerate(base.items())
+    }
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of softmax(logits [B, K]): [B]."""
+    logs = logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)

@@ -294,15 +294,16 @@ def _run_cell(
     cell.claim(experiment.tuners, warn)
     cell.keep_shots(name, seed)
     rows, inputs = ready.anchors(cell)
+    inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
     for label, control in experiment.controls:
         rows.append(cell.row(label, "control", lambda control=control: control.merge(inputs))[1])
     tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
     merged: dict[str, Model] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
-        given = inputs
+        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm)
         if spec.of is not None:
             model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
-            given = dataclasses.replace(inputs, tuned=(model,), data=(data,))
+            given = dataclasses.replace(given, tuned=(model,), data=(data,))
         make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
         merged[label], row = cell.row(label, "merged", make, strategy=strategy, main=not merged)
         rows.append(row)

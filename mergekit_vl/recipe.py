@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mergekit_vl.plugins import Registry
 
 KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
+OF_STRATEGY = ("of", "grid", "batch_norm")
+"""Keys that any strategy may have beside its own options."""
 ALL = "all"
 """As `strategy`: every registered one, for `bench`."""
 DEFAULTS: dict[str, Any] = {
@@ -40,6 +42,8 @@ class Spec:
     """Of a strategy: the label of an earlier one, or of a tuned model, that it merges with the base instead of all tuned ones."""
     grid: Mapping[str, Any] | None = None
     """Of a strategy: values of its options that `bench` tries, instead of the strategy's own grid."""
+    batch_norm: str = "images"
+    """Of a strategy: where the running statistics of a merged tower come from, `images` or the `mean` over the models."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
         place, label = f"{where}: {key} {value['name']}", str(value.get("label", value["name"]))
-        own = ("name", "label", *(("of", "grid") if key.startswith("strategy") else ()))
+        own = ("name", "label", *(OF_STRATEGY if key.startswith("strategy") else ()))
         given = {k: v for k, v in value.items() if k not in own}
         if not key.startswith("strategy"):
             return Spec(value["name"], given, place, label)
@@ -221,7 +225,10 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
             isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())
         ):
             raise UserError("grid is a mapping of lists", where=place, mend="write grid: {alpha: [0.25, 0.5, 0.75]}")
-        return Spec(value["name"], given, place, label, str(value["of"]) if "of" in value else None, grid)
+        if (batch_norm := value.get("batch_norm", "images")) not in ("images", "mean"):
+            raise UserError(f"batch_norm={batch_norm}", where=place, mend="images or mean")
+        of = str(value["of"]) if "of" in value else None
+        return Spec(value["name"], given, place, label, of, grid, batch_norm)
 
     def specs(value: Any, key: str) -> tuple[Spec, ...]:
         values = value if isinstance(value, list) else [value]

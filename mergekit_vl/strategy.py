@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mergekit_vl.data import Progress, silent
 from mergekit_vl.errors import UserError
@@ -38,6 +38,9 @@ class MergeInputs:
     progress: Progress = silent
     scratch: Path | None = None
     """A folder for what a long training needs to go on after a kill; none: it starts again."""
+
+    batch_norm: Literal["images", "mean"] = "images"
+    """Running statistics of a merged tower: estimated again on the training images, or as the strategy makes them of the models'."""
 
     def validated(self, where: str, mend: str) -> TaskData:
         """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""

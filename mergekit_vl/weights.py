@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl.closed_form import SERIAL, ClosedForm, apply
+from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply
 from mergekit_vl.coefficients import depths
 from mergekit_vl.dtypes import Array, narrow
 from mergekit_vl.errors import UserError
@@ -63,7 +63,7 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     sources = [Arrays(m) for m in models]
     apply(method, Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed), write, SERIAL, CHUNK)
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
-    return as_model(base, merged)
+    return as_model(base, merged, inputs)
 
 
 def merge_by_task(method: Any, inputs: MergeInputs) -> Model:
@@ -107,24 +107,38 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
             raise UserError(
                 f"a {type(model).__name__.lower()} has no tensors of its own to merge", mend="merge its members"
             )
-    first = tuned[0]
-    assert isinstance(first, Single)
-    start = first.adapter.anchor(first.backbone)
     spaces = [m.adapter.space for m in tuned]  # type: ignore[attr-defined]
     if len(set(spaces)) > 1:
         raise UserError(
             f"models of different spaces cannot be merged: {', '.join(spaces)}",
             mend="merge in the space `features`, or ensemble them",
         )
+    first = tuned[0]
+    assert isinstance(first, Single)
+    start = first.adapter.anchor(first.backbone)
     check_aligned(
         [start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))]
-    )  # type: ignore[attr-defined]
+    )
     return Single(first.backbone, start), tuned  # type: ignore[return-value]
 
 
-def as_model(like: Model, tensors: Tensors) -> Single:
-    """A model like `like`, with other tensors."""
+def as_model(like: Model, tensors: Tensors, inputs: MergeInputs | None = None) -> Single:
+    """A model like `like`, with other tensors.
+
+    Where these hold BatchNorm's running statistics and `inputs` have images, the statistics are estimated again
+    (`batch_norm.py`); not of one of the models that were merged, which has its own.
+    """
     from mergekit_vl.model import Single
 
     assert isinstance(like, Single)
-    return Single(like.backbone, like.adapter.with_tensors(tensors))
+    model = Single(like.backbone, like.adapter.with_tensors(tensors))
+    if inputs is None or inputs.batch_norm == "mean" or not inputs.data:
+        return model
+    if like.adapter.space != "tower" or not any(BATCH_NORM.search(name) for name in tensors):
+        return model
+    for member in (like, *inputs.tuned):
+        if all(tensors[name].equal(tensor) for name, tensor in member.adapter.tensors.items()):  # type: ignore[attr-defined]
+            return model
+    from mergekit_vl.batch_norm import estimated
+
+    return estimated(model, inputs)

@@ -10,7 +10,7 @@ LAYERS = (
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading", "symmetries"),
     ("closed_form", "surveys", "task_vectors", "singular", "rebasin"),
-    ("features", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),
+    ("features", "batch_norm", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols", "information", "grams"),
     ("strategies",),

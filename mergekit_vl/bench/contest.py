@@ -169,7 +169,7 @@ class Contest:
         """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
         name = f"{slug(spec.label)}-{_digest(strategy)}"
         given = self._given(cell, spec, inputs)
-        given = dataclasses.replace(given, scratch=cell.folder / "scratch" / name)
+        given = dataclasses.replace(given, scratch=cell.folder / "scratch" / name, batch_norm=spec.batch_norm)
         if trains(strategy):
             model, row = cell.row(
                 spec.label, "merged", lambda: strategy.merge(given), strategy=strategy, name=f"models/{name}"

@@ -154,6 +154,7 @@ def _plain(spec: Spec) -> dict[str, Any]:
     more = {"label": spec.label} if spec.label != spec.name else {}
     more |= {"of": spec.of} if spec.of is not None else {}
     more |= {"grid": spec.grid} if spec.grid is not None else {}
+    more |= {"batch_norm": spec.batch_norm} if spec.batch_norm != "images" else {}
     return {"name": spec.name, **more, **spec.options}
 
 

@@ -211,6 +211,7 @@ def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict
         ):
             options = cell["rows"][by_label[label][0]]["options"]
             more = {"of": one.spec.of} if one.spec.of is not None else {}
+            more |= {"batch_norm": one.spec.batch_norm} if one.spec.batch_norm != "images" else {}
             chain.insert(0, {"name": one.spec.name, "label": label, **more, **options})
             label = one.spec.of
         if chain:

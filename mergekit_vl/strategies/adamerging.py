@@ -77,7 +77,7 @@ class AdaMerging:
         vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
         lambdas = self._learn(base, vectors, predict, [len(images) for _, images in tasks], inputs)
         merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
-        model = as_model(start, {**start.adapter.tensors, **merged})
+        model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
         if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
             return model
         told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
@@ -86,6 +86,7 @@ class AdaMerging:
     def _task_vectors(self, inputs: MergeInputs) -> tuple[Single, list[Tensors]]:
         """The merge at the first coefficients, and each model's task vector."""
         zero_shot, tuned = anchors(inputs)
+        alone = replace(inputs, batch_norm="mean")  # of task vectors no statistics are needed
         if self.trim is None:
             start = TaskArithmetic(self.start).merge(inputs)
         else:
@@ -93,7 +94,7 @@ class AdaMerging:
             start = replace(ties, scale=self.start).merge(inputs)
             n = len(tuned)
             tuned = [
-                replace(ties, weights=tuple(float(i == j) for j in range(n))).merge(inputs)  # type: ignore[misc]
+                replace(ties, weights=tuple(float(i == j) for j in range(n))).merge(alone)  # type: ignore[misc]
                 for i in range(n)
             ]
         base = zero_shot.adapter.tensors

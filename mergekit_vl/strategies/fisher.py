@@ -75,7 +75,7 @@ class Fisher:
             fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
         for model, task in zip(tuned, inputs.data, strict=True):
             fishers.append(information.of_model(model, task, inputs, self.images))
-        return as_model(zero_shot, self.average([m.adapter.tensors for m in models], fishers, weights))
+        return as_model(zero_shot, self.average([m.adapter.tensors for m in models], fishers, weights), inputs)
 
     def average(self, thetas: list[Tensors], fishers: list[Tensors], weights: tuple[float, ...]) -> dict[str, Tensor]:
         """Of tensors and their information by name."""

@@ -79,7 +79,7 @@ class RegMean:
         for name, total in sums.items():
             move = solve(total, moves[name])  # [in, out]
             merged[name] += (move if transposed[name] else move.T).reshape(merged[name].shape).to(merged[name])
-        return as_model(zero_shot, merged)
+        return as_model(zero_shot, merged, inputs)
 
     def _of_head(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
         features = inputs.features.features(model.paths[0], task.train)

@@ -35,7 +35,7 @@ class Geodesic:
             angle = cosine.clamp(-1, 1).acos()
             arc = (((1 - self.t) * angle).sin() * start + (self.t * angle).sin() * end) / angle.sin()
             merged[name] = torch.where(cosine.abs() < NEARLY_PARALLEL, arc, torch.lerp(start, end, self.t))
-        return as_model(base, merged)
+        return as_model(base, merged, inputs)
 
 
 @hookimpl

@@ -28,7 +28,7 @@ from mergekit_vl.pieces import BLOCK, CHUNK, Models, Piece, Source, Tensor
 from mergekit_vl.symmetries import Symmetries, find, heads_told
 
 NO_HASH = "0" * 64
-ADAPTER = ("adapter", "backbone", "init", "names")
+ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")
 SPARE = 24 << 20
 """Bytes kept free of --max-ram for the interpreter's own growth."""
 AT_EASE = 64 << 20
@@ -425,15 +425,21 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def _adapter(opened: Opened) -> dict[str, Any]:
-    """What a run wrote into the files of an adapter (a prompt), so that the merge is one too; it must be the same in all."""
+    """What a run wrote into the files of an adapter, so that the merge is one too; it must be the same in all, the order of a head's classes included.
+
+    What was chosen while a model was tuned is its own, and not the merge's.
+    """
     told = [json.loads(c.metadata.get(METADATA_KEY, "{}")) for c in opened.all]
-    adapters = [{key: each.get(key) for key in ADAPTER} if "adapter" in each else {} for each in told]
+    adapters = [{key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told]
+    for adapter in adapters:
+        if adapter.get("head"):
+            adapter["head"] = {key: value for key, value in adapter["head"].items() if key != "chosen"}
     for checkpoint, adapter in zip(opened.all, adapters):
         for key in adapter.keys() | adapters[0].keys():
             if adapter.get(key) != adapters[0].get(key):
                 raise UserError(
                     f"{opened.reference.label} and {checkpoint.label} are adapters of different {key}",
-                    mend="merge adapters that were tuned in the same way",
+                    mend="merge adapters that were tuned in the same way; `run` merges heads by class name",
                 )
     return adapters[0]
 

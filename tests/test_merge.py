@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from test_merge_methods import EVERY
 
 from mergekit_vl import cli, streaming
+from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Single
@@ -294,6 +296,25 @@ def test_prompts_of_a_run_stay_prompts(monkeypatch, capsys):
         monkeypatch, capsys, *("merge", "A.safetensors", "C.safetensors", "--strategy", "linear", "-o", "new")
     )
     assert code == 2 and "A and C are adapters of different backbone" in err and not Path("new").exists()
+
+
+def test_heads_of_a_run_stay_heads_and_their_classes_must_be_in_one_order(monkeypatch, capsys):
+    def head(value, names):
+        return LinearHead(torch.full((2, 3), value), torch.zeros(2), names, True, chosen={"l2": value})
+
+    for name, value, names in (("A", 1.0, ("a", "b")), ("B", 3.0, ("a", "b")), ("C", 3.0, ("b", "a"))):
+        head(value, names).save(Path(f"{name}.safetensors"), backbone="micro")
+        tower = Tower({"w": torch.full((2,), value)}, head(value, names))
+        tower.save(Path(f"T{name}.safetensors"), backbone="micro")
+    merge = ("merge", "--strategy", "linear", "-o")
+    for prefix, cls, what in (("", LinearHead, "names"), ("T", Tower, "head")):
+        files = [f"{prefix}{name}.safetensors" for name in "ABC"]
+        assert call(monkeypatch, capsys, *merge, f"{prefix}out", *files[:2])[0] == 0
+        merged = cls.load(Path(f"{prefix}out/model.safetensors"))
+        found = merged if cls is LinearHead else merged.head
+        assert found.names == ("a", "b") and found.normalise and found.weight.unique().tolist() == [2.0]
+        code, _, err = call(monkeypatch, capsys, *merge, "new", files[0], files[2])
+        assert code == 2 and f"A and {prefix}C are adapters of different {what}" in err and not Path("new").exists()
 
 
 def test_models_of_one_name_get_labels_of_their_own(monkeypatch, capsys):

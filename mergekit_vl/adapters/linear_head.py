@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -120,7 +120,7 @@ class LinearHead:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> LinearHead:
-        known: dict = {**facts, "names": tuple(facts["names"])}  # type: ignore[arg-type]
+        known: dict = {"chosen": {}, **facts, "names": tuple(facts["names"])}  # type: ignore[arg-type]
         head = cls(
             tensors["weight"], tensors["bias"], **{k: known[k] for k in ("names", "normalise", "unseen", "chosen")}
         )
@@ -136,6 +136,44 @@ class LinearHead:
     def load(cls, path: Path, *, device: str = "cpu") -> LinearHead:
         tensors, facts = stored.read(path, "linear_head", device)
         return cls.restored(tensors, facts)
+
+
+def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:
+    """The heads with the same classes in the same order: the first one's, then what only others have, in their order.
+
+    A head that lacks a class is given the mean of the rows of those that have it, so that they alone decide it. Heads without names
+    stay as they are: their rows are those of the classes they are asked for.
+    """
+    import torch
+
+    if len({head.normalise for head in heads}) > 1:
+        raise UserError(
+            "one linear head reads normalised features, another one raw ones",
+            mend="tune both heads from one start (init), or ensemble them",
+        )
+    if all(head.names == heads[0].names for head in heads) or not all(head.names for head in heads):
+        return list(heads)
+    names = tuple(dict.fromkeys(name for head in heads for name in head.names))
+    at = [{name: i for i, name in enumerate(head.names)} for head in heads]
+    for head, index in zip(heads, at):
+        if len(index) < len(head.names):
+            twice = next(name for name in head.names if head.names.count(name) > 1)
+            raise UserError(f"a linear head has two classes {twice!r}", mend="give every class a name of its own")
+    rows = [torch.cat([head.weight, head.bias[:, None]], 1) for head in heads]  # [K, D + 1]
+    if len({row.shape[1] for row in rows}) > 1:
+        return list(heads)  # of different backbones: their shapes tell
+
+    def row(name: str, i: int) -> Tensor:
+        having = [i] if name in at[i] else [j for j, index in enumerate(at) if name in index]
+        return torch.stack([rows[j][at[j][name]] for j in having]).mean(0)
+
+    wanted = [torch.stack([row(name, i) for name in names]) for i in range(len(heads))]
+    starts: Sequence[LinearHead | None] = [head.start for head in heads]
+    starts = by_class_name(starts) if all(starts) else [None] * len(heads)  # type: ignore[arg-type]
+    return [
+        replace(head, weight=w[:, :-1].contiguous(), bias=w[:, -1].contiguous(), names=names, start=start)
+        for head, w, start in zip(heads, wanted, starts)
+    ]
 
 
 def zero_shot(backbone: Backbone, classes: Classes) -> LinearHead:

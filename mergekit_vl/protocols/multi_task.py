@@ -18,7 +18,8 @@ class MultiTask:
     """One model tuned on each dataset, merged into one model that is tested on all of them, each against its own class names.
 
     The headline is the mean accuracy over the tasks; beside it the mean of the accuracies divided by those of each task's own
-    tuned model (normalised accuracy). What is tuned must not hold a head for certain classes: tuner full with head=text, prompts.
+    tuned model (normalised accuracy). What is tuned takes any class names: tuner full with head=text, prompts; or a linear head with
+    unseen=zero_shot, which the merge knows by the names of all tasks.
     """
 
     shots: int | None = option(None, "images per class to tune on; none: the whole train splits")

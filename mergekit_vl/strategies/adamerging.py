@@ -42,8 +42,8 @@ class AdaMerging:
     nearer to the paper where there are enough. The released code takes two batches of 16 for each task and step, which to Adam is
     one of 32, and holds lambdas in 0..1 where they are used, so that one that has left stays outside without a gradient; ours are
     moved back to the edge after each step. Tensors that no answer depends on (a text tower, whose class names are read once) have the
-    lambda `start`; running statistics are as of any merge, and images are seen in evaluation mode. Entropy falls too where a model
-    grows sure of wrong answers: look at each task's accuracy.
+    lambda `start`. Images are seen in evaluation mode; running statistics are those of the merge at `start`, and in the end, as of
+    any merge, those of the merged model. Entropy falls too where a model grows sure of wrong answers: look at each task's accuracy.
     """
 
     by: Literal["layer", "task"] = option("layer", "a coefficient for each model and tensor, or for each model")

@@ -10,6 +10,7 @@ from noise import Noise
 from test_fisher_regmean import heads, towers  # noqa: F401
 from test_tower_training import norm  # noqa: F401
 
+from mergekit_vl import information
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
@@ -171,3 +172,12 @@ def test_what_is_refused():
     zero = replace(inputs, tuned=(Single(WORDS, ZeroShot()),))
     with pytest.raises(UserError, match="answers of the space none do not depend on weights"):
         AdaMerging().merge(zero)
+
+
+def test_memory_that_ends_is_told_with_half_the_batch(monkeypatch):
+    def predict(weights, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(information, "predictors", lambda model, tasks, inputs: (model.adapter.tensors, [predict] * 2))
+    with pytest.raises(UserError, match="strategy adamerging: out of memory with 4 images at once .set batch=2"):
+        AdaMerging().merge(one_sided())

@@ -122,6 +122,8 @@ class AdaMerging:
         """The coefficients [models, tensors]; by task they are equal over the tensors."""
         import torch
 
+        from mergekit_vl.backbones.backbone import out_of_memory
+
         device = next(iter(base.values())).device
         raw = torch.full((len(vectors), len(base) if self.by == "layer" else 1), self.start, device=device)
         raw.requires_grad_(True)
@@ -132,9 +134,15 @@ class AdaMerging:
             leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in merged.items()}
             for of_task, n in zip(predict, counts):  # one task's graph is held at a time
                 rows = torch.randperm(n, generator=draw)[: self.batch].tolist()
-                loss = entropy(of_task(leaves, rows)).mean()
-                check_loss(loss, "adamerging", step, self.lr, unit="step")
-                loss.backward()
+                try:
+                    loss = entropy(of_task(leaves, rows)).mean()
+                    check_loss(loss, "adamerging", step, self.lr, unit="step")
+                    loss.backward()
+                except (MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    mend = f"set batch={max(1, len(rows) // 2)}"
+                    raise UserError(f"out of memory with {len(rows)} images at once", where=WHERE, mend=mend) from None
             moved = [name for name, leaf in leaves.items() if leaf.grad is not None]
             optimizer.zero_grad()
             torch.autograd.backward([merged[name] for name in moved], [leaves[name].grad for name in moved])

@@ -113,7 +113,9 @@ def main() -> None:
     parser.add_argument("--bench", default="bench_small", help="a recipe; empty: none")
     args = parser.parse_args()
 
-    torch.backends.mha.set_fastpath_enabled(False)  # as in every run: its bits depend on grad mode, and its work is not counted
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # as in every run: its bits depend on grad mode, and its work is not counted
     backbone = Clip(arch=args.arch).build(args.device)
     card = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
     matrix = peak(args.device, backbone.precision, 8192 if args.device.startswith("cuda") else 1024)

@@ -243,7 +243,7 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
     from mergekit_vl.experiment import build
 
     plan = load_recipe(recipe, overrides)
-    if not plan.strategies:  # all of them: a bench
+    if plan.every:  # a bench
         for line in bench_command.described(bench_plan.build(plan, _registry())):
             typer.echo(line)
         return

@@ -86,7 +86,7 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
     def make(kind: str, spec) -> Any:
         return options.build(registry.find(kind, spec.name, where=spec.where).resolve(), spec.options, where=spec.where)
 
-    if not recipe.strategies and not of_bench:
+    if recipe.every and not of_bench:
         raise UserError(
             "strategy: all is for bench", where=recipe.name, mend="name strategies, or use mergekit-vl bench"
         )

@@ -19,7 +19,7 @@ KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "see
 OF_STRATEGY = ("of", "grid", "batch_norm")
 """Keys that any strategy may have beside its own options."""
 ALL = "all"
-"""As `strategy`: every registered one, for `bench`."""
+"""As `strategy`, or among them: every registered one, for `bench`."""
 DEFAULTS: dict[str, Any] = {
     "backbone": {"name": "micro"},
     "protocol": {"name": "base_to_novel"},
@@ -67,6 +67,8 @@ class Recipe:
     protocol: Spec
     tuned: tuple[TunedSpec, ...]
     strategies: tuple[Spec, ...]
+    every: bool
+    """Whether all other registered strategies come to these, for `bench`."""
     controls: bool
     seeds: tuple[int, ...]
     search: Mapping[str, Any]
@@ -257,7 +259,12 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")
     if not isinstance(plain["controls"], bool):
         raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
-    strategies = () if plain["strategy"] == ALL else specs(plain["strategy"], "strategy")
+    given_strategies = plain["strategy"] if isinstance(plain["strategy"], list) else [plain["strategy"]]
+    named = [strategy for strategy in given_strategies if strategy != ALL]
+    every = len(named) < len(given_strategies)
+    strategies = (
+        () if every and not named else specs(named if isinstance(plain["strategy"], list) else named[0], "strategy")
+    )
     anchors = [t.tuner.label if t.tuner else t.label or Path(str(t.checkpoint)).stem for t in tuned]
     for i, strategy in enumerate(strategies):
         if strategy.of is not None and strategy.of not in (earlier := [*anchors, *(s.label for s in strategies[:i])]):
@@ -271,6 +278,7 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         protocol=spec(plain["protocol"], "protocol"),
         tuned=tuple(tuned),
         strategies=strategies,
+        every=every,
         controls=plain["controls"],
         seeds=tuple(dict.fromkeys(seeds)),
         search=search,

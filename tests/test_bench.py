@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_vl.bench import grid, plan, report
+from mergekit_vl.bench import plan, run, words
 from mergekit_vl.errors import UserError
 from mergekit_vl.features import FeatureStore
 from mergekit_vl.plugins import load_plugins
@@ -89,7 +89,7 @@ def small_world():
 def go(given, registry, out, *, store=None, strategies=(), shots=()):
     made = plan.build(parse(given, name="small", where="small"), registry, strategies=strategies, shots=shots)
     quiet = {"progress": lambda *a: None, "warn": lambda text: None}
-    return grid.run(made, out, device="cpu", store=store or FeatureStore(out.parent / "cache"), **quiet)
+    return run.run(made, out, device="cpu", store=store or FeatureStore(out.parent / "cache"), **quiet)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_what_is_not_in_the_table_is_listed_with_its_reason(finished):
     assert out["boom"]["status"] == out["nan"]["status"] == "failed"
     assert out["boom"]["reasons"][0]["reason"] == "ValueError: boom went off (mine.py:10)"
     assert "not finite" in out["nan"]["reasons"][0]["reason"] and len(out["nan"]["reasons"][0]["cells"]) == 4
-    told = report.reasons(made)
+    told = words.reasons(made)
     assert "- ema: not for these models: at least 2 tuned models, not 1 (name more models)" in told
 
 
@@ -347,16 +347,15 @@ def test_anchors_that_come_to_nothing_fail_their_cells_and_wrong_recipes_end_at_
 
 
 @pytest.mark.parametrize(
-    "words, given, message",
+    "names, given, message",
     [
-        (["ties,nosuch"], {}, "unknown strategy 'nosuch'"),
+        (["ties", "nosuch"], {}, "unknown strategy 'nosuch'"),
         (["merged back"], {}, "merged back is made of mergetune"),
         ([], {"strategy": [{"name": "ties", "label": "coop"}]}, "two rows are called 'coop'"),
         ([], {"strategy": [{"name": "ties", "grid": {"dens": [1]}}]}, "unknown key 'dens'"),
     ],
 )
-def test_a_wrong_bench_is_refused(registry, words, given, message):
-    names = [name for word in words for name in word.split(",")]
+def test_a_wrong_bench_is_refused(registry, names, given, message):
     with pytest.raises(UserError, match=message):
         plan.build(parse(SMALL | given, name="small", where="small"), registry, strategies=names)
 

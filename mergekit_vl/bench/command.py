@@ -77,7 +77,7 @@ def bench(
 
 
 def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
-    from mergekit_vl.bench import grid
+    from mergekit_vl.bench import run
     from mergekit_vl.features import FeatureStore
 
     try:
@@ -88,7 +88,7 @@ def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
 
             store = FeatureStore(report=told)
             tell = lambda text: progress.bar.console.print(text, highlight=False) if show else None  # noqa: E731
-            return grid.run(
+            return run.run(
                 plan, folder, device=device_of(device), store=store, progress=told, warn=warn, tell=tell
             )  # fmt: skip
     except UserError:
@@ -136,8 +136,7 @@ def _print(report: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mergekit_vl.bench.page import headline
-    from mergekit_vl.bench.report import reasons
+    from mergekit_vl.bench.words import headline, reasons
 
     console = Console()
     for shown in report["tables"]:

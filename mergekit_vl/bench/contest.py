@@ -23,6 +23,7 @@ from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
 from mergekit_vl.model import image_paths, size_in_bytes
+from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategy import MergeInputs, trains
 
 if TYPE_CHECKING:
@@ -229,13 +230,13 @@ class Contest:
         return {"status": "done", **kept, "options": dict(options), "cost": cost}
 
     def _path(self) -> None:
-        """Loss and accuracy between zero-shot, the first trained row (else the first) and the tuned model; of towers in the first cell alone."""
+        """Loss and accuracy between zero-shot, the first MergeTune (else what trains, else the first row) and the tuned model; of towers in the first cell alone."""
         merged = [
             e
             for e, r in zip(self.bench.entries, self.bench.records(self.key))
             if e.kind == "merged" and r and r["status"] == "done"
         ]
-        entry = next((e for e in merged if trains(e.cls)), merged[0] if merged else None)
+        entry = min(merged, key=lambda e: (e.cls is not MergeTune, not trains(e.cls)), default=None)
         inputs = self.anchors[1]
         if entry is None or entry.spec is None or len(inputs.tuned) != 1:
             return

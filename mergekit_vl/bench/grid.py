@@ -1,16 +1,11 @@
-"""A bench at work: every strategy on every cell of a grid (dataset, seed, shots), under the same anchors, images, selection and evaluator.
-
-A cell is a function of its key: it reads and writes the bench's folder alone, so `execute` may run cells in any order, anywhere. Each
-row's record is written when the row is done; what is there is not made again, so a killed bench goes on, and a new strategy
-costs itself alone.
-"""
+"""The grid of a bench: its cells (dataset, seed, shots), where they keep their records, and the tasks that options are chosen on."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,16 +39,6 @@ class Key:
     def name(self) -> str:
         shots = "" if self.shots is None else f"-{self.shots}shots"
         return f"{slug(self.dataset)}-seed{self.seed}{shots}"
-
-
-Executor = Callable[[Callable[[Key], None], Sequence[Key]], Iterable[Key]]
-"""Runs work(key) for every key and gives each when it is done: the one seam for engines of many machines."""
-
-
-def serial(work: Callable[[Key], None], keys: Sequence[Key]) -> Iterator[Key]:
-    for key in keys:
-        work(key)
-        yield key
 
 
 @dataclass
@@ -146,45 +131,3 @@ class Bench:
         """What is on record of the cell's rows, in the order of `entries`."""
         files = [self.folder(key) / "records" / entry.file for entry in self.entries]
         return [json.loads(file.read_text()) if file.exists() else None for file in files]
-
-    def work(self, key: Key) -> None:
-        """Make the rows of a cell that are not on record, or failed."""
-        from mergekit_vl.bench.contest import Contest
-
-        self.store.memory.clear()  # what cells share is on disk
-        cell = self.cell(self.tasks[key], key.seed, self.folder(key))
-        cell.claim(self.ready.experiment.tuners, self.warn)
-        missing = [e for e, found in zip(self.entries, self.records(key)) if not found or found["status"] == "failed"]
-        if missing:
-            cell.keep_shots(key.dataset, key.seed)
-            write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))
-            Contest(self, key, cell).make(missing)
-
-
-def run(
-    plan: Plan,
-    out: Path,
-    *,
-    device: str,
-    store: FeatureStore,
-    progress: Progress,
-    warn: Callable[[str], None],
-    tell: Callable[[str], None] = lambda text: None,
-    execute: Executor = serial,
-) -> dict[str, Any]:
-    """Run every cell that is not done into `out` and return the report as plain data (also written there)."""
-    from mergekit_vl.bench import report
-    from mergekit_vl.experiment import prepare
-
-    began = time.time()
-    ready = prepare(plan.experiment, device=device, progress=progress, warn=warn)
-    bench = Bench(plan, ready, out, store, progress, warn)
-    keys = bench.keys()
-    for done, key in enumerate(execute(bench.work, keys), 1):
-        progress(done, len(keys), "all cells")
-        if done == 1 and len(keys) > 1 and (seconds := time.time() - began) > 20:
-            tell(
-                f"the first cell ({key.name}) took {seconds:.0f} s: about {seconds * (len(keys) - 1) / 60:.0f} min more"
-            )
-    progress(0, 0, "writing the report")
-    return report.write(bench, keys, seconds=time.time() - began)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mergekit_vl import landscape_page
 from mergekit_vl.bench import plots
+from mergekit_vl.bench.words import headline, lead, reasons
 from mergekit_vl.page import document
 
 MORE_STYLE = """
@@ -44,8 +45,6 @@ document.querySelectorAll("table.sortable").forEach(table => {
 
 
 def html(report: dict[str, Any], cells: list[dict[str, Any]]) -> str:
-    from mergekit_vl.bench.report import lead, reasons
-
     failed = [each for each in report["left_out"] if each["status"] == "failed"]
     parts = [
         f"<h1>{escape(report['recipe'])}: a bench of {escape(report['protocol'])}</h1>",
@@ -76,22 +75,6 @@ def html(report: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     told = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
     parts.append(f"<h2>Environment</h2><p>{escape(told)}; last run {report['seconds']:.0f} s.</p>")
     return document(report["recipe"], "".join(parts), MORE_STYLE, SCRIPT)
-
-
-def headline(report: dict[str, Any]) -> str:
-    """The best row of the last table, and what is shown about it."""
-    shown = next((t for t in report["tables"][::-1] if t["rows"]), None)
-    if shown is None:
-        return "No row is there in every cell."
-    best = max(shown["rows"], key=lambda r: r["score"])
-    name = " = ".join([best["row"], *best["equal"]])
-    text = f"Highest {shown['metric']['headline']}: {name}, {best['score']:.1f}"
-    told = []
-    for key, other in (("minus_base", report["base"]), ("minus_tuned", shown["anchor"])):
-        if d := best[key]:
-            verdict = {"above": "", "below": "", "not shown": ", not shown"}[d["verdict"]]
-            told.append(f"{d['mean']:+.1f} against {other} ({d['low']:+.1f} to {d['high']:+.1f}{verdict})")
-    return f"{text}; {', '.join(told)}." if told else f"{text}."
 
 
 def _legend(report: dict[str, Any], shown: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (),
     """Check a bench. `strategies` are names or labels, or `all`; with + in front of each they come to the recipe's own."""
     chosen = _chosen(recipe, registry, strategies)
     plain = {**recipe.plain, "strategy": [_plain(spec) for spec, _ in chosen]}
-    recipe = dataclasses.replace(recipe, strategies=tuple(spec for spec, _ in chosen), plain=plain)
+    recipe = dataclasses.replace(recipe, strategies=tuple(spec for spec, _ in chosen), every=False, plain=plain)
     experiment = build_experiment(dataclasses.replace(recipe, strategies=()), registry, of_bench=True)
     taken = [slug(label) for label in experiment.rows]
     for spec, _ in chosen:
@@ -131,14 +131,16 @@ def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (),
 def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tuple[Spec, bool]]:
     """Each strategy, and whether it may turn out not to be usable: those that `all` brought."""
     every = [(Spec(name, {}, f"strategy {name} (of `all`)", name), True) for name in registry.entries["strategies"]]
-    own = [(spec, False) for spec in recipe.strategies] or every
+    own = [(spec, False) for spec in recipe.strategies]
+    rest = [each for each in every if each[0].name not in [spec.name for spec, _ in own]]
+    own += rest if recipe.every else []
     if not names:
         return own
     found = [] if not names[0].startswith("+") else own
     for name in (name.removeprefix("+") for name in names):
         more = [each for each in own if name in (each[0].label, each[0].name)]
         if name == ALL:
-            more = own + [each for each in every if each[0].name not in [spec.name for spec, _ in own]]
+            more = own + rest
         if not more:
             registry.find("strategies", name, where="--strategies")
             more = [(Spec(name, {}, f"strategy {name}", name), False)]

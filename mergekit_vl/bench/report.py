@@ -1,4 +1,4 @@
-"""The table of a bench as plain data, and its files: JSON, CSV, Markdown, the page."""
+"""The files of a bench: JSON, CSV, Markdown, the page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mergekit_vl import landscape
-from mergekit_vl.bench.plan import BEST
+from mergekit_vl.bench.table import chosen, done, left_out, table
+from mergekit_vl.bench.words import lead, reasons, span
 from mergekit_vl.files import write_json, write_text
-from mergekit_vl.report import metric_of, paired, summary
-from mergekit_vl.statistics import ranks
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.grid import Bench, Key
@@ -76,127 +73,6 @@ def _cell(bench: Bench, key: Key) -> dict[str, Any]:
     return {**facts, "shots": key.shots, "name": key.name, "rows": bench.records(key)}
 
 
-def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[str, Any]:
-    """Rows that are there in every cell, averaged; rows whose answers are equal to the bit in all of them share one."""
-    complete = [i for i in range(len(bench.entries)) if all(_done(cell["rows"][i]) for cell in cells)]
-    shown: dict[Any, int] = {}
-    equal: dict[int, list[str]] = {}
-    for i in complete:
-        answers = tuple(json.dumps(cell["rows"][i]["digest"], sort_keys=True) for cell in cells)
-        own = bench.entries[i].kind in ("zero-shot", "tuned")  # always there, whatever else they are equal to
-        first = i if own else shown.setdefault(answers, i)
-        shown.setdefault(answers, i)
-        equal.setdefault(first, [])
-        if first != i:
-            equal[first].append(bench.entries[i].label)
-    rows = sorted(equal)
-    cells = [{**cell, "rows": [cell["rows"][i] for i in rows]} for cell in cells]
-    if not rows or bench.entries[rows[0]].kind != "zero-shot":
-        return {"shots": shots, "metric": cells[0]["metric"], "rows": [], "n": len(cells)}
-    labels = [bench.entries[i].label for i in rows]
-    anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
-    places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])
-    out = []
-    for n, (i, entry) in enumerate(zip(rows, summary(cells))):
-        records = [cell["rows"][n] for cell in cells]
-        defaults = [record.get("default", record) for record in records]
-        entry |= {
-            "equal": equal[i],
-            "strategy": records[0]["strategy"],
-            "rank": float(places[:, n].mean()),
-            "sd": _sd(cells, [record["score"] for record in records]),
-            "minus_base": paired(cells, labels[n], labels[0]) if n else None,
-            "minus_tuned": paired(cells, labels[n], anchor) if anchor and labels[n] != anchor else None,
-            "default": _headline(cells, defaults)
-            if defaults != records and all("score" in d for d in defaults)
-            else None,
-            "searched": any(record.get("search", {}).get("configurations") for record in records),
-            "trains": bool(records[0].get("trains")) or records[0]["kind"] == "tuned",
-            **{
-                key: _mean(records, key) for key in ("search_seconds", "peak_bytes", "bytes", "towers", "ms_per_sample")
-            },
-        }
-        out.append(entry)
-    own = [c for c in cells if c["note"]]
-    return {
-        "shots": shots,
-        "metric": cells[0]["metric"],
-        "note": own[0]["note"] if own else "",
-        "n": len(cells),
-        "counts": cells[0]["counts"],
-        "anchor": anchor,
-        "rows": out,
-    }
-
-
-def _done(record: dict[str, Any] | None) -> bool:
-    return record is not None and record["status"] == "done"
-
-
-def _mean(records: list[dict[str, Any]], key: str) -> float | None:
-    values = [record["cost"].get(key) for record in records]
-    return None if None in values else float(np.mean(values))
-
-
-def _headline(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
-    """The headline of the averages, in percent."""
-    metric = metric_of(cells[0])
-    means = [
-        100 * float(np.mean([metric.column(name, {t: s["acc1"] for t, s in row["tests"].items()}) for row in rows]))
-        for name in metric.columns
-    ]
-    return float(metric.score(means))
-
-
-def _sd(cells: list[dict[str, Any]], scores: list[float]) -> float | None:
-    """The standard deviation over seeds of the headline's mean over tasks, in points."""
-    by_seed: dict[int, list[float]] = {}
-    for cell, score in zip(cells, scores):
-        by_seed.setdefault(cell["seed"], []).append(score)
-    means = [100 * float(np.mean(values)) for values in by_seed.values()]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else None
-
-
-def left_out(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that are not there in every cell, with their reasons and where."""
-    out = []
-    for i, entry in enumerate(bench.entries):
-        records = [(cell["name"], cell["rows"][i]) for cell in cells]
-        if all(_done(record) for _, record in records):
-            continue
-        reasons: dict[str, list[str]] = {}
-        for name, record in records:
-            if not _done(record):
-                reasons.setdefault(record["reason"] if record else "not made", []).append(name)
-        failed = any(record is None or record["status"] == "failed" for _, record in records)
-        out.append({
-            "row": entry.label,
-            "status": "failed" if failed else "inapplicable",
-            "reasons": [{"reason": reason, "cells": names} for reason, names in reasons.items()],
-            "done": sum(_done(record) for _, record in records),
-            "of": len(records),
-        })  # fmt: skip
-    return out
-
-
-def chosen(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was chosen for each row that was searched: its options by cell, with the headline that every configuration had there."""
-    out = []
-    for i, entry in enumerate(bench.entries):
-        records = [(cell["name"], cell["rows"][i]) for cell in cells if _done(cell["rows"][i])]
-        searched = [(name, r) for name, r in records if r.get("search", {}).get("configurations")]
-        if entry.label == BEST or searched:
-            out.append({
-                "row": entry.label,
-                "how": searched[0][1]["search"]["how"] if searched else "",
-                "cells": [
-                    {"cell": name, "options": r["options"], "configurations": r.get("search", {}).get("configurations")}
-                    for name, r in (searched or records)
-                ],
-            })  # fmt: skip
-    return out
-
-
 def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The command that makes a row again with `run`: one for all cells where the same options were chosen in them."""
     by_label = {e.label: (i, e) for i, e in enumerate(bench.entries)}
@@ -207,7 +83,7 @@ def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict
         while (
             label in by_label
             and (one := by_label[label][1]).spec is not None
-            and _done(cell["rows"][by_label[label][0]])
+            and done(cell["rows"][by_label[label][0]])
         ):
             options = cell["rows"][by_label[label][0]]["options"]
             more = {"of": one.spec.of} if one.spec.of is not None else {}
@@ -246,7 +122,7 @@ def path(bench: Bench, keys: Sequence[Key]) -> dict[str, Any] | None:
                 found.setdefault(entry.label, []).append((key, json.loads(file.read_text())))
     if not found:
         return None
-    row, told = next(iter(found.items()))
+    row, told = max(found.items(), key=lambda item: len(item[1]))
     first = told[0][1]
     told = [(key, each) for key, each in told if len(each["points"]) == len(first["points"])]
     mean = landscape.averaged([each for _, each in told])
@@ -258,7 +134,7 @@ COLUMNS = ("dataset", "seed", "shots", "row", "strategy", "status", "score")
 
 def results_csv(cells: list[dict[str, Any]]) -> str:
     """One line a row and cell: accuracies as fractions, the options that were chosen, costs, and the reason where there is no model."""
-    tests = list(dict.fromkeys(test for cell in cells for row in cell["rows"] if _done(row) for test in row["tests"]))
+    tests = list(dict.fromkeys(test for cell in cells for row in cell["rows"] if done(row) for test in row["tests"]))
     costs = ("seconds", "search_seconds", "ms_per_sample", "peak_bytes", "bytes", "towers")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -268,7 +144,7 @@ def results_csv(cells: list[dict[str, Any]]) -> str:
             if row is None:
                 continue
             own = [cell["dataset"], cell["seed"], cell["shots"], row["row"], row["strategy"], row["status"]]
-            if not _done(row):
+            if not done(row):
                 writer.writerow([*own, *[""] * (len(tests) + len(costs) + 4), row["reason"]])
                 continue
             accuracies = [row["tests"].get(t, {}).get("acc1", "") for t in tests]
@@ -338,52 +214,3 @@ def markdown(report: dict[str, Any]) -> str:
         parts.append("## Not in the table\n\n" + "\n".join(reasons(report)))
     parts.append("Repeat it with `mergekit-vl bench recipe.yaml`; `report.html` has the plots, costs and commands.")
     return "\n\n".join(parts) + "\n"
-
-
-def span(difference: dict[str, Any] | None) -> str:
-    if difference is None:
-        return ""
-    return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
-
-
-def lead(report: dict[str, Any]) -> str:
-    """What was compared, on what, and how options were chosen, in one paragraph."""
-    grid, search = report["grid"], report["search"]
-    shots = [s for s in grid["shots"] if s is not None]
-    cells = sum(shown["n"] for shown in report["tables"])
-    note = next((shown["note"] for shown in report["tables"] if shown.get("note")), "")
-    how = {
-        "none": "No options were chosen: all rows are at their defaults.",
-        "validation": "on validation images",
-        "held_out": "on classes held out of those that are tuned on",
-        "development": "on development datasets",
-        "auto": "on classes held out of those that are tuned on"
-        if report["protocol"] == "base_to_novel"
-        else "on validation images",
-    }[search["by"]]
-    if search["by"] != "none":
-        how = (
-            f"Options were chosen cell by cell {how}, never on test, among at most {search['budget']} configurations a strategy"
-            f" ({search['training_budget']} where it trains); `default` is the row without that choice."
-        )
-    few = " With so few datasets an interval is little more than the range." if 1 < len(grid["datasets"]) < 5 else ""
-    over = next((d["over"] for shown in report["tables"] for e in shown["rows"] if (d := e["minus_base"])), "tasks")
-    return (
-        f"{len(grid['datasets'])} datasets, seeds {', '.join(map(str, grid['seeds']))}"
-        + (f", {', '.join(map(str, shots))} shots" if shots else "")
-        + f": {cells} cells{f' ({note})' if note else ''}. {how} Differences are paired, with 95% intervals from a bootstrap over {over}.{few}"
-        " ± is the standard deviation over seeds; rank is the mean place over cells, rows that are equal to the bit counting once."
-    )
-
-
-def reasons(report: dict[str, Any]) -> list[str]:
-    """One line a reason, with the rows that share it."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
-    for each in report["left_out"]:
-        for reason in each["reasons"]:
-            names = reason["cells"]
-            where = "" if len(names) == each["of"] else f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-            text = reason["reason"].removeprefix(f"strategy {each['row']}: ")
-            word = "failed" if each["status"] == "failed" else "not for these models"
-            rows.setdefault((word, where, text), []).append(each["row"])
-    return [f"- {', '.join(names)}: {word}{where}: {text}" for (word, where, text), names in rows.items()]

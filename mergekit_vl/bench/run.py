@@ -1,0 +1,73 @@
+"""A bench at work: every strategy on every cell, under the same anchors, images, selection and evaluator.
+
+A cell is a function of its key: it reads and writes the bench's folder alone, so `execute` may run cells in any order, anywhere. Each
+row's record is written when the row is done; what is there is not made again, so a killed bench goes on, and a new strategy
+costs itself alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.bench import report
+from mergekit_vl.bench.contest import Contest
+from mergekit_vl.bench.grid import Bench, Key
+from mergekit_vl.bench.plan import Plan
+from mergekit_vl.data import Progress
+from mergekit_vl.experiment import prepare
+from mergekit_vl.files import write_json
+
+if TYPE_CHECKING:
+    from mergekit_vl.features import FeatureStore
+
+Executor = Callable[[Callable[[Key], None], Sequence[Key]], Iterable[Key]]
+"""Runs work(key) for every key and gives each when it is done: the one seam for engines of many machines."""
+
+
+def serial(work: Callable[[Key], None], keys: Sequence[Key]) -> Iterator[Key]:
+    for key in keys:
+        work(key)
+        yield key
+
+
+def work(bench: Bench, key: Key) -> None:
+    """Make the rows of a cell that are not on record, or failed."""
+    bench.store.memory.clear()  # what cells share is on disk
+    cell = bench.cell(bench.tasks[key], key.seed, bench.folder(key))
+    cell.claim(bench.ready.experiment.tuners, bench.warn)
+    missing = [e for e, found in zip(bench.entries, bench.records(key)) if not found or found["status"] == "failed"]
+    if missing:
+        cell.keep_shots(key.dataset, key.seed)
+        write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))
+        Contest(bench, key, cell).make(missing)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    device: str,
+    store: FeatureStore,
+    progress: Progress,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None] = lambda text: None,
+    execute: Executor = serial,
+) -> dict[str, Any]:
+    """Run every cell that is not done into `out` and return the report as plain data (also written there)."""
+    began = time.time()
+    ready = prepare(plan.experiment, device=device, progress=progress, warn=warn)
+    bench = Bench(plan, ready, out, store, progress, warn)
+    keys = bench.keys()
+    progress(0, len(keys), "all cells")
+    for done, key in enumerate(execute(partial(work, bench), keys), 1):
+        progress(done, len(keys), "all cells")
+        if done == 1 and len(keys) > 1 and (seconds := time.time() - began) > 20:
+            tell(
+                f"the first cell ({key.name}) took {seconds:.0f} s: about {seconds * (len(keys) - 1) / 60:.0f} min more"
+            )
+    progress(0, 0, "writing the report")
+    return report.write(bench, keys, seconds=time.time() - began)

@@ -1,0 +1,136 @@
+"""The table of a bench as plain data: means, intervals, ranks, costs, what was chosen, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit_vl.bench.plan import BEST
+from mergekit_vl.report import metric_of, paired, summary
+from mergekit_vl.statistics import ranks
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.grid import Bench
+
+
+def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[str, Any]:
+    """Rows that are there in every cell, averaged; rows whose answers are equal to the bit in all of them share one."""
+    complete = [i for i in range(len(bench.entries)) if all(done(cell["rows"][i]) for cell in cells)]
+    shown: dict[Any, int] = {}
+    equal: dict[int, list[str]] = {}
+    for i in complete:
+        answers = tuple(json.dumps(cell["rows"][i]["digest"], sort_keys=True) for cell in cells)
+        own = bench.entries[i].kind in ("zero-shot", "tuned")  # always there, whatever else they are equal to
+        first = i if own else shown.setdefault(answers, i)
+        shown.setdefault(answers, i)
+        equal.setdefault(first, [])
+        if first != i:
+            equal[first].append(bench.entries[i].label)
+    rows = sorted(equal)
+    cells = [{**cell, "rows": [cell["rows"][i] for i in rows]} for cell in cells]
+    if not rows or bench.entries[rows[0]].kind != "zero-shot":
+        return {"shots": shots, "metric": cells[0]["metric"], "rows": [], "n": len(cells)}
+    labels = [bench.entries[i].label for i in rows]
+    anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
+    places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])
+    out = []
+    for n, (i, entry) in enumerate(zip(rows, summary(cells))):
+        records = [cell["rows"][n] for cell in cells]
+        defaults = [record.get("default", record) for record in records]
+        entry |= {
+            "equal": equal[i],
+            "strategy": records[0]["strategy"],
+            "rank": float(places[:, n].mean()),
+            "sd": _sd(cells, [record["score"] for record in records]),
+            "minus_base": paired(cells, labels[n], labels[0]) if n else None,
+            "minus_tuned": paired(cells, labels[n], anchor) if anchor and labels[n] != anchor else None,
+            "default": _headline(cells, defaults)
+            if defaults != records and all("score" in d for d in defaults)
+            else None,
+            "searched": any(record.get("search", {}).get("configurations") for record in records),
+            "trains": bool(records[0].get("trains")) or records[0]["kind"] == "tuned",
+            **{
+                key: _mean(records, key) for key in ("search_seconds", "peak_bytes", "bytes", "towers", "ms_per_sample")
+            },
+        }
+        out.append(entry)
+    own = [c for c in cells if c["note"]]
+    return {
+        "shots": shots,
+        "metric": cells[0]["metric"],
+        "note": own[0]["note"] if own else "",
+        "n": len(cells),
+        "counts": cells[0]["counts"],
+        "anchor": anchor,
+        "rows": out,
+    }
+
+
+def done(record: dict[str, Any] | None) -> bool:
+    return record is not None and record["status"] == "done"
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [record["cost"].get(key) for record in records]
+    return None if None in values else float(np.mean(values))
+
+
+def _headline(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
+    """The headline of the averages, in percent."""
+    metric = metric_of(cells[0])
+    means = [
+        100 * float(np.mean([metric.column(name, {t: s["acc1"] for t, s in row["tests"].items()}) for row in rows]))
+        for name in metric.columns
+    ]
+    return float(metric.score(means))
+
+
+def _sd(cells: list[dict[str, Any]], scores: list[float]) -> float | None:
+    """The standard deviation over seeds of the headline's mean over tasks, in points."""
+    by_seed: dict[int, list[float]] = {}
+    for cell, score in zip(cells, scores):
+        by_seed.setdefault(cell["seed"], []).append(score)
+    means = [100 * float(np.mean(values)) for values in by_seed.values()]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+
+def left_out(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that are not there in every cell, with their reasons and where."""
+    out = []
+    for i, entry in enumerate(bench.entries):
+        records = [(cell["name"], cell["rows"][i]) for cell in cells]
+        if all(done(record) for _, record in records):
+            continue
+        reasons: dict[str, list[str]] = {}
+        for name, record in records:
+            if not done(record):
+                reasons.setdefault(record["reason"] if record else "not made", []).append(name)
+        failed = any(record is None or record["status"] == "failed" for _, record in records)
+        out.append({
+            "row": entry.label,
+            "status": "failed" if failed else "inapplicable",
+            "reasons": [{"reason": reason, "cells": names} for reason, names in reasons.items()],
+            "done": sum(done(record) for _, record in records),
+            "of": len(records),
+        })  # fmt: skip
+    return out
+
+
+def chosen(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was chosen for each row that was searched: its options by cell, with the headline that every configuration had there."""
+    out = []
+    for i, entry in enumerate(bench.entries):
+        records = [(cell["name"], cell["rows"][i]) for cell in cells if done(cell["rows"][i])]
+        searched = [(name, r) for name, r in records if r.get("search", {}).get("configurations")]
+        if entry.label == BEST or searched:
+            out.append({
+                "row": entry.label,
+                "how": searched[0][1]["search"]["how"] if searched else "",
+                "cells": [
+                    {"cell": name, "options": r["options"], "configurations": r.get("search", {}).get("configurations")}
+                    for name, r in (searched or records)
+                ],
+            })  # fmt: skip
+    return out

@@ -339,8 +339,10 @@ def test_multi_task_with_a_model_that_needs_the_task(registry, tmp_path):
 def test_anchors_that_come_to_nothing_fail_their_cells_and_wrong_recipes_end_at_once(registry, tmp_path):
     given = SMALL | {"seed": 1, "tuned": [{"tuner": {"name": "coop", "epochs": 3, "lr": 1e30}}]}
     made = go(given, registry, tmp_path / "out")
-    assert made["tables"][0]["rows"] == [] and len(made["left_out"]) == 14
-    assert all(each["reasons"][0]["reason"].startswith("its anchors failed: ") for each in made["left_out"])
+    assert made["tables"][0]["rows"] == [] and [cell["cell"] for cell in made["lost_cells"]] == [
+        f"fantasy_{task}-seed1-4shots" for task in ("mosaic", "thermal")
+    ]
+    assert made["lost_cells"][0]["reason"].startswith("its anchors failed: ") and words.failed(made)
     given = SMALL | {"tuned": [{"tuner": {"name": "coop", "init": "word " * 40}}]}
     with pytest.raises(UserError):
         go(given, registry, tmp_path / "other")

@@ -45,13 +45,12 @@ def bench(
     Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
     """
     from mergekit_vl.bench import plan as plans
-    from mergekit_vl.bench import report
+    from mergekit_vl.bench import report, words
 
     registry = load_plugins()
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
-    words = [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])]
-    made = load_recipe(recipe, words)
+    made = load_recipe(recipe, [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])])
     if datasets:
         made = with_datasets(made, _list(datasets), registry)
     plan = plans.build(made, registry, strategies=_list(strategies), shots=[_whole(n, "--shots") for n in _list(shots)])
@@ -64,7 +63,7 @@ def bench(
         return
     load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
     done = claim(folder, plan.place, load, force=force)
-    if done is None or _failed(done):
+    if done is None or words.failed(done):
         done = _run(plan, folder, device, show)
     else:
         typer.echo(f"already done, --force repeats: {folder / 'report.html'}", err=True)
@@ -72,7 +71,7 @@ def bench(
         typer.echo(json.dumps(done))
     elif not quiet:
         _print(done, folder)
-    if _failed(done):
+    if words.failed(done):
         raise typer.Exit(FAILED)
 
 
@@ -107,10 +106,6 @@ def _whole(text: str, where: str) -> int:
     if not text.isdigit():
         raise UserError(f"{text!r} is not a whole number", where=where, mend="write 1,4,16")
     return int(text)
-
-
-def _failed(report: dict[str, Any]) -> bool:
-    return any(each["status"] == "failed" for each in report["left_out"])
 
 
 def described(plan: Plan) -> list[str]:

@@ -29,7 +29,10 @@ def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any
     from mergekit_vl.report import environment, to_yaml
 
     plan = bench.plan
-    cells = [_cell(bench, key) for key in keys]
+    everything = [_cell(bench, key) for key in keys]
+    cells = [
+        cell for cell in everything if done(cell["rows"][0])
+    ]  # without its base and tuned models a cell has no rows
     report = {
         "recipe": plan.recipe.name,
         "hash": plan.hash,
@@ -37,13 +40,14 @@ def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any
         "base": plan.experiment.base_label,
         "tuned": [entry.label for entry in bench.entries if entry.kind == "tuned"],
         "grid": {
-            "datasets": list(dict.fromkeys(cell["dataset"] for cell in cells)),
+            "datasets": list(dict.fromkeys(cell["dataset"] for cell in everything)),
             "seeds": list(plan.recipe.seeds),
             "shots": list(plan.shots),
         },
         "search": {"budget": plan.search.budget, "training_budget": plan.search.training_budget, "by": plan.search.by},
         "tables": [table(bench, [cell for cell in cells if cell["shots"] == shots], shots) for shots in plan.shots],
         "left_out": left_out(bench, cells),
+        "lost_cells": [{"cell": c["name"], "reason": c["rows"][0]["reason"]} for c in everything if c not in cells],
         "chosen": chosen(bench, cells),
         "repeat": {entry.label: command for entry in bench.entries if (command := repeat(bench, entry, cells))},
         "path": path(bench, keys),
@@ -52,7 +56,7 @@ def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any
         "seconds": seconds,
     }
     write_text(bench.out / "recipe.yaml", to_yaml(plan.recipe.plain))
-    write_text(bench.out / "results.csv", results_csv(cells))
+    write_text(bench.out / "results.csv", results_csv(everything))
     for shown in report["tables"]:
         name = "table" if len(plan.shots) == 1 else f"table-{shown['shots']}shots"
         write_text(bench.out / f"{name}.csv", table_csv(shown))
@@ -210,7 +214,7 @@ def markdown(report: dict[str, Any]) -> str:
             cells = [" = ".join([entry["row"], *entry["equal"]]), *values, f"{entry['rank']:.1f}", *spans, default]
             lines.append("| " + " | ".join([*cells, f"{entry['towers']:.0f}, {entry['forwards']}"]) + " |")
         parts.append("\n".join(lines))
-    if report["left_out"]:
+    if reasons(report):
         parts.append("## Not in the table\n\n" + "\n".join(reasons(report)))
     parts.append("Repeat it with `mergekit-vl bench recipe.yaml`; `report.html` has the plots, costs and commands.")
     return "\n\n".join(parts) + "\n"

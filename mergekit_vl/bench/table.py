@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[str, Any]:
     """Rows that are there in every cell, averaged; rows whose answers are equal to the bit in all of them share one."""
-    complete = [i for i in range(len(bench.entries)) if all(done(cell["rows"][i]) for cell in cells)]
+    complete = (
+        [] if not cells else [i for i in range(len(bench.entries)) if all(done(cell["rows"][i]) for cell in cells)]
+    )
     shown: dict[Any, int] = {}
     equal: dict[int, list[str]] = {}
     for i in complete:
@@ -29,9 +31,9 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
         if first != i:
             equal[first].append(bench.entries[i].label)
     rows = sorted(equal)
+    if not rows:
+        return {"shots": shots, "rows": [], "n": 0}
     cells = [{**cell, "rows": [cell["rows"][i] for i in rows]} for cell in cells]
-    if not rows or bench.entries[rows[0]].kind != "zero-shot":
-        return {"shots": shots, "metric": cells[0]["metric"], "rows": [], "n": len(cells)}
     labels = [bench.entries[i].label for i in rows]
     anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
     places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])

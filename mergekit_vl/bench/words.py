@@ -57,6 +57,10 @@ def span(difference: dict[str, Any] | None) -> str:
     return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
 
 
+def failed(report: dict[str, Any]) -> bool:
+    return bool(report["lost_cells"]) or any(each["status"] == "failed" for each in report["left_out"])
+
+
 def reasons(report: dict[str, Any]) -> list[str]:
     """One line a reason, with the rows that share it."""
     rows: dict[tuple[str, str, str], list[str]] = {}
@@ -67,4 +71,5 @@ def reasons(report: dict[str, Any]) -> list[str]:
             text = reason["reason"].removeprefix(f"strategy {each['row']}: ")
             word = "failed" if each["status"] == "failed" else "not for these models"
             rows.setdefault((word, where, text), []).append(each["row"])
-    return [f"- {', '.join(names)}: {word}{where}: {text}" for (word, where, text), names in rows.items()]
+    lost = [f"- all of {cell['cell']} failed: {cell['reason']}" for cell in report["lost_cells"]]
+    return lost + [f"- {', '.join(names)}: {word}{where}: {text}" for (word, where, text), names in rows.items()]

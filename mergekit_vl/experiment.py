@@ -68,6 +68,16 @@ class Experiment:
         """Whether all datasets make one cell, a model being tuned on each and those merged."""
         return getattr(self.protocol, "joint", False)
 
+    def check_by_task(self, label: str, strategy: Any) -> None:
+        """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
+        one_each = len(self.tuners) == 1 or any(isinstance(tuner, TunedSpec) for tuner in self.tuners)
+        if getattr(strategy, "by_task", False) and not (self.joint and one_each):
+            raise UserError(
+                "makes a model for each task, of one tuned model each",
+                where=f"{self.recipe.name}: {label}",
+                mend="use the protocol multi_task with one tuner, or set its option task",
+            )
+
     @property
     def controls(self) -> tuple[tuple[str, Any], ...]:
         """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms."""
@@ -120,12 +130,7 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
             mend="give tuners, or one checkpoint per data set, in the order of the data sets",
         )
     for label, strategy in experiment.strategies:
-        if getattr(strategy, "by_task", False) and not (experiment.joint and (checkpoints or len(tuners) == 1)):
-            raise UserError(
-                "makes a model for each task, of one tuned model each",
-                where=f"{recipe.name}: {label}",
-                mend="use the protocol multi_task with one tuner, or set its option task",
-            )
+        experiment.check_by_task(label, strategy)
     files = [slug(row) for row in experiment.rows]
     twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
     if twice:

@@ -114,6 +114,7 @@ class Contest:
 
     def _strategy(self, entry: Entry) -> Record:
         assert entry.spec is not None
+        self.bench.plan.experiment.check_by_task(entry.label, self._configurations(entry.spec, entry.cls)[0][1])
         self.selection  # noqa: B018  # its anchors are no strategy's cost
         encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
         tries = self._configurations(entry.spec, entry.cls)

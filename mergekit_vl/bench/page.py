@@ -13,7 +13,7 @@ from mergekit_vl.bench.words import failed, headline, lead, reasons
 from mergekit_vl.page import document
 
 MORE_STYLE = """
-body{max-width:1320px} th[data-sort]{cursor:pointer;user-select:none} th[data-sort]:hover{background:#f0f4f9}
+body{max-width:1400px} table.sortable{font-size:.9em} .sortable th{white-space:normal;vertical-align:bottom} .sortable th,.sortable td{padding:.25rem .4rem} th[data-sort]{cursor:pointer;user-select:none} th[data-sort]:hover{background:#f0f4f9}
 th.up::after{content:" \\25B2"} th.down::after{content:" \\25BC"}
 tr.zero-shot td:first-child{color:#555} tr.tuned td:first-child{color:#d9534f} tr.control td:first-child{color:#b87d00}
 tr.merged td:first-child{color:#1d5fa8;font-weight:600} td .equal{display:block;color:#777;font-size:.8em;font-weight:400;

@@ -23,9 +23,9 @@ def pareto(shown: dict[str, Any]) -> str:
         for r, x, y in zip(rows, xs, ys):
             colour, marker = STYLES[r["kind"]]
             axis.scatter(x, y, color=colour, marker=marker, s=34, zorder=3)
-        best = _frontier(xs, ys)
+        best = _frontier([float(f"{x:.2g}") for x in xs], ys)  # what differs by noise costs the same
         axis.plot([xs[i] for i in best], [ys[i] for i in best], color="#2f78c4", lw=1, ls="--", zorder=1)
-        for i in dict.fromkeys([*best, 0, *(i for i, r in enumerate(rows) if r["kind"] == "tuned")]):
+        for i in dict.fromkeys([*best, 0, *(i for i, r in enumerate(rows) if r["kind"] == "tuned")][:12]):
             axis.annotate(rows[i]["row"], (xs[i], ys[i]), xytext=(4, 5), textcoords="offset points", fontsize=8)
         if logarithmic:
             axis.set_xscale("log")

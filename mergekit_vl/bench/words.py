@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST = 3
+"""Reasons that are told of a row."""
+
 
 def headline(report: dict[str, Any]) -> str:
     """The best row of the last table, and what is shown about it."""
@@ -65,11 +68,16 @@ def reasons(report: dict[str, Any]) -> list[str]:
     """One line a reason, with the rows that share it."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for each in report["left_out"]:
-        for reason in each["reasons"]:
+        more = len(each["reasons"]) - MOST
+        for reason in each["reasons"][:MOST]:
             names = reason["cells"]
             where = "" if len(names) == each["of"] else f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
             text = reason["reason"].removeprefix(f"strategy {each['row']}: ")
             word = "failed" if each["status"] == "failed" else "not for these models"
             rows.setdefault((word, where, text), []).append(each["row"])
+        if more > 0:
+            rows.setdefault(
+                (word, f" in {sum(len(r['cells']) for r in each['reasons'][MOST:])} more cells", "see results.csv"), []
+            ).append(each["row"])
     lost = [f"- all of {cell['cell']} failed: {cell['reason']}" for cell in report["lost_cells"]]
     return lost + [f"- {', '.join(names)}: {word}{where}: {text}" for (word, where, text), names in rows.items()]

@@ -58,6 +58,8 @@ def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any
     write_text(bench.out / "recipe.yaml", to_yaml(plan.recipe.plain))
     write_text(bench.out / "results.csv", results_csv(everything))
     for shown in report["tables"]:
+        if not shown["rows"]:
+            continue
         name = "table" if len(plan.shots) == 1 else f"table-{shown['shots']}shots"
         write_text(bench.out / f"{name}.csv", table_csv(shown))
     write_text(bench.out / "README.md", markdown(report))

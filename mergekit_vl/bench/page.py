@@ -161,7 +161,10 @@ def _by_dataset(cells: list[dict[str, Any]], shown: dict[str, Any], report: dict
 
 
 def _options(given: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in given.items()) or "defaults"
+    plain = lambda v: (
+        f"{v:g}" if isinstance(v, float) else f"[{', '.join(map(plain, v))}]" if isinstance(v, list) else str(v)
+    )  # noqa: E731
+    return ", ".join(f"{k}={plain(v)}" for k, v in given.items()) or "defaults"
 
 
 def _chosen(report: dict[str, Any]) -> str:

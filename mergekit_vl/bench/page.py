@@ -161,10 +161,13 @@ def _by_dataset(cells: list[dict[str, Any]], shown: dict[str, Any], report: dict
 
 
 def _options(given: dict[str, Any]) -> str:
-    plain = lambda v: (
-        f"{v:g}" if isinstance(v, float) else f"[{', '.join(map(plain, v))}]" if isinstance(v, list) else str(v)
-    )  # noqa: E731
-    return ", ".join(f"{k}={plain(v)}" for k, v in given.items()) or "defaults"
+    return ", ".join(f"{key}={_value(value)}" for key, value in given.items()) or "defaults"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _chosen(report: dict[str, Any]) -> str:

@@ -72,7 +72,11 @@ def reasons(report: dict[str, Any]) -> list[str]:
         for reason in each["reasons"][:MOST]:
             names = reason["cells"]
             where = "" if len(names) == each["of"] else f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-            text = reason["reason"].removeprefix(f"strategy {each['row']}: ")
+            text = (
+                reason["reason"]
+                .removeprefix(f"strategy {each['row']}: ")
+                .removeprefix(f"{report['recipe']}: {each['row']}: ")
+            )
             word = "failed" if each["status"] == "failed" else "not for these models"
             rows.setdefault((word, where, text), []).append(each["row"])
         if more > 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from mergekit_vl.bench import command as bench_command
 from mergekit_vl.bench import plan as bench_plan
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, release, warn
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, release, warn
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -48,11 +47,6 @@ def root(
     """`plugins_dir` is read by `main`, since a plugin may bring commands."""
 
 
-@lru_cache(maxsize=1)
-def _registry() -> plugins.Registry:
-    return plugins.load_plugins()
-
-
 @app.command()
 def run(
     recipe: RecipeArgument,
@@ -69,7 +63,7 @@ def run(
     from mergekit_vl import report
 
     plan = load_recipe(recipe, [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])])
-    experiment = experiments.build(plan, _registry())
+    experiment = experiments.build(plan, registry())
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
     again = claim(folder, plan.hash, report.load, force=force)
     if again is not None:
@@ -183,7 +177,7 @@ def eval_(
     """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
     with TerminalProgress(not as_json) as progress:
         scores = use_commands.evaluate_model(
-            model, words or [], _registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
+            model, words or [], registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
             device=device_of(device), progress=progress,
         )  # fmt: skip
     if as_json:
@@ -215,7 +209,7 @@ def predict(
     """Name what is on images, with probabilities."""
     with TerminalProgress(not as_json) as progress:
         found = use_commands.predict_images(
-            model, images, _registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
+            model, images, registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
             device=device_of(device), progress=progress,
         )  # fmt: skip
     if as_json:
@@ -244,10 +238,10 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
 
     plan = load_recipe(recipe, overrides)
     if plan.every:  # a bench
-        for line in bench_command.described(bench_plan.build(plan, _registry())):
+        for line in bench_command.described(bench_plan.build(plan, registry())):
             typer.echo(line)
         return
-    experiment = build(plan, _registry())
+    experiment = build(plan, registry())
     typer.echo(f"recipe    {plan.name} ({plan.hash})")
     typer.echo(f"backbone  {experiment.backbone}")
     for dataset in experiment.datasets:
@@ -275,24 +269,23 @@ def list_(kind: Annotated[str, typer.Argument(help=" | ".join(SHOWN))] = "") -> 
     """What there is: strategies, backbones, adapters, tuners, datasets, protocols, recipes, plugins."""
     if kind and kind not in SHOWN:
         raise unknown("kind", kind, SHOWN)
-    registry = _registry()
     for each in [kind] if kind else SHOWN:
         if not kind:
             typer.echo(f"{each}:")
         indent = "" if kind else "  "
-        for name, text in _listing(each, registry):
+        for name, text in _listing(each, registry()):
             typer.echo(f"{indent}{name:18s} {text}".rstrip())
 
 
-def _listing(kind: str, registry: plugins.Registry) -> list[tuple[str, str]]:
+def _listing(kind: str, known: plugins.Registry) -> list[tuple[str, str]]:
     if kind == "recipes":
         return [(name, _first_comment(path)) for name, path in sorted(installed_recipes().items())]
     if kind == "plugins":
-        failed = [(owner, f"FAILED: {reason}") for owner, reason in registry.failures.items()]
-        return [(owner, "loaded") for owner in registry.owners()] + failed
+        failed = [(owner, f"FAILED: {reason}") for owner, reason in known.failures.items()]
+        return [(owner, "loaded") for owner in known.owners()] + failed
     return [
         (e.name, e.summary + ("" if e.owner in plugins.DEFAULT_PLUGINS else f" [{e.owner}]"))
-        for e in registry.entries[kind].values()
+        for e in known.entries[kind].values()
     ]
 
 
@@ -311,10 +304,10 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
     if name in recipes:
         typer.echo(recipes[name].read_text(encoding="utf-8"), nl=False)
         return
-    registry = _registry()
-    found = [entries[name] for entries in registry.entries.values() if name in entries]
+    kinds = registry().entries.values()
+    found = [entries[name] for entries in kinds if name in entries]
     if not found:
-        raise unknown("name", name, [n for entries in registry.entries.values() for n in entries] + list(recipes))
+        raise unknown("name", name, [n for entries in kinds for n in entries] + list(recipes))
     for entry in found:
         cls = entry.resolve()
         typer.echo(f"{entry.name} ({entry.kind}, from {entry.owner}): {entry.summary}\n")
@@ -335,9 +328,8 @@ def main() -> None:
             if word.split("=")[0] == "--plugins-dir":
                 folder = word.partition("=")[2] or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
                 os.environ["MERGEKIT_VL_PLUGINS"] = folder
-        registry = _registry()
-        registry.add_commands(app)
-        for owner, reason in registry.failures.items():
+        registry().add_commands(app)
+        for owner, reason in registry().failures.items():
             warn(f"plugin {owner} was not loaded: {reason}")
         app()
     except UserError as error:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.plugins import load_plugins
 from mergekit_vl.recipe import Recipe, load_recipe
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, warn
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Progress
@@ -37,7 +36,7 @@ def path(
     from mergekit_vl.page import document
 
     plan = load_recipe(recipe, overrides or [])
-    made = experiments.build(plan, load_plugins())
+    made = experiments.build(plan, registry())
     if made.joint:
         raise UserError(
             "has several tuned models", where=f"protocol {plan.protocol.name}", mend="path is between three models"

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.plugins import Registry, load_plugins
 
 ALL_CELLS = "all cells"
 MARK = ".recipe-hash"
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The plugins, loaded once a process."""
+    return load_plugins()
 
 
 def warn(text: str) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.plugins import load_plugins
 from mergekit_vl.recipe import load_recipe, with_datasets
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, release, warn
+from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, release, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.plan import Plan
@@ -47,13 +46,13 @@ def bench(
     from mergekit_vl.bench import plan as plans
     from mergekit_vl.bench import report, words
 
-    registry = load_plugins()
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
     made = load_recipe(recipe, [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])])
     if datasets:
-        made = with_datasets(made, _list(datasets), registry)
-    plan = plans.build(made, registry, strategies=_list(strategies), shots=[_whole(n, "--shots") for n in _list(shots)])
+        made = with_datasets(made, _list(datasets), registry())
+    numbers = [_whole(n, "--shots") for n in _list(shots)]
+    plan = plans.build(made, registry(), strategies=_list(strategies), shots=numbers)
     folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
     show = not quiet and not as_json
     if show or dry_run:
@@ -81,14 +80,10 @@ def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
 
     try:
         with TerminalProgress(show) as progress:
-
-            def told(done: int, total: int, what: str) -> None:
-                progress(done, total, what)
-
-            store = FeatureStore(report=told)
+            store = FeatureStore(report=progress)
             tell = lambda text: progress.bar.console.print(text, highlight=False) if show else None  # noqa: E731
             return run.run(
-                plan, folder, device=device_of(device), store=store, progress=told, warn=warn, tell=tell
+                plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell
             )  # fmt: skip
     except UserError:
         release(folder)

@@ -114,10 +114,10 @@ class Contest:
 
     def _strategy(self, entry: Entry) -> Record:
         assert entry.spec is not None
-        self.bench.plan.experiment.check_by_task(entry.label, self._configurations(entry.spec, entry.cls)[0][1])
+        tries = self._configurations(entry.spec, entry.cls)
+        self.bench.plan.experiment.check_by_task(entry.label, tries[0][1])
         self.selection  # noqa: B018  # its anchors are no strategy's cost
         encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
-        tries = self._configurations(entry.spec, entry.cls)
         strategy, table, how = self._choose(entry.spec, tries)
         search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
         options = next(given for given, made in tries if made == strategy)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_vl import options, plugins
+from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import set_option
+from mergekit_vl.terminal import device_of, registry
 
 if TYPE_CHECKING:
     from mergekit_vl.streaming import MergePlan, Opened
@@ -45,6 +46,7 @@ Rebasin = Annotated[
     bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: one per core")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where SVDs are taken; everything else is the CPU's")]
 MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
 
 
@@ -62,6 +64,7 @@ def merge(
     ] = None,
     max_ram: MaxRam = None,
     threads: Threads = None,
+    device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="replace an earlier merge")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
@@ -69,7 +72,7 @@ def merge(
     from mergekit_vl import streaming
 
     began = time.monotonic()
-    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin)
+    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device)
     _say(asked.notes, quiet)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -190,8 +193,7 @@ def verify(
 
     metadata, merged = streaming.read_metadata(folder)
     moved = dict(word.split("=", 1) for word in where or [] if "=" in word)
-    registry = plugins.load_plugins()
-    cls = registry.find("strategies", metadata["strategy"], where=str(folder)).resolve()
+    cls = registry().find("strategies", metadata["strategy"], where=str(folder)).resolve()
     models = [m for m in (metadata["base"], *metadata["models"]) if m]
     for label in moved:
         if label not in [m["label"] for m in models]:
@@ -207,7 +209,8 @@ def verify(
         metadata["seed"],
         metadata["dtype"],
         tuple(metadata["keep"]),
-        metadata.get("rebasin", False),
+        metadata["rebasin"],
+        device_of(metadata["device"]),
     )
     differing = streaming.verify(plan, metadata, merged, threads=threads)
     if differing:
@@ -220,6 +223,20 @@ def _found(path: str, folder: Path) -> str:
     """An input's path as it was given, also seen from the output's parent."""
     beside = folder.resolve().parent / path
     return str(beside) if not Path(path).expanduser().exists() and beside.exists() else path
+
+
+def _device(method: Any, asked: str) -> str:
+    """Where SVDs are taken; a method without one stays on the CPU."""
+    if not hasattr(method, "svds"):
+        device_of("cpu" if asked.startswith("cuda") or asked == "auto" else asked)
+        return "cpu"
+    device = device_of(asked)
+    if device == "cpu":
+        return device
+    import torch
+
+    torch.zeros(1, device=device)  # what the driver takes is there before --max-ram is counted
+    return device
 
 
 @dataclass(frozen=True)
@@ -237,6 +254,7 @@ def ask(
     dtype: str | None = None,
     keep: Sequence[str] | None = None,
     rebasin: bool = False,
+    device: str = "cpu",
 ) -> Asked:
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
     from mergekit_vl.streaming import MergePlan
@@ -270,6 +288,7 @@ def ask(
         dtype or section.get("dtype"),
         (keep,) if isinstance(keep, str) else tuple(keep),
         rebasin or section.get("rebasin", False),
+        _device(method, device),
     )
     return Asked(plan, notes)
 
@@ -341,7 +360,7 @@ def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _
 
 def closed_form(name: str, *, where: str) -> type:
     """The class of a registered strategy that merges weights without data."""
-    cls = plugins.load_plugins().find("strategies", name, where=where).resolve()
+    cls = registry().find("strategies", name, where=where).resolve()
     if not hasattr(cls, "merge_piece"):
         raise UserError(f"{name} needs data or an evaluation", where=where, mend="use `mergekit-vl run` with it")
     return cls

@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from mergekit_vl.dtypes import STORED, Array
 from mergekit_vl.errors import UserError
 
 METADATA_KEY = "mergekit_vl"
+SYNC_EVERY = 0.02
+"""Seconds between one round of syncing and the next."""
 OURS = ("README.md", "open_clip_config.json", "config.json")
 
 
@@ -137,10 +141,31 @@ class Output:
             done = os.pwrite(descriptor, view, place)
             view, place = view[done:], place + done
 
-    def flush(self) -> None:
-        """Begin to bring to the disk what is written."""
-        for descriptor in self._descriptors:
-            getattr(os, "fdatasync", os.fsync)(descriptor)
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Bring what is written to the disk while more is being written, so that `finish` need not wait for all of it."""
+        ended, failed = threading.Event(), list[BaseException]()
+
+        def sync() -> None:
+            try:
+                while True:
+                    last = ended.wait(SYNC_EVERY)
+                    for descriptor in self._descriptors:
+                        getattr(os, "fdatasync", os.fsync)(descriptor)
+                    if last:
+                        return
+            except BaseException as error:
+                failed.append(error)
+
+        disk = threading.Thread(target=sync, daemon=True)
+        disk.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            disk.join()
+        if failed:
+            raise failed[0]
 
     def finish(self, metadata: str, texts: Mapping[str, str]) -> None:
         """Write headers, index and the other files, sync, and give the folder its name."""

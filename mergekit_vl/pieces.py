@@ -76,6 +76,8 @@ class Models:
     """Of the tuned models."""
     seed: int = 0
     base_label: str = "zero-shot"
+    device: str = "cpu"
+    """Where matrices are decomposed (`singular.py`); everything else is numpy's on the CPU."""
 
     @property
     def members(self) -> tuple[Source, ...]:

@@ -3,12 +3,16 @@
 numpy computes every SVD in float64, whatever it is given, so these methods stay in float64 until a matrix is merged. Singular values
 below `NULL` of the largest are zero to float32's precision and their vectors arbitrary: they are left out. The bits of an SVD depend
 on the BLAS that numpy was built with and on its number of threads (OPENBLAS_NUM_THREADS), not on --threads.
+
+Matrices are numpy's on the CPU and torch's on a GPU, and a method is written once for both (`namespace`). A GPU agrees with the CPU to
+rounding, not bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +22,8 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.pieces import Models, Piece, Tensor
 from mergekit_vl.task_vectors import weighted_sum
 
+Matrix = Any
+"""A numpy array or a torch tensor."""
 NULL = 1e-6
 AVERAGED = ("text_projection",)
 """What the released code of TSV-M and of Iso-C averages although it is a matrix."""
@@ -45,47 +51,82 @@ def add_mean(piece: Piece, scale: float) -> Array:
     return weighted_sum(piece.members(), (1 - scale, *(scale / n,) * n))
 
 
-def add_matrix(piece: Piece, matrix: Array, scale: float) -> Array:
+def add_matrix(piece: Piece, matrix: Matrix, scale: float) -> Array:
     """base + scale * matrix, in the tensor's own precision."""
     matrix *= scale
-    matrix += piece.base.reshape(piece.tensor.shape)
-    return matrix.reshape(-1).astype(piece.tensor.wide, copy=False)
+    matrix += placed(piece, piece.base)
+    wide = piece.tensor.wide
+    if not isinstance(matrix, np.ndarray):
+        matrix = matrix.to(dtype=_torch_dtype(wide)).cpu().numpy()
+    return matrix.reshape(-1).astype(wide, copy=False)
 
 
-def task_matrix(piece: Piece, i: int) -> Array:
+def placed(piece: Piece, values: Array) -> Matrix:
+    """Values of the piece as a matrix on the models' device: numpy's on the CPU, elsewhere torch's."""
+    matrix = values.reshape(piece.tensor.shape)
+    if piece.models.device == "cpu":
+        return matrix
+    import torch
+
+    return torch.from_numpy(matrix).to(piece.models.device)
+
+
+def zeros(like: Matrix, *shape: int) -> Matrix:
+    """A matrix of zeros of the kind, and on the device, of another."""
+    return np.zeros(shape) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def namespace(matrix: Matrix) -> Any:
+    """numpy or torch: whose functions take the matrix. What both have under one name is all that methods use."""
+    if isinstance(matrix, np.ndarray):
+        return np
+    import torch
+
+    return torch
+
+
+def task_matrix(piece: Piece, i: int) -> Matrix:
     """The task vector of model i as a matrix of float64."""
-    return piece.delta(i).reshape(piece.tensor.shape).astype(np.float64, copy=False)
+    matrix = placed(piece, piece.delta(i))
+    return matrix.astype(np.float64, copy=False) if isinstance(matrix, np.ndarray) else matrix.double()
 
 
-def sum_of_tasks(piece: Piece) -> Array:
+def sum_of_tasks(piece: Piece) -> Matrix:
     """The sum of the task vectors as a matrix of float64: task arithmetic's."""
     total = task_matrix(piece, 0)
     for i in range(1, len(piece.models.tuned)):
-        total += piece.delta(i).reshape(piece.tensor.shape)
+        total += placed(piece, piece.delta(i))
     return total
 
 
-def svd(piece: Piece, matrix: Array) -> tuple[Array, Array, Array]:
+def svd(piece: Piece, matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """U [m, r], the singular values [r] from the largest, V^T [r, n]; r is the rank, 0 for a matrix of zeros.
 
     Not finite in, not finite out: the caller's result then names the model.
     """
-    m, n = matrix.shape
-    if not np.isfinite(matrix).all():
-        return np.full((m, 1), np.nan), np.full(1, np.nan), np.full((1, n), np.nan)
-    if not matrix.size:
-        return np.zeros((m, 0)), np.zeros(0), np.zeros((0, n))
+    xp = namespace(matrix)
+    if not len(matrix.reshape(-1)):
+        return matrix[:, :0], matrix.reshape(-1)[:0], matrix[:0]
+    if not xp.isfinite(matrix).all():
+        lost = matrix * xp.nan
+        return lost[:, :1], lost[0, :1], lost[:1]
     try:
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    except np.linalg.LinAlgError:
+        u, s, vt = xp.linalg.svd(matrix, full_matrices=False)
+    except xp.linalg.LinAlgError:
         raise UserError(
             f"the SVD of {piece.tensor.name} does not converge", mend=f"average it: averaged=[{piece.tensor.name}]"
         ) from None
-    rank = int(np.count_nonzero(s > NULL * s[0]))
+    rank = int((s > NULL * s[0]).sum())
     return u[:, :rank], s[:rank], vt[:rank]
 
 
-def orthogonal(piece: Piece, matrix: Array) -> Array:
+def orthogonal(piece: Piece, matrix: Matrix) -> Matrix:
     """The nearest matrix with orthonormal columns or rows (orthogonal Procrustes): P Q^T of the SVD P D Q^T."""
     p, _, qt = svd(piece, matrix)
     return p @ qt
+
+
+def _torch_dtype(kind: np.dtype) -> Any:
+    import torch
+
+    return {"f4": torch.float32, "f8": torch.float64}[kind.str[1:]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +50,8 @@ class MergePlan:
     """Tensors that are not merged but taken from the base (or the first model) as they are: filters as in `coefficients`."""
     rebasin: bool = False
     """Whether every model but the base (or the first) is first reordered to match that one."""
+    device: str = "cpu"
+    """Where matrices are decomposed: cpu, or a GPU as torch names it."""
 
 
 @dataclass
@@ -123,6 +124,7 @@ def open_plan(plan: MergePlan) -> Opened:
         tuple(c.label for c in tuned),
         plan.seed,
         base.label if base else "zero-shot",
+        plan.device,
     )
     copied = tuple(name for name in reference.tensors if name not in deep)
     opened = Opened(plan, base, tuned, models, copied, slots)
@@ -288,8 +290,9 @@ def merge(
         blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
         output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
         try:
-            _fill(opened, output.write, threads, chunk, warn, progress)
-            metadata = describe(opened, _hashes(opened, threads, meanwhile=output.flush))
+            with output.syncing():
+                _fill(opened, output.write, threads, chunk, warn, progress)
+                metadata = describe(opened, _hashes(opened, threads))
             texts["README.md"] = model_card(opened, metadata)
             output.finish(canonical(metadata), texts)
         except OSError as error:
@@ -355,25 +358,13 @@ def _copy(
         )
 
 
-def _hashes(opened: Opened, threads: int, meanwhile: Callable[[], None]) -> dict[Path, str]:
-    """The SHA-256 of each input file, while the output goes to the disk; raises UserError for an input that changed meanwhile."""
-    failed: list[BaseException] = []
-
-    def sync() -> None:
-        try:
-            meanwhile()
-        except BaseException as error:
-            failed.append(error)
-
-    disk = threading.Thread(target=sync)
-    disk.start()
+def _hashes(opened: Opened, threads: int) -> dict[Path, str]:
+    """The BLAKE3 of each input file; raises UserError for an input that changed since its header was read."""
     files = {file: c for c in opened.all for file in c.hashed}
-    try:
-        found = workers(min(threads, len(files) or 1))(lambda item: item[1].hash(item[0]), files.items())
-    finally:
-        disk.join()
-    if failed:
-        raise failed[0]
+    team = min(
+        len(files) or 1, threads if threads == 1 else 2 * threads
+    )  # three files on two threads would be two and one
+    found = workers(team)(lambda item: item[1].hash(item[0]), files.items())
     for checkpoint in opened.all:
         checkpoint.check_unchanged()
     return dict(zip(files, found))
@@ -408,7 +399,7 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
         return {
             "label": checkpoint.label,
             "path": given,
-            "sha256": {file.name: hashes[file] for file in checkpoint.hashed},
+            "blake3": {file.name: hashes[file] for file in checkpoint.hashed},
         }
 
     return _adapter(opened) | {
@@ -421,6 +412,7 @@ def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
         "dtype": plan.dtype,
         "keep": list(plan.keep),
         "rebasin": plan.rebasin,
+        "device": plan.device,
     }
 
 
@@ -469,7 +461,7 @@ def model_card(opened: Opened, metadata: Mapping[str, Any]) -> str:
     for role, model in [("base", metadata["base"]), *(("model", m) for m in metadata["models"])]:
         if model:
             lines.append(f"- {role} **{model['label']}**: `{model['path']}`")
-            lines += [f"  - {name} sha256 `{value}`" for name, value in model["sha256"].items()]
+            lines += [f"  - {name} blake3 `{value}`" for name, value in model["blake3"].items()]
     lines += ["", "| option | value |", "|---|---|"]
     lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in metadata["options"].items()]
     if plan.rebasin:
@@ -489,7 +481,10 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
         found = read_header(next(f for f in checkpoint.files if f.suffix == ".safetensors"))[1]
     if METADATA_KEY not in found:
         raise UserError("no merge of mergekit-vl", where=str(folder), mend="give the folder that merge wrote")
-    return json.loads(found[METADATA_KEY]), checkpoint
+    metadata = json.loads(found[METADATA_KEY])
+    if any("blake3" not in model for model in metadata.get("models", [{}])):
+        raise UserError("was merged by an early version, or is no merge", where=str(folder), mend="merge again")
+    return metadata, checkpoint
 
 
 def verify(
@@ -502,10 +497,11 @@ def verify(
     differing: dict[str, None] = {}
     try:
         told = [m for m in (metadata["base"], *metadata["models"]) if m]
+        hashes = _hashes(opened, threads)
         for checkpoint, model in zip(opened.all, told):
             for file in checkpoint.hashed:
-                if checkpoint.hash(file) not in model["sha256"].values():
-                    raise UserError("is not the file that was merged: its SHA-256 differs", where=str(file))
+                if hashes[file] not in model["blake3"].values():
+                    raise UserError("is not the file that was merged: its BLAKE3 differs", where=str(file))
         layout = [(s.name, s.code, s.shape) for s in opened.slots]
         if sorted(layout) != sorted((name, t.code, t.shape) for name, t in merged.tensors.items()):
             return ["the tensors' names, dtypes or shapes"]

@@ -52,17 +52,24 @@ def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, 
     elected = voters[0].copy()
     for voter in voters[1:]:
         elected += voter
-    np.sign(elected, out=elected)
-    total, share = np.zeros_like(elected), np.zeros_like(elected)
+    up, down = elected > 0, elected < 0
+    total = np.zeros_like(elected)
+    share = np.zeros_like(elected) if mean else None
     for vector, voter, weight in zip(scaled, voters, weights):
-        agrees = np.multiply(voter, elected) > 0
+        agrees = (voter > 0) & up
+        agrees |= (voter < 0) & down
         total += vector * agrees
-        if mean:
+        if share is not None:
             share += weighted(agrees.astype(share.dtype), weight)
-    if mean:
+    if share is not None:
         share += share == 0  # nobody agrees: 0 / 1
         total /= share
     return total
+
+
+def sign(values: Array) -> Array:
+    """-1, 0 or 1. numpy's own takes ten times as long on signs that no processor can foresee; NaN has none here."""
+    return np.subtract(values > 0, values < 0, dtype=values.dtype)
 
 
 def draw(piece: Piece, model: int) -> Array:

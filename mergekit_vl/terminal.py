@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +16,8 @@ from mergekit_vl.plugins import Registry, load_plugins
 
 ALL_CELLS = "all cells"
 MARK = ".recipe-hash"
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of these is there where torch may find a GPU on Linux: NVIDIA's, AMD's, that of WSL."""
 
 
 @lru_cache(maxsize=1)
@@ -63,15 +67,19 @@ def release(folder: Path) -> None:
 
 
 def device_of(name: str) -> str:
+    """A device as torch names it; raises UserError for one that is not there.
+
+    torch takes seconds and memory to import: without a driver it is not asked.
+    """
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"))
+    if name.startswith("cpu") or (name == "auto" and sys.platform == "linux" and not any(map(os.path.exists, DRIVERS))):
+        return name.replace("auto", "cpu")
     import torch
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name != "auto" and not torch.cuda.is_available():
         raise UserError(f"device {name}: no GPU is visible to torch", mend="use --device cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise unknown("device", name, ("auto", "cpu", "cuda"))
-    return name
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 class TerminalProgress:

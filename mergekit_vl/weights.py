@@ -61,7 +61,8 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
 
     labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
     sources = [Arrays(m) for m in models]
-    apply(method, Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed), write, SERIAL, CHUNK)
+    given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
+    apply(method, given, write, SERIAL, CHUNK)
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged, inputs)
 

@@ -1,9 +1,11 @@
 """Imports point one way: the command line knows everything, strategies know no command line."""
 
 import ast
+import tomllib
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "mergekit_vl"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mergekit_vl"
 LAYERS = (
     ("errors", "hookspecs", "files", "memory"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "per_task", "microworld"),
@@ -37,3 +39,9 @@ def test_imports_point_upwards_only():
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mergekit_vl."):
                 other = node.module.split(".")[1]
                 assert rank[other] <= rank[own], f"{file.name} imports {node.module}, which lies below it"
+
+
+def test_every_package_is_installed():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "mergekit_vl").rglob("__init__.py")}
+    assert there | {"mergekit_vl.recipes"} == set(told)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_merge_methods import EVERY
@@ -133,16 +134,12 @@ def test_what_is_written_beside_the_tensors(monkeypatch, capsys):
     assert recipe["strategy"] == "dare_ties" and recipe["seed"] == 4 and recipe["version"]
     assert recipe["options"]["density"] == 0.5 and recipe["options"]["weights"] == [1.0, 0.5]
     assert [m["label"] for m in recipe["models"]] == ["A", "B"] and recipe["base"]["path"] == "ZS"
-    import hashlib
-
-    assert (
-        recipe["models"][0]["sha256"]["A.safetensors"] == hashlib.sha256(Path("A.safetensors").read_bytes()).hexdigest()
-    )
+    assert recipe["models"][0]["blake3"]["A.safetensors"] == blake3(Path("A.safetensors").read_bytes()).hexdigest()
     card = Path("out/README.md").read_text()
     assert (
         "# A merge with dare_ties" in card
         and "| density | `0.5` |" in card
-        and recipe["base"]["sha256"]["model.safetensors"] in card
+        and recipe["base"]["blake3"]["model.safetensors"] in card
     )
 
 
@@ -161,7 +158,7 @@ def test_verify_repeats_the_merge(monkeypatch, capsys):
     assert code == 2 and "out: is not what its inputs merge to" in err
     save_file(tensors(9), "A.safetensors")
     code, _, err = call(monkeypatch, capsys, "verify", "out")
-    assert code == 2 and "A.safetensors: is not the file that was merged: its SHA-256 differs" in err
+    assert code == 2 and "A.safetensors: is not the file that was merged: its BLAKE3 differs" in err
 
 
 class Optimizer:
@@ -248,7 +245,7 @@ def test_open_clip_names_go_through_its_own_loader(monkeypatch):
     assert asked == [("ViT-B-16", "openai"), ("hf-hub:org/name", None)]
     assert load_file("out/model.safetensors")["weight"].tolist() == [[2.0, 2.0]]
     assert [m["label"] for m in metadata["models"]] == ["ViT-B-16-openai", "org-name"]
-    assert all(len(m["sha256"]["tensors"]) == 64 for m in metadata["models"])  # there is no file to hash
+    assert all(len(m["blake3"]["tensors"]) == 64 for m in metadata["models"])  # there is no file to hash
 
 
 def test_dtypes_integers_and_tied_weights(monkeypatch, capsys):
@@ -663,6 +660,23 @@ def test_check_tells_what_svds_take(monkeypatch, capsys):
     assert "form      tensor, 21 arrays of a matrix's size at a time, 1 pass over the files" in out
     seconds = float(re.search(r"time      about (\S+) s", out)[1])
     assert seconds > 4 * 1.0 / streaming.threads_available()
+
+
+def test_svds_on_another_device_give_the_same_model(monkeypatch, capsys):
+    three({"visual.blocks.0.w": (40, 30), "b": (9,)})
+    words = ("merge", "A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", "tsv_m", "-o")
+    for out, device in (("numpy", "cpu"), ("torch", "cpu:0")):  # as on a GPU, but there
+        assert call(monkeypatch, capsys, *words, out, "--device", device)[0] == 0
+        assert call(monkeypatch, capsys, "verify", out)[0] == 0
+    ours, theirs = (load_file(f"{out}/model.safetensors") for out in ("numpy", "torch"))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+    assert '"device":"cpu:0"' in streaming.canonical(streaming.read_metadata(Path("torch"))[0])
+    code, _, err = call(monkeypatch, capsys, *words, "new", "--device", "tpu")
+    assert code == 2 and "unknown device 'tpu'" in err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = call(monkeypatch, capsys, *words, "new", "--device", "cuda")
+    assert code == 2 and "no GPU is visible to torch" in err and not Path("new").exists()
 
 
 def test_check_reads_headers_only_and_estimates(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,9 @@ from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.weights import merge_adapters
 
 DRAWN = [1717815503, 684245806, 2316997498]  # Philox 4x64 keyed by SHA-256 of [7, "w", 1]
+
+DEVICES = ["cpu", "cpu:0", *(["cuda"] if torch.cuda.is_available() else [])]
+"""numpy; torch, as on a GPU; a GPU."""
 
 
 def models(*tuned, base=None, seed=0):
@@ -252,7 +256,9 @@ def test_every_closed_form_is_tested():
     ],
 )
 def test_by_hand(method, base, tuned, expected):
-    np.testing.assert_allclose(merged(method, models(*tuned, base=base)), expected, rtol=1e-6, atol=1e-6)
+    for device in DEVICES if hasattr(method, "svds") else ("cpu",):
+        given = replace(models(*tuned, base=base), device=device)
+        np.testing.assert_allclose(merged(method, given), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_lines_scales_each_tower_from_its_first_block_to_its_last():
@@ -304,7 +310,9 @@ def test_singular_methods_by_another_way(seed, n):
     u, s, vt = put_together([first(task, own) for task in apart] + [common])
     iso_cts = s.mean() * u @ vt
     for method, expected in ((IsoC(), iso_c), (TsvM(), tsv_m), (IsoCTS(0.5), iso_cts)):
-        np.testing.assert_allclose(merged(method, given)[name], start + expected, rtol=1e-6, atol=1e-6)
+        for device in DEVICES:
+            found = merged(method, replace(given, device=device))[name]
+            np.testing.assert_allclose(found, start + expected, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -674,12 +682,13 @@ def test_values_that_are_not_finite_name_model_and_tensor(method):
         merged(method, models(np.ones(8) * 2, bad, base=np.zeros(8)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", [Sce(), Lines(), TsvM(), IsoC(), IsoCTS()], ids=str)
-def test_a_matrix_that_is_not_finite_names_model_and_tensor(method):
+def test_a_matrix_that_is_not_finite_names_model_and_tensor(method, device):
     good, bad = np.ones((3, 4)), np.ones((3, 4))
     bad[1, 2] = np.inf
     with pytest.raises(UserError, match="B: w has values that are not finite"):
-        merged(method, models(good * 2, bad, base=np.zeros((3, 4))))
+        merged(method, replace(models(good * 2, bad, base=np.zeros((3, 4))), device=device))
 
 
 def test_an_svd_that_does_not_converge_says_what_to_do(monkeypatch):

@@ -11,7 +11,7 @@ from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import absolute_sums
-from mergekit_vl.task_vectors import add_to_base, chosen_task, weighted_sum
+from mergekit_vl.task_vectors import add_to_base, chosen_task, sign, weighted_sum
 from mergekit_vl.weights import merge_by_task
 
 WHERE = "strategy emr"
@@ -80,13 +80,13 @@ class Emr:
 
 def unified(vectors: list[Array]) -> Array:
     """The elected vector of several task vectors, which stay as they are."""
-    sign = np.sign(weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors)))
-    largest = np.zeros_like(sign)
+    elected = sign(weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors)))
+    largest = np.zeros_like(elected)
     for vector in vectors:
-        np.maximum(largest, vector * sign, out=largest)
-    return np.multiply(largest, sign, out=largest)
+        np.maximum(largest, vector * elected, out=largest)
+    return np.multiply(largest, elected, out=largest)
 
 
 def masked(vector: Array, task: Array) -> Array:
     """The elements that have the sign of the task's."""
-    return vector * (np.sign(vector) == np.sign(task))
+    return vector * (sign(vector) == sign(task))

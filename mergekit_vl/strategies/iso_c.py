@@ -63,6 +63,6 @@ class IsoC:
             return add_mean(piece, scale)
         u, s, vt = svd(piece, sum_of_tasks(piece))
         merged = u @ vt
-        if s.size:
+        if len(s):
             merged *= s.mean()
         return add_matrix(piece, merged, scale)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
@@ -22,6 +20,7 @@ from mergekit_vl.singular import (
     svd,
     svd_arrays,
     task_matrix,
+    zeros,
 )
 from mergekit_vl.weights import merge_adapters
 
@@ -71,7 +70,8 @@ class IsoCTS:
         (rows, columns), n = piece.tensor.shape, len(piece.models.tuned)
         places = min(rows, columns)
         own = own_places(places, n, self.common)
-        left, values, right = np.zeros((rows, places)), np.zeros(places), np.zeros((places, columns))
+        total = sum_of_tasks(piece)
+        left, values, right = zeros(total, rows, places), zeros(total, places), zeros(total, places, columns)
         taken = 0
 
         def put(u: Array, s: Array, vt: Array, at_most: int) -> None:
@@ -81,7 +81,7 @@ class IsoCTS:
             left[:, span], values[span], right[span] = u[:, :count], s[:count], vt[:count]
             taken += count
 
-        put(*svd(piece, sum_of_tasks(piece)), places - n * own)
+        put(*svd(piece, total), places - n * own)
         shared = left[:, :taken]
         for i in range(n if own else 0):
             matrix = task_matrix(piece, i)

@@ -16,7 +16,7 @@ from mergekit_vl.dtypes import Array
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import Vector, delta, model_ranks
-from mergekit_vl.task_vectors import add_to_base, weighted_sum
+from mergekit_vl.task_vectors import add_to_base, sign, weighted_sum
 from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy pcb"
@@ -84,7 +84,7 @@ class Pcb:
         clips, bounds = facts
         vectors = deltas(piece)
         shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
-        clipped = (np.sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
+        clipped = (sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
         merged = weighted_sum(clipped, piece.weights(self.weights))
         merged /= np.maximum(weighted_sum(shares, (1.0,) * len(shares)), 1e-12)
         return add_to_base(piece, merged, piece.at(self.scale))
@@ -97,7 +97,7 @@ class Pcb:
             total = weighted_sum((vector.copy() for vector in vectors), (1.0,) * n)
             inter = [np.tanh(vector * total) for vector in vectors]
         else:
-            signed = [np.sign(vector) * x for vector, x in zip(vectors, places)]
+            signed = [sign(vector) * x for vector, x in zip(vectors, places)]
             inter = [sum(np.tanh(x * y) for y in signed) for x in signed]
         return [np.exp(n * (x * x - 1)) * y for x, y in zip(places, inter)]
 

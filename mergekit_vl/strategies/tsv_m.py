@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import numpy as np
-
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
@@ -19,6 +17,7 @@ from mergekit_vl.singular import (
     add_mean,
     check_averaged,
     is_matrix,
+    namespace,
     orthogonal,
     svd,
     svd_arrays,
@@ -84,11 +83,12 @@ class TsvM:
         left, values, right = [], [], []
         for i in range(n):
             u, s, vt = svd(piece, task_matrix(piece, i))
-            left.append(u[:, :kept].copy())
+            xp = namespace(u)
+            left.append(xp.asarray(u[:, :kept], copy=True))
             values.append(s[:kept])
-            right.append(vt[:kept].copy())
+            right.append(xp.asarray(vt[:kept], copy=True))
             del u, vt
-        u = orthogonal(piece, np.concatenate(left, 1))
+        u = orthogonal(piece, xp.concatenate(left, 1))
         del left
-        u *= np.concatenate(values)
-        return add_matrix(piece, u @ orthogonal(piece, np.concatenate(right)), scale)
+        u *= xp.concatenate(values)
+        return add_matrix(piece, u @ orthogonal(piece, xp.concatenate(right)), scale)

@@ -1,11 +1,12 @@
-"""Our merges against mergekit's from the same YAML, and against fusion_bench's, on random tensors.
+"""Our merges against mergekit's from the same YAML, and against fusion_bench's and PEFT's, on random tensors.
 
-    python benchmarks/agreement.py OTHER_VENV/bin/mergekit-pytorch [A_PYTHON_WITH_FUSION_BENCH]
+    python benchmarks/agreement.py OTHER_VENV/bin/mergekit-pytorch [A_PYTHON_WITH_FUSION_BENCH_AND_PEFT]
 
 Prints the largest difference relative to the largest value for every method that both have. Random drops cannot agree element by
 element: DARE and DELLA are compared at density 1, and at density 0.5 by the share that is kept and the L1 norm. The methods on
 singular vectors, those on TALL-masks and EMR are compared with fusion_bench's on the task vectors of three models, given to it in float64:
 in float32 its own rounding is 0.5e-6 to 3e-6 for singular vectors. Its TIES keeps one element more than the share says, hence that density.
+PEFT's functions merge task vectors; they are given ours. Its random drops take the elements that ours drop: its generator is replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from mergekit_vl.pieces import Models, Piece, Tensor
+from mergekit_vl.task_vectors import keep_at_random
 
 SHAPES = {"visual.blocks.0.w": (64, 96), "visual.blocks.1.w": (96, 64), "b": (96,), "conv": (8, 3, 4, 4)}
 TWO = "models: [{model: A.safetensors, parameters: {weight: 0.3}}, {model: B.safetensors, parameters: {weight: 0.9}}]\n"
@@ -94,14 +98,59 @@ merged = CALL
 save_file({k: (base[k] + merged[k]).float().contiguous() for k in base}, "theirs.safetensors")
 """
 
+PEFTS = {
+    "task_arithmetic": (["task_arithmetic", "A=0.3", "B=0.9", "C=-0.2"], "task_arithmetic(vectors, weights)"),
+    "magnitude_prune": (
+        ["breadcrumbs", "gamma=0", "density=0.3", "scale=1", "A=0.3", "B=0.9", "C=-0.2"],
+        "magnitude_prune(vectors, weights, 0.3)",
+    ),
+    "ties": (["ties", "trim=tensor", "density=0.3"], "ties(vectors, ones, 0.3)"),
+    "dare_linear": (
+        ["dare_linear", "density=0.3", "scale=1", "A=0.3", "B=0.9", "C=-0.2"],
+        "dare_linear(vectors, weights, 0.3)",
+    ),
+    "dare_ties": (["dare_ties", "density=0.3"], "dare_ties(vectors, ones, 0.3)"),
+}
+"""Our options, and PEFT's function of the task vectors of one tensor."""
+PEFT = """
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import load_file, save_file
+base, *tuned = (load_file(f"{name}.safetensors") for name in ("ZS", "A", "B", "C"))
+kept = load_file("kept.safetensors")
+weights, ones, merged = torch.tensor([0.3, 0.9, -0.2]), torch.ones(3), {}
+for k in base:
+    masks = iter(kept[f"{k} {i}"] for i in range(3))
+    torch.bernoulli = lambda given: next(masks).reshape(given.shape)
+    vectors = [model[k] - base[k] for model in tuned]
+    merged[k] = (base[k] + merge_utils.CALL).contiguous()
+save_file(merged, "theirs.safetensors")
+"""
 
-def fusion_bench(python: str, folder: Path, environment: dict[str, str]) -> None:
-    """The methods that mergekit has not, against fusion_bench's."""
+
+def kept_by_us(density: float) -> dict[str, np.ndarray]:
+    """What our random drops keep of each tensor of three models."""
+    tensors = tuple(Tensor(name, shape) for name, shape in SHAPES.items())
+    models = Models(None, (), tensors, ())
+    pieces = [(t, i, Piece(models, t, 0, t.size)) for t in tensors for i in range(3)]
+    return {f"{t.name} {i}": keep_at_random(piece, i, density).astype(np.float32) for t, i, piece in pieces}
+
+
+def of_task_vectors(
+    title: str,
+    python: str,
+    code: str,
+    cases: dict[str, tuple[list[str], str]],
+    folder: Path,
+    environment: dict[str, str],
+) -> None:
+    """Our merge of three models against what another tool computes of their task vectors."""
     ours = [sys.executable, "-m", "mergekit_vl.cli", "merge"]
     words = ["A.safetensors", "B.safetensors", "C.safetensors", "--base", "ZS.safetensors", "-o", "ours", "--force"]
-    for row, ((strategy, *options), call) in FUSION_BENCHS.items():
+    for row, ((strategy, *options), call) in cases.items():
+        row = f"{title} {row}"
         for command in (
-            [python, "-c", FUSION_BENCH.replace("CALL", call)],
+            [python, "-c", code.replace("CALL", call)],
             [*ours, *words, "--strategy", strategy, *options],
         ):
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -143,7 +192,9 @@ def main() -> None:
                     worst = max(np.abs(ours[k] - theirs[k]).max() / np.abs(theirs[k]).max() for k in base)
                     print(f"{row}: {worst:.1e}")
         if len(sys.argv) > 2:
-            fusion_bench(sys.argv[2], folder, environment)
+            of_task_vectors("fusion_bench", sys.argv[2], FUSION_BENCH, FUSION_BENCHS, folder, environment)
+            save_file(kept_by_us(0.3), folder / "kept.safetensors")
+            of_task_vectors("PEFT", sys.argv[2], PEFT, PEFTS, folder, environment)
 
 
 if __name__ == "__main__":

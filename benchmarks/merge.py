@@ -40,10 +40,10 @@ METHODS = {
 MECHA = {
     "linear": "s.n_average(*m)",
     "slerp": "s.slerp(m[0], m[1], alpha=0.5)",
-    "ties": "s.add_difference_ties(*m, alpha=1.0, k=0.2)",
+    "ties": "l.add_difference(m[0], s.ties_sum(*(s.subtract(x, m[0]) for x in m[1:]), k=0.2, vote_sgn=True), alpha=1.0)",
 }
 MECHA_CODE = (
-    "import sd_mecha as s; s.set_log_level('ERROR'); m = [s.model(f'{{n}}.safetensors') for n in ('ZS', 'A', 'B')]\n"
+    "import sd_mecha as s; from sd_mecha.extensions.builtin.merge_methods import linear as l; s.set_log_level('ERROR'); m = [s.model(f'{{n}}.safetensors') for n in ('ZS', 'A', 'B')]\n"
     "s.merge({recipe}, output='{out}', output_dtype=None)"
 )
 OWN = {

@@ -14,6 +14,7 @@ from mergekit_vl import __version__, cache_command, merge_command, options, path
 from mergekit_vl.bench import command as bench_command
 from mergekit_vl.bench import plan as bench_plan
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.merge_words import is_merge
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, release, warn
 
@@ -228,7 +229,7 @@ def check(
     rebasin: merge_command.Rebasin = False,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
-    if merge_command.is_merge(recipe, base=base, strategy=strategy):
+    if is_merge(recipe, base=base, strategy=strategy):
         return merge_command.check(recipe, base=base, strategy=strategy, rebasin=rebasin)
     return _check_recipe(recipe[0], recipe[1:])
 

@@ -20,6 +20,7 @@ from mergekit_vl.data import Split
 from mergekit_vl.errors import UserError
 from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import Classes, Single
+from mergekit_vl.strategies import adamerging
 from mergekit_vl.strategies.adamerging import AdaMerging, combine, entropy
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
@@ -107,6 +108,24 @@ def test_towers_seeds_repeat_and_labels_are_not_read(towers):  # noqa: F811
     seen = []
     AdaMerging(**OPTIONS).merge(replace(towers, progress=lambda *told: seen.append(told)))
     assert [told for told in seen if told[2] == "adamerging"] == [(i, 3, "adamerging") for i in (1, 2, 3)]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(towers, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(adamerging, "KEPT_EVERY", 2)
+    whole = AdaMerging(**OPTIONS | {"steps": 5}).merge(towers)
+
+    def killed(done, n, what):
+        if (done, what) == (3, "adamerging"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        AdaMerging(**OPTIONS | {"steps": 5}).merge(replace(towers, scratch=tmp_path, progress=killed))
+    assert [file.name for file in tmp_path.iterdir()] == ["adamerging.safetensors"]
+    seen = []
+    given = replace(towers, scratch=tmp_path, progress=lambda *told: seen.append(told))
+    again = AdaMerging(**OPTIONS | {"steps": 5}).merge(given)
+    assert [done for done, _, what in seen if what == "adamerging"] == [3, 4, 5]
+    assert same(whole, again) and told(whole) == told(again) and not list(tmp_path.iterdir())
 
 
 def test_the_gradient_of_a_towers_coefficients(towers):  # noqa: F811

@@ -12,6 +12,7 @@ LAYERS = (
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading", "symmetries"),
     ("closed_form", "surveys", "task_vectors", "singular", "rebasin"),
+    ("merge_plan", "merge_memory", "provenance"),
     ("features", "batch_norm", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),
     ("backbones", "adapters"),
     ("datasets", "tuners", "protocols", "information", "grams"),
@@ -21,7 +22,7 @@ LAYERS = (
     ("experiment", "runs", "report", "page", "landscape_page", "card", "streaming"),
     ("terminal",),
     ("bench",),
-    ("path_command", "cache_command", "merge_command", "mergekit_yaml", "use_commands"),
+    ("path_command", "cache_command", "mergekit_yaml", "merge_words", "merge_command", "use_commands"),
     ("cli",),
 )
 

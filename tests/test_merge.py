@@ -17,14 +17,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_merge_methods import EVERY
 
-from mergekit_vl import cli, streaming
+from mergekit_vl import cli, merge_memory, streaming
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_memory import threads_available
 from mergekit_vl.model import Single
 from mergekit_vl.plugins import load_plugins
+from mergekit_vl.provenance import canonical, read_metadata
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
@@ -330,7 +332,7 @@ def test_models_of_one_name_get_labels_of_their_own(monkeypatch, capsys):
         "out",
     )
     assert call(monkeypatch, capsys, *words, "density=1", "m-2=1", "m-3=0")[0] == 0
-    recipe = streaming.read_metadata(Path("out"))[0]
+    recipe = read_metadata(Path("out"))[0]
     assert [m["label"] for m in (recipe["base"], *recipe["models"])] == ["m", "m-2", "m-3"]
     assert call(monkeypatch, capsys, "verify", "out")[0] == 0
 
@@ -367,7 +369,7 @@ def test_a_recipe_with_a_weights_section(monkeypatch, capsys):
     Path("r.yaml").write_text(RECIPE)
     code, out, _ = call(monkeypatch, capsys, "merge", "r.yaml", "-o", "out", "scale=0.5", "birds=0.1", "density=0.4")
     assert code == 0
-    recipe, _ = streaming.read_metadata(Path("out"))
+    recipe, _ = read_metadata(Path("out"))
     assert recipe["options"]["weights"] == [0.3, 0.1] and recipe["options"]["density"] == 0.4
     assert recipe["options"]["scale"] == 0.5 and recipe["dtype"] == "float32"
     assert call(monkeypatch, capsys, "check", "r.yaml")[0] == 0
@@ -380,7 +382,7 @@ def test_a_mergekit_recipe_runs_mergekits_variant(monkeypatch, capsys):
     assert code == 0 and out.startswith(
         "mergekit's ties: weights=[0.3, [0.0, 1.0]] scale=0.9 densities=[0.5, 1.0] elect=weighted"
     )
-    options = streaming.read_metadata(Path("out"))[0]["options"]
+    options = read_metadata(Path("out"))[0]["options"]
     assert options["trim"] == "tensor" and options["elect"] == "weighted" and options["mean"] is False
 
 
@@ -392,7 +394,7 @@ def test_mergekits_sce_is_its_variant(monkeypatch, capsys):
     assert code == 0 and out.startswith("mergekit's sce: density=0.3 share_of=varying mean=True equal_below=1e-06\n")
     Path("m.yml").write_text(f"merge_method: sce\n{models}")
     call(monkeypatch, capsys, "merge", "m.yml", "-o", "out", "--force")
-    assert streaming.read_metadata(Path("out"))[0]["options"]["density"] == 1.0
+    assert read_metadata(Path("out"))[0]["options"]["density"] == 1.0
 
 
 MERGEKIT_WRONG = {
@@ -522,7 +524,7 @@ def test_force_replaces_a_merge_and_only_a_merge():
     with pytest.raises(UserError, match="exists"):
         streaming.merge(plan(Ties()), Path("out"))
     streaming.merge(plan(Ties()), Path("out"), force=True)
-    assert streaming.read_metadata(Path("out"))[0]["strategy"] == "ties"
+    assert read_metadata(Path("out"))[0]["strategy"] == "ties"
     assert sorted(p.name for p in Path().iterdir()) == ["A.safetensors", "B.safetensors", "ZS.safetensors", "out"]
 
 
@@ -646,7 +648,7 @@ def test_max_ram_is_kept_by_methods_that_hold_matrices(strategy, monkeypatch, ca
     three({"visual.blocks.0.w": (700, 700), "visual.blocks.1.w": (500, 800), "token_embedding.weight": (8000, 64)})
     words = ("A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", strategy, "--threads", "2")
     words = (*words, "averaged=[token_embedding]", "-o", "out")
-    monkeypatch.setattr(streaming, "anonymous_memory", lambda: 30 << 20)  # of a process that has merged nothing yet
+    monkeypatch.setattr(merge_memory, "anonymous_memory", lambda: 30 << 20)  # of a process that has merged nothing yet
     code, _, err = call(monkeypatch, capsys, "merge", *words, "--max-ram", "40M")
     needed = int(re.search(r"too little: (\d+)M are needed", err)[1])
     assert code == 2 and 60 < needed < 140
@@ -659,7 +661,7 @@ def test_check_tells_what_svds_take(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "check", *words, "tsv_m")
     assert "form      tensor, 21 arrays of a matrix's size at a time, 1 pass over the files" in out
     seconds = float(re.search(r"time      about (\S+) s", out)[1])
-    assert seconds > 4 * 1.0 / streaming.threads_available()
+    assert seconds > 4 * 1.0 / threads_available()
 
 
 def test_svds_on_another_device_give_the_same_model(monkeypatch, capsys):
@@ -671,7 +673,7 @@ def test_svds_on_another_device_give_the_same_model(monkeypatch, capsys):
     ours, theirs = (load_file(f"{out}/model.safetensors") for out in ("numpy", "torch"))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
-    assert '"device":"cpu:0"' in streaming.canonical(streaming.read_metadata(Path("torch"))[0])
+    assert '"device":"cpu:0"' in canonical(read_metadata(Path("torch"))[0])
     code, _, err = call(monkeypatch, capsys, *words, "new", "--device", "tpu")
     assert code == 2 and "unknown device 'tpu'" in err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -10,9 +10,11 @@ from safetensors.numpy import load_file, save_file
 from test_merge import call
 from test_symmetries import MODELS, TEXT, VISION, arrays, clip, randomised, shapes_of, shuffled
 
-from mergekit_vl import merge_command, rebasin, streaming
+from mergekit_vl import rebasin, streaming
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_words import ask
 from mergekit_vl.pieces import Arrays
+from mergekit_vl.provenance import read_metadata
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.symmetries import find
 
@@ -103,12 +105,12 @@ def test_verify_and_check_and_recipes_know_of_it(monkeypatch, capsys):
     save_file(load_file("ZS/open_clip_model.safetensors"), "A.safetensors")
     Path("merge.yaml").write_text("weights: {models: [A.safetensors, B], strategy: ties, base: ZS, rebasin: true}\n")
     assert call(monkeypatch, capsys, "merge", "merge.yaml", "-o", "out", "--threads", "1")[0] == 0
-    metadata = streaming.read_metadata(Path("out"))[0]
+    metadata = read_metadata(Path("out"))[0]
     assert metadata["rebasin"] is True
     assert "every model is reordered to match `ZS`" in Path("out/README.md").read_text()
     assert "the same bytes again, ties of ZS, A, B" in call(monkeypatch, capsys, "verify", "out")[1]
     first = Path("out/open_clip_model.safetensors").read_bytes()
-    asked = merge_command.ask(["merge.yaml"]).plan
+    asked = ask(["merge.yaml"]).plan
     streaming.merge(asked, Path("again"), threads=3, chunk=64)
     assert Path("again/open_clip_model.safetensors").read_bytes() == first
     out = call(monkeypatch, capsys, "check", "merge.yaml")[1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl import information
+from mergekit_vl.adapters import stored
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
@@ -17,6 +18,7 @@ from mergekit_vl.weights import anchors, as_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
 
 WHERE = "strategy adamerging"
+KEPT_EVERY = 20
+"""Steps after which what is learnt is written down, for a run that is killed."""
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,15 @@ class AdaMerging:
         raw.requires_grad_(True)
         optimizer = torch.optim.Adam([raw], lr=self.lr, betas=(0.9, 0.999))
         draw = torch.Generator().manual_seed(inputs.seed)
+        file = None if inputs.scratch is None else inputs.scratch / "adamerging.safetensors"
+        done = restore(file, raw, optimizer)
         for step in range(self.steps):
+            drawn = [torch.randperm(n, generator=draw)[: self.batch].tolist() for n in counts]
+            if step < done:  # before a kill
+                continue
             merged = combine(base, vectors, raw.expand(-1, len(base)))
             leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in merged.items()}
-            for of_task, n in zip(predict, counts):  # one task's graph is held at a time
-                rows = torch.randperm(n, generator=draw)[: self.batch].tolist()
+            for of_task, rows in zip(predict, drawn):  # one task's graph is held at a time
                 try:
                     loss = entropy(of_task(leaves, rows)).mean()
                     check_loss(loss, "adamerging", step, self.lr, unit="step")
@@ -149,10 +158,28 @@ class AdaMerging:
             optimizer.step()
             with torch.no_grad():
                 raw.clamp_(0, 1)
+            if file is not None and (step + 1) % KEPT_EVERY == 0:
+                state = {key: optimizer.state[raw][key] for key in ADAM}
+                stored.write(file, {"lambdas": raw, **state}, {"adapter": "adamerging", "done": step + 1})
             inputs.progress(step + 1, self.steps, "adamerging")
+        if file is not None:
+            file.unlink(missing_ok=True)
         if not raw.isfinite().all():
             raise UserError("the coefficients are not finite", where=WHERE, mend=f"lower lr (now {self.lr})")
         return raw.detach().expand(-1, len(base))
+
+
+def restore(file: Path | None, raw: Tensor, optimizer: Any) -> int:
+    """The steps that were done before a kill, their coefficients and Adam's state put in place; 0 where nothing was kept."""
+    import torch
+
+    if file is None or not file.exists():
+        return 0
+    tensors, facts = stored.read(file, "adamerging", "cpu")
+    with torch.no_grad():
+        raw.copy_(tensors["lambdas"])
+    optimizer.state[raw] = {key: tensors[key] if key == "step" else tensors[key].to(raw.device) for key in ADAM}
+    return facts["done"]
 
 
 def combine(base: Tensors, vectors: Sequence[Tensors], lambdas: Tensor) -> Tensors:

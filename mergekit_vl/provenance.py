@@ -1,0 +1,116 @@
+"""What a merge of files tells of itself: the resolved recipe with its inputs' hashes, in the metadata and as a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_vl import __version__, options
+from mergekit_vl.checkpoints import Checkpoint, open_checkpoint, read_header
+from mergekit_vl.errors import UserError
+from mergekit_vl.merge_plan import Opened
+from mergekit_vl.output import METADATA_KEY
+
+NO_HASH = "0" * 64
+ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")
+
+
+def canonical(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def describe(opened: Opened, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The resolved recipe with its inputs' hashes: what `verify` needs to do it again."""
+    plan = opened.plan
+
+    def model(checkpoint: Checkpoint, given: str) -> dict[str, Any]:
+        return {
+            "label": checkpoint.label,
+            "path": given,
+            "blake3": {file.name: hashes[file] for file in checkpoint.hashed},
+        }
+
+    return _adapter(opened) | {
+        "version": __version__,
+        "strategy": plan.strategy,
+        "options": option_values(plan.method),
+        "models": [model(c, given) for c, given in zip(opened.tuned, plan.models)],
+        "base": model(opened.base, plan.base) if opened.base and plan.base else None,
+        "seed": plan.seed,
+        "dtype": plan.dtype,
+        "keep": list(plan.keep),
+        "rebasin": plan.rebasin,
+        "device": plan.device,
+    }
+
+
+def _adapter(opened: Opened) -> dict[str, Any]:
+    """What a run wrote into the files of an adapter, so that the merge is one too; it must be the same in all, the order of a head's classes included.
+
+    What was chosen while a model was tuned is its own, and not the merge's.
+    """
+    told = [json.loads(c.metadata.get(METADATA_KEY, "{}")) for c in opened.all]
+    adapters = [{key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told]
+    for adapter in adapters:
+        if adapter.get("head"):
+            adapter["head"] = {key: value for key, value in adapter["head"].items() if key != "chosen"}
+    for checkpoint, adapter in zip(opened.all, adapters):
+        for key in adapter.keys() | adapters[0].keys():
+            if adapter.get(key) != adapters[0].get(key):
+                raise UserError(
+                    f"{opened.reference.label} and {checkpoint.label} are adapters of different {key}",
+                    mend="merge adapters that were tuned in the same way; `run` merges heads by class name",
+                )
+    return adapters[0]
+
+
+def option_values(method: Any) -> dict[str, Any]:
+    """A method's options as a recipe writes them."""
+    values = {options.key_of(f): getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return json.loads(json.dumps(values))
+
+
+def model_card(opened: Opened, metadata: Mapping[str, Any]) -> str:
+    """The README.md of the output."""
+    plan = opened.plan
+    lines = [
+        "---",
+        "library_name: mergekit-vl",
+        "tags: [merge, mergekit-vl]",
+        "---",
+        "",
+        f"# A merge with {plan.strategy}",
+        "",
+        (type(plan.method).__doc__ or "").strip().splitlines()[0],
+        "",
+        f"Made by mergekit-vl {metadata['version']} of",
+        "",
+    ]
+    for role, model in [("base", metadata["base"]), *(("model", m) for m in metadata["models"])]:
+        if model:
+            lines.append(f"- {role} **{model['label']}**: `{model['path']}`")
+            lines += [f"  - {name} blake3 `{value}`" for name, value in model["blake3"].items()]
+    lines += ["", "| option | value |", "|---|---|"]
+    lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in metadata["options"].items()]
+    if plan.rebasin:
+        lines.append(f"| rebasin | every model is reordered to match `{opened.reference.label}` |")
+    lines += [f"| seed | `{plan.seed}` |", f"| dtype | `{plan.dtype or 'as the first model'}` |", ""]
+    lines += ["`mergekit-vl verify` of this folder repeats the merge from the same files and compares every byte.", ""]
+    return "\n".join(lines)
+
+
+def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """What `describe` wrote, and the merged checkpoint."""
+    checkpoint = open_checkpoint(str(folder))
+    found = checkpoint.metadata
+    if not found:
+        found = read_header(next(f for f in checkpoint.files if f.suffix == ".safetensors"))[1]
+    if METADATA_KEY not in found:
+        raise UserError("no merge of mergekit-vl", where=str(folder), mend="give the folder that merge wrote")
+    metadata = json.loads(found[METADATA_KEY])
+    if any("blake3" not in model for model in metadata.get("models", [{}])):
+        raise UserError("was merged by an early version, or is no merge", where=str(folder), mend="merge again")
+    return metadata, checkpoint

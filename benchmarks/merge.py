@@ -65,6 +65,7 @@ OWN = {
     "tall_mask, task=A": ["tall_mask", "task=A"],
     "pcb": ["pcb"],
     "iso_c": ["iso_c"],
+    "iso_cts": ["iso_cts"],
     "tsv_m": ["tsv_m"],
     "ema": ["ema"],
     "uniform_soup": ["uniform_soup"],

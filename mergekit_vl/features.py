@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,16 +49,18 @@ class FeatureStore:
     seconds: float = 0.0
     """That this took, reading the images included."""
     memory: dict[str, Tensor] = field(default_factory=dict)
+    splits: dict[str, dict[str, Split]] = field(default_factory=dict)
+    """By source and key, the splits that were asked for: one may be part of another."""
 
     def features(self, path: ImagePath, split: Split) -> Tensor:
         """Test-time features [N, D] of the split's rows."""
-        key = self._key(path, split.key, "test")
-        return self._stored(
-            key,
-            lambda: self._encode(
-                path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"
-            ),
+        found = self._find(path, split, "test")
+        if found is not None:
+            return found
+        made = self._encode(
+            path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"
         )
+        return self._keep(self._key(path, split.key, "test"), made)
 
     def views(self, path: ImagePath, split: Split, *, epochs: int, seed: int, augment: Augment) -> Tensor:
         """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).
@@ -68,10 +71,10 @@ class FeatureStore:
         out = []
         missing = []
         for epoch in range(epochs):
-            key = self._key(path, split.key, f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}")
-            out.append(self._find(key))
+            transform = f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}"
+            out.append(self._find(path, split, transform))
             if out[-1] is None:
-                missing.append((epoch, key))
+                missing.append((epoch, self._key(path, split.key, transform)))
         if missing:
             n = len(split)
 
@@ -92,11 +95,20 @@ class FeatureStore:
         text = json.dumps([path.key, split, transform, path.backbone.preprocess, path.backbone.precision, 1])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def _stored(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        found = self._find(key)
-        return found if found is not None else self._keep(key, make())
+    def _find(self, path: ImagePath, split: Split, transform: str) -> Tensor | None:
+        """What is kept of the split, or of a larger one that holds its images; None where these must be encoded."""
+        known = self.splits.setdefault(split.source.key, {})
+        known[split.key] = split
+        if (own := self._read(self._key(path, split.key, transform))) is not None:
+            return own
+        for key, other in known.items():
+            if len(other) > len(split) and np.isin(split.rows, other.rows).all():
+                if (found := self._read(self._key(path, key, transform))) is not None:
+                    order = np.argsort(other.rows)
+                    return found[torch.from_numpy(order[np.searchsorted(other.rows, split.rows, sorter=order)])]
+        return None
 
-    def _find(self, key: str) -> Tensor | None:
+    def _read(self, key: str) -> Tensor | None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -2,12 +2,14 @@
 
 import json
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import open_clip
 import pytest
 import timm
 import torch
+from noise import split
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,8 +20,9 @@ from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
+from mergekit_vl.features import FeatureStore, train_view
 from mergekit_vl.features import test_view as view
-from mergekit_vl.features import train_view
+from mergekit_vl.model import ImagePath
 
 SMALL = {
     "embed_dim": 16,
@@ -265,7 +268,6 @@ def test_a_local_timm_checkpoint_brings_its_classes(tmp_path):
 
 def test_what_needs_text_refuses_an_image_classifier(tmp_path):
     from mergekit_vl import experiment, plugins, recipe
-    from mergekit_vl.features import FeatureStore
 
     plain = {"backbone": {"name": "vision", "arch": "mobilenetv3_small_050"}, "strategy": {"name": "wise_ft"}}
     plan = recipe.parse(plain | {"dataset": {"name": "microworld", "task": "animals_emboss"}}, name="r", where="r")
@@ -338,13 +340,6 @@ def test_bad_input_is_one_line(tmp_path, state):
 
 
 def test_bfloat16_encoders_are_another_key_and_near_the_same_features(tmp_path):
-    from dataclasses import replace
-
-    from noise import split
-
-    from mergekit_vl.features import FeatureStore
-    from mergekit_vl.model import ImagePath
-
     exact = Micro().build("cpu")
     assert exact.precision == "float32"
     coarse = replace(exact, precision="bfloat16")  # as on a GPU
@@ -354,3 +349,20 @@ def test_bfloat16_encoders_are_another_key_and_near_the_same_features(tmp_path):
     cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
     assert not torch.equal(ours, theirs) and cosine.min() > 0.999
     assert coarse.with_weights({}).precision == "bfloat16"
+
+
+def test_a_part_of_what_was_encoded_is_taken_from_it(tmp_path):
+    path, whole = ImagePath(Micro().build("cpu")), split(7)
+    part = replace(whole.of_classes([2, 0]), rows=whole.of_classes([2, 0]).rows[::-1].copy())
+    drawn = dict(epochs=2, seed=1, augment=Augment())
+    store, apart = FeatureStore(tmp_path / "cache"), FeatureStore(None)
+    store.features(path, whole), store.views(path, whole, **drawn)
+    encoded = store.encoded
+    assert torch.equal(store.features(path, part), apart.features(path, part))
+    assert torch.equal(store.views(path, part, **drawn), apart.views(path, part, **drawn))
+    assert store.encoded == encoded == 7 + 14
+    store.views(path, part, **drawn | {"seed": 2})
+    store.views(path, whole, **drawn | {"seed": 2})  # the whole is not in its part
+    assert store.encoded == encoded + 10 + 14
+    store.features(path, replace(part, source=split(7, seed=1).source))  # the same rows of other images
+    assert store.encoded == encoded + 10 + 14 + 5

@@ -100,13 +100,13 @@ def _thin(method: Any, piece: Piece, i: int) -> tuple[Array, Array]:
     n = piece.tensor.row
     keys = magnitude(vector).view(np.uint32).astype(np.uint64).reshape(-1, n)
     keys <<= np.uint64(32)
-    keys |= np.arange(n, dtype=np.uint64)  # equal magnitudes rank by position, on every machine
+    keys |= np.arange(piece.size, dtype=np.uint64).reshape(-1, n)  # equal magnitudes rank by position, on every machine
     keys.sort(axis=1)
-    ranks = np.empty(keys.shape, np.float32)
-    np.put_along_axis(ranks, (keys & np.uint64(2**32 - 1)).astype(np.int64), np.arange(n, dtype=np.float32), axis=1)
+    keys &= np.uint64(2**32 - 1)
+    keep = np.empty(piece.size, np.float32)
+    keep[keys.view(np.int64)] = np.arange(n, dtype=np.float32)  # its rank, for now
     density = piece.at(each_density(method, piece.models)[i])
-    ranks *= np.float32(method.epsilon / max(1, n - 1))
-    ranks += np.float32(density - method.epsilon / 2 if n > 1 else density)
-    keep = ranks.reshape(-1)
+    keep *= np.float32(method.epsilon / max(1, n - 1))
+    keep += np.float32(density - method.epsilon / 2 if n > 1 else density)
     vector *= draw(piece, i) < keep.astype(np.float64) * 2**32
     return vector, keep

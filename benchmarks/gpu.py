@@ -1,10 +1,10 @@
-"""What a GPU gives: image features against the card's measured matrix peak, MergeTune's steps a second, a whole bench.
+"""What a GPU gives: image features against the card's measured matrix peak, MergeTune's steps a second, SVD merges, a whole bench.
 
 Weights are random, images are noise that is already on the device, so that the figure is the tower's and not the disk's. The peak is
 that of a square matrix product in the tower's precision, measured here; the tower's work is counted, not taken from a table.
 
     python benchmarks/gpu.py                                                    on a GPU: 50,000 images, bfloat16
-    python benchmarks/gpu.py --device cpu --images 64 --classes 10 --steps 3    the same script, small
+    python benchmarks/gpu.py --device cpu --images 64 --classes 10 --steps 3 --blocks 1    the same script, small
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergekit_vl.backbones.clip import Clip
+from mergekit_vl.closed_form import SERIAL, apply
+from mergekit_vl.pieces import CHUNK, Arrays, Models, Tensor
+from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.mergetune import interpolate
+from mergekit_vl.strategies.tsv_m import TsvM
 from mergekit_vl.surrogates import cosine
 from mergekit_vl.tuners.context import cross_entropy
 
@@ -92,6 +98,32 @@ def steps(backbone, classes: int, batch: int, count: int, device: str) -> float:
     return 1 / statistics.median(seconds(step, device) for _ in range(count))
 
 
+def merges(device: str, blocks: int) -> dict[str, str]:
+    """TSV-M and Iso-C of two models with this many of ViT-B's blocks: seconds on numpy and on the device, and how far apart they are."""
+    rng = np.random.default_rng(0)
+    sizes = {"attn.in_proj_weight": (2304, 768), "mlp.c_fc.weight": (3072, 768), "mlp.c_proj.weight": (768, 3072)}
+    shapes = {f"visual.blocks.{i}.{name}": shape for i in range(blocks) for name, shape in sizes.items()}
+    base = {name: 0.02 * rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    near = [{k: v + 0.002 * rng.standard_normal(v.shape, dtype=np.float32) for k, v in base.items()} for _ in range(2)]
+    sources = [Arrays({k: (v, "F32") for k, v in model.items()}) for model in (base, *near)]
+    given = Models(sources[0], tuple(sources[1:]), tuple(Tensor(k, s) for k, s in shapes.items()), ("A", "B"))
+    told = {}
+    for method in (TsvM(), IsoC()):
+        made: dict[str, dict[str, np.ndarray]] = {}
+        times = []
+        for place in ("cpu", "cpu:0" if device == "cpu" else device):
+            models, out = replace(given, device=place), made.setdefault(place, {})
+
+            def merge(method=method, models=models, out=out) -> None:
+                apply(method, models, lambda piece, merged: out.update({piece.tensor.name: merged}), SERIAL, CHUNK)
+
+            times.append(seconds(merge, device))
+        ours, theirs = made.values()
+        apart = max(np.abs(ours[name] - theirs[name]).max() for name in shapes)
+        told[type(method).__name__] = f"{times[0]:.1f} s by numpy, {times[1]:.1f} s on {device}, {apart:.1e} apart"
+    return told
+
+
 def bench(device: str, recipe: str) -> float:
     """Seconds of a whole bench, the process and an empty store included."""
     with tempfile.TemporaryDirectory() as folder:
@@ -110,6 +142,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--blocks", type=int, default=12, help="of the SVD merges; 0: none")
     parser.add_argument("--bench", default="bench_small", help="a recipe; empty: none")
     args = parser.parse_args()
 
@@ -134,6 +167,8 @@ def main() -> None:
     }
     if args.device.startswith("cuda"):
         told["peak GPU memory, GB"] = round(torch.cuda.max_memory_allocated(args.device) / 1e9, 2)
+    if args.blocks:
+        told |= merges(args.device, args.blocks)
     if args.bench:
         told[f"{args.bench}, seconds"] = round(bench(args.device, args.bench), 1)
     print(json.dumps(told, indent=2))

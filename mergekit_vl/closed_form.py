@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -54,7 +55,17 @@ def apply(method: ClosedForm, models: Models, write: Callable[[Piece, Array], No
         survey = getattr(method, "survey", None)
         facts = survey(models, run, chunk) if survey else None
     pieces = models.pieces(method.form, chunk, whole=getattr(method, "whole", None))
-    run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), pieces)
+    with one_blas_thread() if hasattr(method, "svds") else nullcontext():
+        run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), pieces)
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """One thread for each of numpy's matrix products and SVDs: last bits would depend on their number, and several workers, each with a
+    team of threads of its own, would fight for the cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def _mean(piece: Piece) -> Array:

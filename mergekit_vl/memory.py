@@ -1,12 +1,17 @@
-"""The process' memory: what it uses, and keeping what is freed for the next piece."""
+"""The process' memory and cores: what it uses, what it may use, and keeping what is freed for the next piece."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def threads_available() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def anonymous_memory() -> int:

@@ -129,8 +129,8 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
 
 
 def estimates(opened: Opened) -> list[str]:
-    from mergekit_vl.memory import anonymous_memory
-    from mergekit_vl.merge_memory import alignment_memory, chunk_for, piece_memory, threads_available
+    from mergekit_vl.memory import anonymous_memory, threads_available
+    from mergekit_vl.merge_memory import alignment_memory, chunk_for, piece_memory
     from mergekit_vl.provenance import option_values
 
     plan, n = opened.plan, len(opened.tuned)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from mergekit_vl import rebasin
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import anonymous_memory
@@ -14,10 +12,6 @@ SPARE = 24 << 20
 """Bytes kept free of --max-ram for the interpreter's own growth."""
 AT_EASE = 64 << 20
 """Bytes that pieces may take where no --max-ram is given: smaller ones would not be faster."""
-
-
-def threads_available() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def piece_memory(opened: Opened, threads: int, chunk: int) -> int:

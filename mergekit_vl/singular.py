@@ -2,7 +2,7 @@
 
 numpy computes every SVD in float64, whatever it is given, so these methods stay in float64 until a matrix is merged. Singular values
 below `NULL` of the largest are zero to float32's precision and their vectors arbitrary: they are left out. The bits of an SVD depend
-on the BLAS that numpy was built with and on its number of threads (OPENBLAS_NUM_THREADS), not on --threads.
+on the BLAS that numpy was built with, and not on threads: each has one.
 
 Matrices are numpy's on the CPU and torch's on a GPU, and a method is written once for both (`namespace`). A GPU agrees with the CPU to
 rounding, not bit by bit.

@@ -14,11 +14,11 @@ import numpy as np
 
 from mergekit_vl import rebasin
 from mergekit_vl.checkpoints import CONFIGS, Checkpoint
-from mergekit_vl.closed_form import apply, workers
+from mergekit_vl.closed_form import apply, one_blas_thread, workers
 from mergekit_vl.dtypes import FLOATS, STORED, Array, narrow
 from mergekit_vl.errors import UserError
-from mergekit_vl.memory import reuse_freed_memory
-from mergekit_vl.merge_memory import chunk_for, threads_available
+from mergekit_vl.memory import reuse_freed_memory, threads_available
+from mergekit_vl.merge_memory import chunk_for
 from mergekit_vl.merge_plan import MergePlan, Opened, of_no_task, open_plan
 from mergekit_vl.output import Output, check_target
 from mergekit_vl.pieces import Piece, Source
@@ -34,7 +34,8 @@ def align(opened: Opened, tell: Callable[[str], None] = lambda text: None) -> No
         if checkpoint is opened.reference:
             sources.append(checkpoint)
             continue
-        found = rebasin.align(opened.reference, checkpoint, shapes, groups)
+        with one_blas_thread():
+            found = rebasin.align(opened.reference, checkpoint, shapes, groups)
         tell(
             f"rebasin: {checkpoint.label} matches {opened.reference.label} after {found.moved} of {len(groups)} permutations, "
             f"cosine {found.before:.4f} before, {found.after:.4f} now"

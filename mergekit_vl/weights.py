@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply
+from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply, workers
 from mergekit_vl.coefficients import depths
 from mergekit_vl.dtypes import Array, narrow
 from mergekit_vl.errors import UserError
+from mergekit_vl.memory import threads_available
 from mergekit_vl.pieces import CHUNK, Arrays, Models, Piece, Tensor
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from mergekit_vl.strategy import MergeInputs
 
     Tensors = Mapping[str, TorchTensor]
+
+MATRICES = 4
+"""Tensors that are decomposed at once, each with several arrays of its size."""
 
 
 def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
@@ -62,7 +66,8 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
     sources = [Arrays(m) for m in models]
     given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
-    apply(method, given, write, SERIAL, CHUNK)
+    alone = inputs.device != "cpu" or not hasattr(method, "svds")  # small pieces are not worth a team of threads
+    apply(method, given, write, SERIAL if alone else workers(min(MATRICES, threads_available())), CHUNK)
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged, inputs)
 

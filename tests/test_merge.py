@@ -23,7 +23,7 @@ from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
-from mergekit_vl.merge_memory import threads_available
+from mergekit_vl.memory import threads_available
 from mergekit_vl.model import Single
 from mergekit_vl.plugins import load_plugins
 from mergekit_vl.provenance import canonical, read_metadata

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mergekit_vl import task_vectors
 from mergekit_vl.closed_form import SERIAL, apply, workers
@@ -313,6 +314,22 @@ def test_singular_methods_by_another_way(seed, n):
         for device in DEVICES:
             found = merged(method, replace(given, device=device))[name]
             np.testing.assert_allclose(found, start + expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [TsvM(), IsoC(), IsoCTS()], ids=str)
+def test_an_svd_has_one_thread_so_that_its_bits_are_the_same_on_any_machine(method, monkeypatch):
+    seen, plain = [], np.linalg.svd
+
+    def svd(*given, **options):
+        seen.extend(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
+        return plain(*given, **options)
+
+    monkeypatch.setattr(np.linalg, "svd", svd)
+    base, tuned = random_models(1, n=2)
+    with threadpool_limits(2, user_api="blas"):
+        merged(method, models(*tuned, base=base))
+        assert {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"} == {2}
+    assert seen and set(seen) == {1}
 
 
 def test_bfloat16_rounds_to_nearest_even():

@@ -66,6 +66,8 @@ class Checkpoint:
     twins: Mapping[str, str] = field(default_factory=dict)
     """Tied weights: a tensor's name to the first name with the same storage."""
     arrays: Mapping[str, Array] = field(default_factory=dict)
+    passed_over: str = ""
+    """Averaged weights (EMA) in the same file, which were not taken."""
     config: Path | None = None
     """The folder whose open_clip_config.json or config.json belongs to it."""
     _open: dict[Path, int] = field(default_factory=dict)

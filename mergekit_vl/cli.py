@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -324,6 +325,14 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
 
 def main() -> None:
     """The console script: one line and exit code 2 for every UserError."""
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return warn(str(message))
+        plain(message, category, filename, *rest, **more)
+
+    warnings.showwarning = show
     try:
         for i, word in enumerate(sys.argv):  # before Typer reads the words: plugins may bring commands
             if word.split("=")[0] == "--plugins-dir":

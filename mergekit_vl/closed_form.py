@@ -10,6 +10,7 @@ A method is a frozen dataclass with
     svds(n)         beside it: how many SVDs of such a tensor it takes, for the time that `check` tells
     check(models)   raises UserError for options that do not fit the models; reads no tensor
     passes          optional: over the files before that of the merge, for the time that `check` tells
+    ignores_base(n) optional: True where a base gives nothing but integer tensors to the merge of n tuned models
     by_task         optional: True where a method that makes a model for each task is not told which (`weights.merge_by_task`)
     survey(...)     optional: what must be known of all tensors before the first is merged (`surveys.py`); further passes over the files
     merge_piece     the method itself

@@ -128,7 +128,8 @@ class FeatureStore:
         if self.folder is None:
             return features
         self.memory[key] = features
-        write_bytes(self.folder / key[:2] / f"{key}.safetensors", save({"features": features.contiguous()}))
+        data = save({"features": features.contiguous()})
+        write_bytes(self.folder / key[:2] / f"{key}.safetensors", data, mend="set MERGEKIT_VL_CACHE to another folder")
         return features
 
     def _encode(self, path: ImagePath, n: int, load: Callable[[int], Tensor], what: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", label)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, mend: str = "choose another --out, or mend its permissions") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
@@ -38,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot be written: {error.strerror}",
             where=str(path),
-            mend="choose another --out, or mend its permissions",
+            mend="make room" if error.errno == errno.ENOSPC else mend,
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -33,7 +34,10 @@ Base = Annotated[str | None, typer.Option(help="the model that the others were t
 StrategyName = Annotated[str | None, typer.Option(help="see mergekit-vl list strategies")]
 Seed = Annotated[int | None, typer.Option(help="of random draws (DARE, DELLA)")]
 DType = Annotated[
-    str | None, typer.Option(help="of the output: float32, bfloat16, float16; default as the first model")
+    str | None,
+    typer.Option(
+        help="of the output: float32, bfloat16, float16, float64; default: each tensor as the base, or the first model, has it"
+    ),
 ]
 Keep = Annotated[
     list[str] | None, typer.Option(help="tensors to take from the base or first model unmerged: part of a name")
@@ -93,7 +97,7 @@ def merge(
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
         typer.echo(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
-        typer.echo(f"next: mergekit-vl verify {out}")
+        typer.echo(f"next: mergekit-vl verify {shlex.quote(str(out))}")
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -182,6 +186,9 @@ def verify(
         if label not in [m["label"] for m in models]:
             raise unknown("model", label, [m["label"] for m in models], where=str(folder))
     paths = [moved.get(m["label"]) or _found(m["path"], folder) for m in models]
+    for model, path in zip(models, paths):
+        if ":" not in path and not Path(path).expanduser().exists():
+            raise UserError("no such model", where=path, mend=f"if it was moved, add {model['label']}=PATH")
     plan = MergePlan(
         metadata["strategy"],
         options.build(cls, metadata["options"], where=f"{folder}: options"),

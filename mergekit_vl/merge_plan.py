@@ -147,16 +147,29 @@ def _check_same(everyone: tuple[Checkpoint, ...], kept: set[str], keep: tuple[st
             )
 
 
-def of_no_task(plan: MergePlan) -> list[str]:
-    """A note where a method that makes a model for each task is not told which."""
-    if not getattr(plan.method, "by_task", False):
-        return []
-    return [f"no task=LABEL: {plan.strategy} writes the vector of all tasks unmasked, which it does not use by itself"]
+def surprises(opened: Opened) -> list[str]:
+    """What is done but may not be what was meant: `check` tells it, and `merge` warns of it."""
+    plan, files = opened.plan, [path for c in opened.all for path in c.files]
+    found = []
+    if getattr(plan.method, "by_task", False):
+        found.append(
+            f"no task=LABEL: {plan.strategy} writes the vector of all tasks unmasked, which it does not use by itself"
+        )
+    if opened.base and getattr(plan.method, "ignores_base", lambda n: False)(len(opened.tuned)):
+        found.append(f"{plan.strategy} merges the tuned models alone: of the base it takes nothing but integer tensors")
+    found += [
+        f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: save them alone to merge them"
+        for c in opened.all
+        if c.passed_over
+    ]
+    if len(set(files)) < len(files):
+        found.append("the same file is given twice")
+    return found
 
 
 def _notes(opened: Opened) -> list[str]:
     reference, plan = opened.reference, opened.plan
-    notes = of_no_task(plan)
+    notes = surprises(opened)
     whole = [name for name in opened.copied if reference.tensors[name].code not in FLOATS]
     if whole:
         notes.append(
@@ -171,6 +184,4 @@ def _notes(opened: Opened) -> list[str]:
         notes.append(
             f"tied weights: {', '.join(f'{k} in {label}' for label, k in twins.items())}; written as separate tensors"
         )
-    if len({path for c in opened.all for path in c.files}) < len([path for c in opened.all for path in c.files]):
-        notes.append("the same file is given twice")
     return notes

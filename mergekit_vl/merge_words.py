@@ -161,6 +161,9 @@ def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _
     if not weights:
         return chosen
     per_model = getattr(cls, "per_model", "weights")
+    if any(word.partition("=")[0] == per_model for word in settings):
+        both = ", ".join(weights)
+        raise UserError(f"{per_model}= and weights by label ({both})", where="command line", mend="give one of them")
     if per_model not in known:
         raise UserError("takes no weight per model", where=where, mend=f"its options are {', '.join(known) or 'none'}")
     for label in weighed:

@@ -120,7 +120,7 @@ class Output:
             self.discard()
             free = shutil.disk_usage(folder.parent).free
             raise UserError(
-                f"cannot be written: {error.strerror}; {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+                f"cannot be written: {error.strerror}; {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free",
                 where=str(folder),
                 mend="make room, or choose another -o",
             ) from None
@@ -218,6 +218,8 @@ def is_ours(folder: Path) -> bool:
 
 def check_target(folder: Path, *, force: bool) -> None:
     """Raise UserError unless the folder may be written."""
+    if folder.is_symlink():
+        raise UserError("is a link", where=str(folder), mend=f"name what it leads to: {os.path.realpath(folder)}")
     if folder.is_file():
         raise UserError("is a file; the output is a folder", where=str(folder), mend="choose another -o")
     if not folder.exists():

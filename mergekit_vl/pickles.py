@@ -121,7 +121,8 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
         first = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(f"damaged checkpoint: {first}", where=str(path), mend="copy the file again") from None
     tensors, twins, owners = {}, {}, {}
-    for name, tensor in _state_dict(content, path).items():
+    taken, passed_over = _state_dict(content, path)
+    for name, tensor in taken.items():
         check_supported(tensor.storage.code, where=f"{path}: {name}")
         item = STORED[tensor.storage.code].itemsize
         start = starts.get(tensor.storage.key)
@@ -135,7 +136,7 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
             twins[name] = owners[stored]
         owners.setdefault(stored, name)
         tensors[name] = stored
-    return Checkpoint(label, path, tensors, (path,), twins=twins)
+    return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over)
 
 
 def _is_zip(path: Path) -> bool:
@@ -200,12 +201,18 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Any]:
-    """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off."""
+def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
+    """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off.
+
+    With it the name of averaged weights beside them, which timm's loader would take unless it is told not to.
+    """
+    passed_over = ""
     if isinstance(content, _Script):
         content = _script_tensors(content)
     for key in STATE_DICTS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            averaged = [k for k in content if "ema" in str(k) and k != key and isinstance(content[k], Mapping)]
+            passed_over = str(averaged[0]) if averaged else ""
             content = content[key]
             break
     tensors = {}
@@ -213,11 +220,13 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
         tensors = {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
     if not tensors:
         raise UserError(
-            "no weights in it", where=str(path), mend=f"it needs tensors, or one of {', '.join(STATE_DICTS)}"
+            "no weights in it",
+            where=str(path),
+            mend=f"save a module's state_dict(): it needs plain tensors by name, or those under {', '.join(STATE_DICTS)}",
         )
     while all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}, passed_over
 
 
 def _script_tensors(module: _Script, prefix: str = "") -> dict[str, _Tensor]:

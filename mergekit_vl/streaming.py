@@ -19,7 +19,7 @@ from mergekit_vl.dtypes import FLOATS, STORED, Array, narrow
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import reuse_freed_memory, threads_available
 from mergekit_vl.merge_memory import chunk_for
-from mergekit_vl.merge_plan import MergePlan, Opened, of_no_task, open_plan
+from mergekit_vl.merge_plan import MergePlan, Opened, open_plan, surprises
 from mergekit_vl.output import Output, check_target
 from mergekit_vl.pieces import Piece, Source
 from mergekit_vl.provenance import NO_HASH, canonical, describe, model_card
@@ -61,7 +61,7 @@ def merge(
     check_target(out, force=force)
     reuse_freed_memory()
     opened = open_plan(plan)
-    for note in of_no_task(plan):
+    for note in surprises(opened):
         warn(note)
     try:
         _check_not_an_input(opened, out)

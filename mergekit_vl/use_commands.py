@@ -154,7 +154,8 @@ def _files(given: Sequence[Path]) -> list[Path]:
     for path in given:
         path = path.expanduser()
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+            found = (p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
         elif path.is_file():
             files.append(path)
         else:

@@ -307,6 +307,16 @@ def test_corrupt(tmp_path):
     assert Folder(str(tmp_path)).load().train.key == data.train.key
 
 
+def test_a_class_inside_another_is_warned_of(tmp_path):
+    single(tmp_path)
+    (tmp_path / "a" / "nested").mkdir()
+    for image in list((tmp_path / "a").glob("*.*"))[:3]:
+        (tmp_path / "a" / "nested" / image.name).write_bytes(image.read_bytes())
+    with pytest.warns(UserWarning, match="1 class inside another class's folder: a/nested; move the images up if"):
+        data = Folder(str(tmp_path)).load()
+    assert "nested" in data.classes
+
+
 def test_one_corrupt(tmp_path):
     (three(tmp_path) / "test" / "red_kite" / "bad.png").write_bytes(b"")
     mend = "remove it, or set dataset.skip_corrupt=true"

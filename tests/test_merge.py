@@ -716,3 +716,38 @@ def test_no_torch_is_imported_for_files():
         code = f"import sys; sys.modules['torch'] = None; sys.argv = {['mergekit-vl', *arguments]!r}; from mergekit_vl.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout and not done.stderr, (arguments, done.stderr)
+
+
+def test_what_may_not_be_meant_is_warned_of(monkeypatch, capsys):
+    three()
+    words = ("A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", "slerp")
+    for command in (("merge", *words, "-o", "out"), ("check", *words)):
+        code, out, err = call(monkeypatch, capsys, *command)
+        assert code == 0 and "slerp merges the tuned models alone: of the base it takes nothing but" in out + err
+    code, _, err = call(monkeypatch, capsys, "merge", "A.safetensors", *words[2:], "-o", "from base")
+    assert code == 0 and "alone" not in err
+    _, _, err = call(
+        monkeypatch, capsys, "merge", "A.safetensors", "A.safetensors", "--strategy", "linear", "-o", "twice"
+    )
+    assert "warning: the same file is given twice" in err
+    raw, averaged = ({k: torch.from_numpy(v) for k, v in tensors(seed).items()} for seed in (1, 2))
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, "ema.pt")
+    _, _, err = call(monkeypatch, capsys, "merge", "ema.pt", "--strategy", "linear", "-o", "raw")
+    assert "warning: ema holds averaged weights too (state_dict_ema), which are not taken" in err
+    assert all(np.array_equal(v, raw[k]) for k, v in load_file("raw/model.safetensors").items())
+
+
+def test_an_output_that_is_a_link_is_refused(monkeypatch, capsys):
+    three()
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    code, _, err = call(monkeypatch, capsys, "merge", "A.safetensors", "--strategy", "linear", "-o", "link")
+    assert code == 2 and "link: is a link (name what it leads to: " in err
+    assert Path("link").is_symlink() and not list(Path("real").iterdir())
+
+
+def test_weights_are_given_once(monkeypatch, capsys):
+    three()
+    words = ("merge", "A.safetensors", "B.safetensors", "--strategy", "linear", "-o", "out")
+    code, _, err = call(monkeypatch, capsys, *words, "weights=[0.1,0.9]", "A=1", "B=0.4")
+    assert code == 2 and "weights= and weights by label (A, B) (give one of them)" in err

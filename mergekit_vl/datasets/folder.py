@@ -93,6 +93,12 @@ class Folder:
         self._check_shares(single="" in found)
         folders = self._check(root, found)
         names = self._names(folders)
+        if inside := [folder for folder in folders if any(folder.startswith(f"{other}/") for other in folders)]:
+            warnings.warn(
+                f"{root}: {_count(inside, 'class', 'classes')} inside another class's folder: {_some(inside)}; "
+                "move the images up if they are of that one",
+                stacklevel=2,
+            )
 
         source, found = self._decodable(progress, root, found)
         self._check(root, found)

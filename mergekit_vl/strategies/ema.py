@@ -29,6 +29,9 @@ class Ema:
     def held(self, n: int) -> int:
         return 3
 
+    def ignores_base(self, n: int) -> bool:
+        return True
+
     def check(self, models: Models) -> None:
         models.check_count("strategy ema", at_least=2)
         models.check_coefficient("strategy ema", self.decay, "decay", 0, 1)

@@ -39,6 +39,9 @@ class Karcher:
     def held(self, n: int) -> int:
         return 3 * n + 2
 
+    def ignores_base(self, n: int) -> bool:
+        return True
+
     def check(self, models: Models) -> None:
         models.check_count(WHERE, at_least=2)
         models.check_weights(WHERE, self.weights, models.labels, "weights")

@@ -38,6 +38,9 @@ class MultiSlerp:
     def held(self, n: int) -> int:
         return 3 * n + 2
 
+    def ignores_base(self, n: int) -> bool:
+        return not self.task_vectors
+
     def check(self, models: Models) -> None:
         models.check_count(WHERE, at_least=2, base=self.task_vectors)
         models.check_weights(WHERE, self.weights, models.labels, "weights")

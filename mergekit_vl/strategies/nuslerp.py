@@ -49,6 +49,9 @@ class NuSlerp:
     def held(self, n: int) -> int:
         return 8 if self.along == "tensor" else 16
 
+    def ignores_base(self, n: int) -> bool:
+        return not self.task_vectors
+
     def check(self, models: Models) -> None:
         models.check_count(WHERE, at_least=2, at_most=2, base=self.task_vectors)
         models.check_weights(WHERE, self.weights, models.labels, "weights")

@@ -40,6 +40,9 @@ class Slerp:
     def held(self, n: int) -> int:
         return 7
 
+    def ignores_base(self, n: int) -> bool:
+        return n == 2
+
     def check(self, models: Models) -> None:
         ends = 2 - len(models.tuned) if models.base is not None else 2
         models.check_count("strategy slerp", at_least=max(1, ends), at_most=2)

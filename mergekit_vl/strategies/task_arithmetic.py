@@ -34,7 +34,10 @@ class TaskArithmetic:
     def check(self, models: Models) -> None:
         models.check_count("strategy task_arithmetic", base=True)
         models.check_weights(
-            "strategy task_arithmetic", self.scales or (self.scale,) * len(models.tuned), models.labels, "scales"
+            "strategy task_arithmetic",
+            self.scales or (self.scale,) * len(models.tuned),
+            models.labels,
+            "scales" if self.scales else "scale",
         )
 
     merge = merge_adapters

@@ -20,6 +20,9 @@ class UniformSoup:
     def held(self, n: int) -> int:
         return 3
 
+    def ignores_base(self, n: int) -> bool:
+        return True
+
     def check(self, models: Models) -> None:
         models.check_count("strategy uniform_soup")
 

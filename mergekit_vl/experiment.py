@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,12 +140,10 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
         raise UserError(f"no row can be called {taken[0]!r}", where=recipe.name, mend="give it another label")
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
         for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
-            if getattr(what, name, None) is not None and not getattr(what, name) > 0:
-                raise UserError(
-                    f"{name}={getattr(what, name)}",
-                    where=f"{recipe.name}: {type(what).__name__}",
-                    mend="it must be positive",
-                )
+            value, most = getattr(what, name, None), 1 if name == "crop" else sys.float_info.max
+            if value is not None and not 0 < value <= most:
+                mend = "it must be positive" if value <= 0 else "at most 1" if name == "crop" else "a finite number"
+                raise UserError(f"{name}={value}", where=f"{recipe.name}: {type(what).__name__}", mend=mend)
     return experiment
 
 

@@ -190,7 +190,8 @@ def _towers(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
 
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
         out = []
-        for c in coefficients:
+        for i, c in enumerate(coefficients):
+            store.report(i, len(coefficients), "points of the path, each a tower")
             model, kept_in = point(c)
             out.append(answers(model, classes, split, kept_in)[0])
         return torch.stack(out)

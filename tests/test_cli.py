@@ -87,6 +87,8 @@ BAD = {
     "foreign folder": (["run", COOP, "--out", "taken"], "taken: this folder belongs to another recipe"),
     "a file": (["run", COOP, "--out", "short.yaml"], "short.yaml: is a file (choose another --out)"),
     "unwritable": (["run", COOP, "--out", "short.yaml/below"], "cannot be written"),
+    "lr without end": (["check", COOP, "tuned.0.tuner.lr=inf"], "CoOp: lr=inf (a finite number)"),
+    "crop above 1": (["check", COOP, "tuned.0.tuner.crop=2"], "CoOp: crop=2.0 (at most 1)"),
     "unknown device": (["run", COOP, "--device", "gpu"], "unknown device 'gpu' (did you mean 'cpu'?)"),
     "unknown kind": (["list", "strategy"], "unknown kind 'strategy' (did you mean 'strategies'?)"),
     "unknown name": (["show", "mergetun"], "unknown name 'mergetun' (did you mean 'mergetune'?)"),

@@ -565,7 +565,8 @@ def test_an_input_that_changes_meanwhile_is_refused(monkeypatch):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
 from mergekit_vl.strategies import linear
 plain = linear.Linear.merge_piece
 def slow(self, piece, facts):

@@ -13,7 +13,6 @@ import typer
 
 from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
 from mergekit_vl.bench import command as bench_command
-from mergekit_vl.bench import plan as bench_plan
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.merge_words import is_merge
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
@@ -240,7 +239,9 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
 
     plan = load_recipe(recipe, overrides)
     if plan.every:  # a bench
-        for line in bench_command.described(bench_plan.build(plan, registry())):
+        from mergekit_vl.bench import plan as plans
+
+        for line in bench_command.described(plans.build(plan, registry())):
             typer.echo(line)
         return
     experiment = build(plan, registry())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import set_option
-from mergekit_vl.terminal import device_of, registry
+from mergekit_vl.terminal import check_device, device_of, registry
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_plan import MergePlan
@@ -93,7 +93,7 @@ def ask(
 def _device(method: Any, asked: str) -> str:
     """Where SVDs are taken; a method without one stays on the CPU."""
     if not hasattr(method, "svds"):
-        device_of("cpu" if asked.startswith("cuda") or asked == "auto" else asked)
+        check_device(asked)
         return "cpu"
     device = device_of(asked)
     if device == "cpu":

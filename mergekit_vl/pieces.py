@@ -177,6 +177,10 @@ class Piece:
         values -= self.base
         return values
 
+    def deltas(self) -> list[Array]:
+        """The task vectors of all tuned models."""
+        return [self.delta(i) for i in range(len(self.models.tuned))]
+
     def members(self) -> Iterator[Array]:
         """The base, where there is one, and the tuned models, one after the other."""
         return (self.read(source) for source in self.models.members)

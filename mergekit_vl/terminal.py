@@ -66,13 +66,18 @@ def release(folder: Path) -> None:
         folder.rmdir()
 
 
+def check_device(name: str) -> None:
+    """Raise UserError for what is no device's name; whether it is there is not asked."""
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"))
+
+
 def device_of(name: str) -> str:
     """A device as torch names it; raises UserError for one that is not there.
 
     torch takes seconds and memory to import: without a driver it is not asked.
     """
-    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
-        raise unknown("device", name, ("auto", "cpu", "cuda"))
+    check_device(name)
     if name.startswith("cpu") or (name == "auto" and sys.platform == "linux" and not any(map(os.path.exists, DRIVERS))):
         return name.replace("auto", "cpu")
     import torch

@@ -1,6 +1,6 @@
 """Record a finished run of recipes/mergetune_suite.yaml: assets/suite.json, and the tables and picture of docs/suite.md.
 
-python scripts/record_suite.py runs/mergetune_suite-XXXXXXXX
+python scripts/record_suite.py runs/mergetune_suite-HASH
 """
 
 from __future__ import annotations

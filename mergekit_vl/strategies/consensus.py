@@ -62,7 +62,7 @@ class Consensus:
         return trim_thresholds(self, models, run, chunk)
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [piece.delta(i) for i in range(len(piece.models.tuned))]
+        vectors = piece.deltas()
         merged = multi_task_vector(self, piece, vectors, facts)
         users = np.zeros(piece.size, np.int32)
         for i, vector in enumerate(vectors):

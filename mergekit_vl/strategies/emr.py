@@ -60,7 +60,7 @@ class Emr:
             return None
 
         def both(piece: Piece) -> list[Array]:
-            vectors = [piece.delta(i) for i in range(len(models.tuned))]
+            vectors = piece.deltas()
             return [vectors[t], masked(unified(vectors), vectors[t])]
 
         sums = absolute_sums(models, both, run, chunk)
@@ -70,7 +70,7 @@ class Emr:
         return t, float(own / ours) if ours else 1.0
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [piece.delta(i) for i in range(len(piece.models.tuned))]
+        vectors = piece.deltas()
         merged = unified(vectors)
         if facts is None:
             return add_to_base(piece, merged, 1.0)

@@ -49,8 +49,7 @@ class ModelStock:
     def survey(self, models: Models, run: Run, chunk: int) -> Any:
         if self.along == "row":
             return None
-        n = len(models.tuned)
-        grams = products(models, lambda piece: [piece.delta(i) for i in range(n)], run, chunk)
+        grams = products(models, Piece.deltas, run, chunk)
         return {name: float(ratio(gram)) for name, gram in grams.items()}
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
@@ -58,7 +57,7 @@ class ModelStock:
         if self.along == "tensor":
             t = facts[piece.tensor.name]
             return weighted_sum(piece.members(), (1 - t, *(t / n,) * n))
-        deltas = np.array([piece.delta(i) for i in range(n)], np.float64).reshape(n, -1, piece.tensor.row)
+        deltas = np.array(piece.deltas(), np.float64).reshape(n, -1, piece.tensor.row)
         rows = ratio(np.einsum("irk,jrk->ijr", deltas, deltas))[:, None]
         merged = (rows * deltas.mean(0)).reshape(-1) + piece.base
         return merged.astype(piece.tensor.wide, copy=False)

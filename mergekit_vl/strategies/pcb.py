@@ -72,7 +72,7 @@ class Pcb:
 
         def balance(piece: Piece, i: int) -> Array:
             if getattr(last, "piece", None) is not piece:
-                last.piece, last.balances = piece, self._balances(deltas(piece), clips)
+                last.piece, last.balances = piece, self._balances(piece.deltas(), clips)
             return last.balances[i]
 
         dropped = int((1 - self.density) * size)
@@ -82,7 +82,7 @@ class Pcb:
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
         clips, bounds = facts
-        vectors = deltas(piece)
+        vectors = piece.deltas()
         shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
         clipped = (sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
         merged = weighted_sum(clipped, piece.weights(self.weights))
@@ -100,10 +100,6 @@ class Pcb:
             signed = [sign(vector) * x for vector, x in zip(vectors, places)]
             inter = [sum(np.tanh(x * y) for y in signed) for x in signed]
         return [np.exp(n * (x * x - 1)) * y for x, y in zip(places, inter)]
-
-
-def deltas(piece: Piece) -> list[Array]:
-    return [piece.delta(i) for i in range(len(piece.models.tuned))]
 
 
 def place(values: Array, low: float, high: float) -> Array:

@@ -72,21 +72,23 @@ class Sce:
             if self.share_of == "all":
                 return [tensor.size - max(1, int(share * tensor.size))] if tensor.size else []
             varying = sum(
-                np.count_nonzero(variance(deltas(piece))) for piece in models.pieces("elementwise", chunk, tensor)
+                np.count_nonzero(variance(piece.deltas())) for piece in models.pieces("elementwise", chunk, tensor)
             )
             kept = int(share * varying)
             return [tensor.size - kept] if kept else []
 
         thresholds = dict.fromkeys((t.name for t in models.tensors), 0.0)
         if self.density != 1:
-            found = tensor_ranks(models, lambda piece, _: variance(deltas(piece)), positions, run, chunk, ("variance",))
+            found = tensor_ranks(
+                models, lambda piece, _: variance(piece.deltas()), positions, run, chunk, ("variance",)
+            )
             for tensor in models.tensors:
                 if value_at(self.density, tensor.name, tensor.depth) < 1:
                     (ranks,) = found[tensor.name]
                     thresholds[tensor.name] = ranks[0] if ranks else np.inf
 
         def squares(piece: Piece) -> list[Array]:
-            vectors = selected(deltas(piece), thresholds[piece.tensor.name])
+            vectors = selected(piece.deltas(), thresholds[piece.tensor.name])
             return [np.square(vector, dtype=np.float64) for vector in vectors]
 
         sums = absolute_sums(models, squares, run, chunk)
@@ -101,15 +103,11 @@ class Sce:
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
         threshold, coefficients = facts[piece.tensor.name]
-        vectors = deltas(piece)
+        vectors = piece.deltas()
         if self.merged == "selected":
             vectors = selected(vectors, threshold)
         merged = agreeing(vectors, coefficients, elect="raw", mean=self.mean)
         return add_to_base(piece, merged, piece.at(self.scale))
-
-
-def deltas(piece: Piece) -> list[Array]:
-    return [piece.delta(i) for i in range(len(piece.models.tuned))]
 
 
 def variance(vectors: list[Array]) -> Array:

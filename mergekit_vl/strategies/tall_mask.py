@@ -58,7 +58,7 @@ class TallMask:
         return trim_thresholds(self, models, run, chunk)
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [piece.delta(i) for i in range(len(piece.models.tuned))]
+        vectors = piece.deltas()
         merged = multi_task_vector(self, piece, vectors, facts)
         t = chosen_task(WHERE, self.task, piece.models)
         if t is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from mergekit_vl.dtypes import NAMES, float_code, narrowest, too_large
 from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from mergekit_vl.checkpoints import Checkpoint
@@ -43,7 +45,9 @@ def load_into(module: nn.Module, given: Mapping[str, Tensor], *, where: str, men
     given = without_made(module, given)
     check_fits(module.state_dict(), given, where=where, mend=mend)
     check_finite(given, where=where, mend="use an undamaged checkpoint")
-    module.load_state_dict(dict(given), strict=True)
+    own = module.state_dict()
+    given = {name: cast(tensor, own[name].dtype, name=name, where=where) for name, tensor in given.items()}
+    module.load_state_dict(given, strict=True)
 
 
 def without_made(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,6 +73,21 @@ def check_fits(
             where=where,
             mend=mend,
         )
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str) -> Tensor:
+    """A tensor in another dtype; raises UserError where finite values become infinite."""
+    made = tensor.to(dtype)
+    if tensor.is_floating_point() and dtype.itemsize <= tensor.dtype.itemsize and dtype != tensor.dtype:
+        lost = tensor[tensor.isfinite() & ~made.isfinite()].double()
+        if len(lost):
+            largest = float(lost[lost.abs().argmax()])
+            raise UserError(
+                too_large(name, float_code(str(dtype)), len(lost), largest),
+                where=where,
+                mend=f"{NAMES[narrowest(largest)]} would hold all: use smaller weights",
+            )
+    return made
 
 
 def check_finite(given: Mapping[str, Tensor], *, where: str, mend: str) -> None:

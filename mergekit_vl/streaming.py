@@ -15,7 +15,7 @@ import numpy as np
 from mergekit_vl import rebasin
 from mergekit_vl.checkpoints import CONFIGS, Checkpoint
 from mergekit_vl.closed_form import apply, one_blas_thread, workers
-from mergekit_vl.dtypes import FLOATS, STORED, Array, narrow
+from mergekit_vl.dtypes import FLOATS, STORED, Array, Narrowing
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import reuse_freed_memory, threads_available
 from mergekit_vl.merge_memory import chunk_for
@@ -101,24 +101,23 @@ def _fill(
     progress: Callable[[int], None],
 ) -> None:
     """Every tensor of the output, in pieces, to `write(name, start, stored)`."""
-    codes = {slot.name: slot.code for slot in opened.slots}
+    codes, narrowing = {slot.name: slot.code for slot in opened.slots}, Narrowing()
     for name in opened.copied:
-        _copy(opened, name, codes[name], write, chunk, warn)
+        _copy(opened, name, codes[name], narrowing, write, chunk, warn)
 
     def put(piece: Piece, merged: Array) -> None:
         name = piece.tensor.name
-        stored = narrow(merged, codes[name])
-        if codes[name] == "F16" and not np.isfinite(stored).all():
-            raise UserError(f"{name} has values too large for float16", mend="use --dtype bfloat16")
-        write(name, piece.start, stored)
+        write(name, piece.start, narrowing(name, merged, codes[name]))
 
     apply(opened.plan.method, opened.models, put, workers(threads, progress), chunk)
+    narrowing.check("use --dtype {dtype}")
 
 
 def _copy(
     opened: Opened,
     name: str,
     code: str,
+    narrowing: Narrowing,
     write: Callable[[str, int, Array], None],
     chunk: int,
     warn: Callable[[str], None],
@@ -134,7 +133,7 @@ def _copy(
         values = reference.raw(name, start, stop)
         differing |= {c.label for c in others if not np.array_equal(c.raw(name, start, stop), values)}
         if code != stored.code:
-            values = narrow(reference.read(name, start, stop, np.dtype(np.float64)), code)
+            values = narrowing(name, reference.read(name, start, stop, np.dtype(np.float64)), code)
         write(name, start, values)
     if differing:
         warn(

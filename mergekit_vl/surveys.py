@@ -106,7 +106,11 @@ class _Select:
     def locate(self, where: str) -> None:
         """After the first pass: the bin of each position, and the position within it."""
         if self.high[INFINITE:].any():
-            raise Failed("has values that are not finite", where=where, mend="it was damaged while training")
+            raise Failed(
+                "has values that are not finite in float32, in which they are ranked",
+                where=where,
+                mend="use an undamaged model",
+            )
         edges = np.cumsum(self.high)
         for position in self.positions:
             bin_ = int(np.searchsorted(edges, position, side="right"))

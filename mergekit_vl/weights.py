@@ -10,7 +10,7 @@ import numpy as np
 
 from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply, workers
 from mergekit_vl.coefficients import depths
-from mergekit_vl.dtypes import Array, narrow
+from mergekit_vl.dtypes import Array, Narrowing
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import threads_available
 from mergekit_vl.pieces import CHUNK, Arrays, Models, Piece, Tensor
@@ -59,15 +59,18 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     )
     out = {name: (np.empty(array.shape, array.dtype), code) for name, (array, code) in models[0].items()}
 
+    narrowing = Narrowing()
+
     def write(piece: Piece, merged: Array) -> None:
         array, code = out[piece.tensor.name]
-        array.reshape(-1)[piece.start : piece.stop] = narrow(merged, code)
+        array.reshape(-1)[piece.start : piece.stop] = narrowing(piece.tensor.name, merged, code)
 
     labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
     sources = [Arrays(m) for m in models]
     given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
     alone = inputs.device != "cpu" or not hasattr(method, "svds")  # small pieces are not worth a team of threads
     apply(method, given, write, SERIAL if alone else workers(min(MATRICES, threads_available())), CHUNK)
+    narrowing.check("use smaller weights, or models in {dtype}")
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged, inputs)
 

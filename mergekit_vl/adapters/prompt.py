@@ -119,8 +119,10 @@ class Prompt:
         Dassl's files do not tell the words that the context started from: `init`, or else "a photo of a" where the context is as
         long as that. Raises UserError for a file that is missing, cut short, of another kind or not finite.
         """
+        import torch
+
         from mergekit_vl.checkpoints import open_checkpoint
-        from mergekit_vl.loading import check_finite, tensors
+        from mergekit_vl.loading import cast, check_finite, tensors
 
         if not path.is_file():
             raise UserError("no such checkpoint", where=str(path), mend=FILES)
@@ -131,10 +133,13 @@ class Prompt:
             what = f"this is not a prompt: it holds {', '.join([*more, *checkpoint.tensors][:3])}"
             raise UserError(what, where=str(path), mend=FILES)
         names = [name for name in ("ctx", "token_prefix") if name in checkpoint.tensors]
-        found = {name: tensor.float().to(device) for name, tensor in tensors(checkpoint, names).items()}
+        given = tensors(checkpoint, names)
         checkpoint.close()
+        check_finite(given, where=str(path), mend="tune again with a lower learning rate")
+        found = {
+            name: cast(tensor, torch.float32, name=name, where=str(path)).to(device) for name, tensor in given.items()
+        }
         ctx = found["ctx"]
-        check_finite({"ctx": ctx}, where=str(path), mend="tune again with a lower learning rate")
         if not meta and ctx.ndim != 2:
             raise UserError(
                 f"one context per class, {list(ctx.shape)}, and the file does not tell which classes",

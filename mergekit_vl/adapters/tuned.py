@@ -13,7 +13,7 @@ from mergekit_vl.adapters.prompt import DASSL_KEYS, Prompt
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
-from mergekit_vl.loading import check_finite, check_fits, read, without_made
+from mergekit_vl.loading import cast, check_finite, check_fits, read, without_made
 from mergekit_vl.model import Single
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def with_start(model: Single, inputs: MergeInputs) -> Single:
 
 
 def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> Tower:
+    import torch
+
     own = backbone.model.state_dict()
     given, classifier = backbone.read(state)
     given = without_made(backbone.model, given)
@@ -75,10 +77,15 @@ def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> 
     mend = "give weights that were tuned from the recipe's backbone"
     check_fits(needed, given, where=where, mend=mend, than=f" than {backbone.spec}")
     check_finite(state, where=where, mend="use an undamaged checkpoint")  # the classifier's too
-    weights = {name: tensor.to(own[name]) for name, tensor in given.items()}
+    weights = {
+        name: cast(tensor, own[name].dtype, name=name, where=where).to(own[name]) for name, tensor in given.items()
+    }
     head = None
     if classifier is not None:
-        weight, bias = (t.float().to(backbone.device) for t in (classifier.weight, classifier.bias))
+        weight, bias = (
+            cast(tensor, torch.float32, name=f"classifier.{name}", where=where).to(backbone.device)
+            for name, tensor in (("weight", classifier.weight), ("bias", classifier.bias))
+        )
         head = LinearHead(weight, bias, (), normalise=False)
     elif backbone.text is None:
         raise UserError("no classifier is in it", where=where, mend="give a timm checkpoint with its classifier")

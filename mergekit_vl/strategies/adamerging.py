@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_vl import information
 from mergekit_vl.adapters import stored
 from mergekit_vl.errors import UserError
+from mergekit_vl.loading import check_finite
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
@@ -82,6 +83,7 @@ class AdaMerging:
         vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
         lambdas = self._learn(base, vectors, predict, [len(images) for _, images in tasks], inputs)
         merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
+        check_finite(merged, where=WHERE, mend=f"lower lr (now {self.lr})")
         model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
         if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
             return model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_vl import information
 from mergekit_vl.errors import UserError
+from mergekit_vl.loading import cast, check_finite
 from mergekit_vl.model import Model
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
@@ -75,7 +76,9 @@ class Fisher:
             fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
         for model, task in zip(tuned, inputs.data, strict=True):
             fishers.append(information.of_model(model, task, inputs, self.images))
-        return as_model(zero_shot, self.average([m.adapter.tensors for m in models], fishers, weights), inputs)
+        merged = self.average([m.adapter.tensors for m in models], fishers, weights)
+        check_finite(merged, where=WHERE, mend="use smaller weights")
+        return as_model(zero_shot, merged, inputs)
 
     def average(self, thetas: list[Tensors], fishers: list[Tensors], weights: tuple[float, ...]) -> dict[str, Tensor]:
         """Of tensors and their information by name."""
@@ -97,5 +100,6 @@ class Fisher:
             ones = torch.ones_like(like, dtype=torch.float64)
             shares = [w * (f[name].double().clamp_min(least) if name in f else ones) for w, f in zip(weights, fishers)]
             top = sum(share * theta[name].double() for share, theta in zip(shares, thetas))
-            merged[name] = (top / sum(shares)).to(like)  # type: ignore[operator]
+            mean = top / sum(shares)  # type: ignore[operator]
+            merged[name] = cast(mean, like.dtype, name=name, where=WHERE).to(like)
         return merged

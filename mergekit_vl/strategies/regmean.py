@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_vl.adapters.tower import HEAD
 from mergekit_vl.errors import UserError
 from mergekit_vl.information import some
+from mergekit_vl.loading import check_finite
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategy import MergeInputs
@@ -79,6 +80,7 @@ class RegMean:
         for name, total in sums.items():
             move = solve(total, moves[name])  # [in, out]
             merged[name] += (move if transposed[name] else move.T).reshape(merged[name].shape).to(merged[name])
+        check_finite(merged, where=WHERE, mend="use smaller weights")
         return as_model(zero_shot, merged, inputs)
 
     def _of_head(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:

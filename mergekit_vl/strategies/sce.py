@@ -111,7 +111,7 @@ class Sce:
 
 
 def variance(vectors: list[Array]) -> Array:
-    """The variance of each element over the models; 0 for what is not finite, which the merge itself reports."""
+    """The variance of each element over the models: float32's largest for a larger one, 0 for NaN, which the merge itself reports."""
     n = vectors[0].dtype.type(len(vectors))
     apart = [vector - vectors[0] for vector in vectors[1:]]  # equal vectors have no variance, to the bit
     mean = sum(apart) / n
@@ -120,7 +120,7 @@ def variance(vectors: list[Array]) -> Array:
         vector -= mean
         squares += np.square(vector, out=vector)
     squares /= n
-    return np.nan_to_num(magnitude(squares), copy=False, nan=0.0, posinf=0.0)
+    return np.nan_to_num(magnitude(squares), copy=False, nan=0.0)
 
 
 def selected(vectors: list[Array], threshold: float) -> list[Array]:

@@ -27,15 +27,15 @@ LAMBDA, BETA = 8.0, 0.5
 
 def literal_step(model, tokenizer, ctx, ctx2, names, images, labels):
     """The released step, in its own order of work."""
-    ids = tokenizer([f"x x x x {name}." for name in names])
-    zero_shot_ids = tokenizer([f"a photo of a {name}." for name in names])
+    ids = tokenizer([f"x x x x {name}." for name in names]).to(ctx.device)
+    zero_shot_ids = tokenizer([f"a photo of a {name}." for name in names]).to(ctx.device)
 
     def text(context, ids):
         x = model.token_embedding(ids)
         if context is not None:
             x = torch.cat([x[:, :1], context.expand(len(ids), -1, -1), x[:, 1 + len(context) :]], 1)
         x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-        return model.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)] @ model.text_projection
+        return model.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)] @ model.text_projection
 
     def logits(features):
         image = F.normalize(model.encode_image(images), dim=-1)

@@ -187,10 +187,9 @@ def has_novel_classes(task: Task) -> bool:
 def prepare(experiment: Experiment, *, device: str, progress: Progress, warn: Callable[[str], None]) -> Ready:
     """Load what an experiment names; a class name that is nothing to the tokenizer, or a damaged file, ends it here."""
     progress(0, 0, "loading torch and the backbone")
-    import torch
+    from mergekit_vl.reproducible import make_reproducible
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode
+    make_reproducible(device)
     backbone = experiment.backbone.build(device)
     for note in backbone.notes:
         warn(note)

@@ -1,5 +1,18 @@
-"""No test reaches for the network: the hub's clients read this when they are imported."""
+"""No test reaches for the network: the hub's clients read this when they are imported. Tests marked `gpu` need one."""
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -50,8 +49,8 @@ from mergekit_vl.weights import merge_adapters
 
 DRAWN = [1717815503, 684245806, 2316997498]  # Philox 4x64 keyed by SHA-256 of [7, "w", 1]
 
-DEVICES = ["cpu", "cpu:0", *(["cuda"] if torch.cuda.is_available() else [])]
-"""numpy; torch, as on a GPU; a GPU."""
+DEVICES = ["cpu", "cpu:0"]
+"""numpy; torch, as on a GPU, whose own tests are in test_gpu.py."""
 
 
 def models(*tuned, base=None, seed=0):

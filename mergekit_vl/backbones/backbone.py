@@ -75,6 +75,10 @@ class Backbone:
         text = _hash(self.text, f"{image} {float(self.scale)!r}", self.spec) if self.text is not None else image
         object.__setattr__(self, "_digest", text)
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the image tower computes in its precision."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
+
     @property
     def model(self) -> nn.Module:
         """The library's own model: open_clip's or timm's."""
@@ -154,10 +158,11 @@ class Backbone:
     def _encode_image(self, images: Tensor, size: int) -> Tensor:
         out = []
         for block in images.split(size):
-            padded = torch.zeros(size, *block.shape[1:])
-            padded[: len(block)] = block
-            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16"):
-                features = self.image(padded.to(self.device))
+            padded = block.to(self.device)
+            if len(block) < size:
+                padded = torch.cat([padded, padded.new_zeros(size - len(block), *block.shape[1:])])
+            with self.autocast():
+                features = self.image(padded)
             features = features[0] if isinstance(features, tuple) else features
             out.append(features.float()[: len(block)])
         return torch.cat(out)

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
@@ -49,6 +49,9 @@ class Clip:
         None, "folder with config.json of the text tower, where the architecture takes one from the hub"
     )
     batch: int = option(128, "images encoded at once")
+    precision: Literal["float32", "bfloat16"] | None = option(
+        None, "arithmetic of the image tower; none: bfloat16 on a GPU, float32 elsewhere"
+    )
 
     def build(self, device: str) -> Backbone:
         from mergekit_vl import loading
@@ -84,6 +87,7 @@ class Clip:
             device=device,
             notes=notes,
             block=self.batch,
+            precision=self.precision,
         )
 
     def _source(self, where: str) -> _Source:
@@ -281,6 +285,7 @@ def backbone_of(
     notes: tuple[str, ...] = (),
     warn: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda names: (),
     block: int = 128,
+    precision: Literal["float32", "bfloat16"] | None = None,
 ) -> Backbone:
     """A Backbone of a model of open_clip's classes; `config` is its model_cfg, `preprocess` what departs from CLIP's own."""
     import open_clip
@@ -311,4 +316,5 @@ def backbone_of(
         warn=warn,
         notes=notes,
         block=block,
+        precision=precision,
     )

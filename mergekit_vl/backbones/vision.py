@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
@@ -34,6 +34,9 @@ class Vision:
         None, "tag, or a local checkpoint or folder; none: the tag in arch, else random weights"
     )
     batch: int = option(128, "images encoded at once")
+    precision: Literal["float32", "bfloat16"] | None = option(
+        None, "arithmetic of the image tower; none: bfloat16 on a GPU, float32 elsewhere"
+    )
 
     base = "class means"
     """What stands in the place of zero-shot."""
@@ -69,6 +72,7 @@ class Vision:
             device=device,
             classifier=classifier,
             block=self.batch,
+            precision=self.precision,
         )
 
     def _model(self, where: str) -> nn.Module:

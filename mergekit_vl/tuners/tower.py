@@ -97,7 +97,7 @@ def fit_tower(
             last = number + 1 == batches
             inside = batches - number // schedule.accumulate * schedule.accumulate  # of this step and after it
             try:
-                with torch.autocast("cuda", torch.bfloat16, enabled=backbone.device.startswith("cuda")):
+                with backbone.autocast():
                     for term in losses(
                         forward, forward.weights, images.to(backbone.device), labels.to(backbone.device)
                     ):

@@ -1,0 +1,20 @@
+"""What torch is told so that a run gives the same bytes again, and a GPU the numbers of a CPU to float32."""
+
+from __future__ import annotations
+
+import os
+
+
+def make_reproducible(device: str) -> None:
+    """For the whole process; to be called before the device is first used.
+
+    float32 means float32: cuDNN would otherwise take TF32 (10 bits of mantissa) for convolutions, the patch embedding among them.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find faults, and costs a pass each time
+    torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode

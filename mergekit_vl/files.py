@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from mergekit_vl.errors import UserError
 
 PARTIAL = ".partial"
 """How the name of a file ends whose writing a kill cut short."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux' renameat2: paths are relative to the working folder; the two names change places."""
 
 
 def slug(label: str) -> str:
@@ -24,16 +28,16 @@ def slug(label: str) -> str:
 def write_bytes(path: Path, data: bytes, *, mend: str = "choose another --out, or mend its permissions") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        temporary = path.with_name(f".{path.name}{PARTIAL}")
+        descriptor = _alone(temporary)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+                os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(
@@ -43,9 +47,74 @@ def write_bytes(path: Path, data: bytes, *, mend: str = "choose another --out, o
         ) from None
 
 
+def _alone(temporary: Path) -> int:
+    """The temporary file, empty, for this writer alone: one name for all writers, so what a kill left is taken over by the next."""
+    while True:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        if is_named(descriptor, temporary):
+            os.ftruncate(descriptor, 0)
+            return descriptor
+        os.close(descriptor)  # another writer was done with it in between
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file still is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places in one step; False where the system or the file system has none."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not Linux
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def made_parents(path: Path, *, mend: str) -> Iterator[None]:
+    """Make the folders above `path`; those that are empty in the end go again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(path), mend=mend) from None
+    try:
+        yield
+    finally:
+        for folder in missing:
+            try:
+                folder.rmdir()
+            except OSError:
+                break

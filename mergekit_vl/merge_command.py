@@ -176,8 +176,10 @@ def verify(
     """Merge again from the recorded inputs and compare every byte; writes nothing."""
     from mergekit_vl import streaming
     from mergekit_vl.merge_plan import MergePlan
+    from mergekit_vl.output import restore
     from mergekit_vl.provenance import read_metadata
 
+    restore(folder)
     metadata, merged = read_metadata(folder)
     moved = dict(word.split("=", 1) for word in where or [] if "=" in word)
     cls = registry().find("strategies", metadata["strategy"], where=str(folder)).resolve()

@@ -1,13 +1,13 @@
 """A folder of safetensors that is complete or does not exist.
 
 Everything is written into a hidden folder beside the target: space for all tensors first (so a full disk is an error before the
-first byte), the tensors in any order, the header last, then fsync and one rename. Whatever fails takes the hidden folder with it.
-A process that is killed outright cannot; its folder is swept by the next merge into the same place.
+first byte), the tensors in any order, the header last, then fsync and one rename, in which an old folder changes places with the new
+one. Whatever fails takes the hidden folder with it. A process that is killed outright cannot; the next merge into the same place
+tidies up, under a lock that only one merge at a time can have.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,10 +20,15 @@ from pathlib import Path
 
 from mergekit_vl.dtypes import STORED, Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.files import exchange, made_parents, sync_folder
+from mergekit_vl.locks import locked
 
 METADATA_KEY = "mergekit_vl"
 SYNC_EVERY = 0.02
 """Seconds between one round of syncing and the next."""
+MERGING, REPLACED = "merging", "replaced"
+"""Hidden folders beside an output: one that is being written or removed, and a whole one that has given up its name to it."""
+MEND = "choose another -o"
 OURS = ("README.md", "open_clip_config.json", "config.json")
 
 
@@ -80,28 +85,21 @@ def header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
 
 
 class Output:
-    """A context: `write` from any thread, then `finish`; leaving it without `finish` removes everything."""
+    """Within `claimed`: `write` from any thread, then `finish`, or `discard`, which removes everything."""
 
     def __init__(
-        self, folder: Path, slots: Sequence[Slot], metadata: str, *, stem: str, shard_size: int | None, force: bool
+        self, folder: Path, slots: Sequence[Slot], metadata: str, *, stem: str, shard_size: int | None
     ) -> None:
         self.folder, self.stem = folder, stem
         self.files = shards(slots, shard_size)
         self.names = file_names(stem, len(self.files))
         self._metadata_size = len(metadata.encode())
-        check_target(folder, force=force)
         needed = sum(slot.bytes for slot in slots)
+        self.hidden = _beside(folder, MERGING)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
-            self.hidden = folder.parent / f".{folder.name}.merging-{os.getpid()}"
             self.hidden.mkdir()
-            self._lock = os.open(self.hidden, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(
-                f"cannot be written: {error.strerror}", where=str(folder), mend="choose another -o"
-            ) from None
+            raise UserError(f"cannot be written: {error.strerror}", where=str(folder), mend=MEND) from None
         self._places: dict[str, tuple[int, int, Slot]] = {}
         self._descriptors: list[int] = []
         try:
@@ -178,28 +176,18 @@ class Output:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             texts = {**texts, f"{self.stem}.safetensors.index.json": json.dumps(index, indent=2) + "\n"}
         for name, text in texts.items():
-            (self.hidden / name).write_text(text, encoding="utf-8")
+            with open(self.hidden / name, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         for descriptor in self._descriptors:
             os.fsync(descriptor)
         self._close()
-        old = None
-        if self.folder.exists():
-            old = self.folder.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
-            os.rename(self.folder, old)
-        try:
-            os.rename(self.hidden, self.folder)
-        except BaseException:
-            if old is not None:
-                os.rename(old, self.folder)
-            raise
-        os.fsync(self._lock)
-        os.close(self._lock)
-        if old is not None:
-            shutil.rmtree(old)
+        sync_folder(self.hidden)
+        _put_in_place(self.hidden, self.folder)
 
     def discard(self) -> None:
         self._close()
-        os.close(self._lock)
         shutil.rmtree(self.hidden, ignore_errors=True)
 
     def _close(self) -> None:
@@ -230,17 +218,48 @@ def check_target(folder: Path, *, force: bool) -> None:
         raise UserError("exists", where=str(folder), mend="--force replaces it")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed merges into this place left: folders that no living process has locked."""
-    for left in folder.parent.glob(f".{folder.name}.merging-*"):
+@contextmanager
+def claimed(folder: Path, *, force: bool) -> Iterator[None]:
+    """Hold the place of an output, put right first what killed merges left there; raises UserError unless it may be written."""
+    check_target(folder, force=True)
+    with made_parents(folder, mend=MEND), locked(_beside(folder, "lock"), where=folder, mend=MEND):
+        _recover(folder)
+        check_target(folder, force=force)
+        yield
+
+
+def restore(folder: Path) -> None:
+    """Bring back an output that a kill between two renames left under a hidden name."""
+    if not folder.exists() and _beside(folder, REPLACED).is_dir():
+        with locked(_beside(folder, "lock"), where=folder, mend=MEND):
+            _recover(folder)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _put_in_place(hidden: Path, folder: Path) -> None:
+    """Give a whole hidden folder its name, in one step where the system has one; else `_recover` ends what a kill interrupts."""
+    if folder.exists() and not exchange(hidden, folder):
+        old = _beside(folder, REPLACED)
+        os.rename(folder, old)
         try:
-            descriptor = os.open(left, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(descriptor)
+            os.rename(hidden, folder)
+        except BaseException:
+            os.rename(old, folder)
+            raise
+        os.rename(old, hidden)
+    elif not folder.exists():
+        os.rename(hidden, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(hidden, ignore_errors=True)  # what was there before
+
+
+def _recover(folder: Path) -> None:
+    """Tidy up after a killed merge. The old output lies apart only while the new one is whole."""
+    hidden, old = _beside(folder, MERGING), _beside(folder, REPLACED)
+    if old.exists() and not folder.exists():
+        os.rename(hidden if hidden.exists() else old, folder)
+    for left in (hidden, old):
+        shutil.rmtree(left, ignore_errors=True)

@@ -20,7 +20,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.memory import reuse_freed_memory, threads_available
 from mergekit_vl.merge_memory import chunk_for
 from mergekit_vl.merge_plan import MergePlan, Opened, open_plan, surprises
-from mergekit_vl.output import Output, check_target
+from mergekit_vl.output import Output, claimed
 from mergekit_vl.pieces import Piece, Source
 from mergekit_vl.provenance import NO_HASH, canonical, describe, model_card
 
@@ -58,38 +58,51 @@ def merge(
     chunk: int | None = None,
 ) -> dict[str, Any]:
     """Merge into the folder `out` and return the metadata that is written with it; on any failure `out` is as it was before."""
-    check_target(out, force=force)
-    reuse_freed_memory()
-    opened = open_plan(plan)
-    for note in surprises(opened):
-        warn(note)
-    try:
-        _check_not_an_input(opened, out)
-        threads = threads or threads_available()
-        chunk = chunk or chunk_for(opened, threads, max_ram)
-        for note in opened.symmetries.notes if opened.symmetries else ():
-            tell(f"rebasin: {note}")
-        align(opened, tell)
-        texts, stem = _companions(opened)
-        blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
-        output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size, force=force)
+    with claimed(out, force=force):
+        reuse_freed_memory()
+        opened = open_plan(plan)
         try:
-            with output.syncing():
-                _fill(opened, output.write, threads, chunk, warn, progress)
-                metadata = describe(opened, _hashes(opened, threads))
-            texts["README.md"] = model_card(opened, metadata)
-            output.finish(canonical(metadata), texts)
-        except OSError as error:
-            output.discard()
-            raise UserError(
-                f"cannot be written: {error.strerror}", where=str(out), mend="make room, or choose another -o"
-            ) from None
-        except BaseException:
-            output.discard()
-            raise
-        return metadata
-    finally:
-        opened.close()
+            _check_not_an_input(opened, out)
+            for note in surprises(opened):
+                warn(note)
+            threads = threads or threads_available()
+            chunk = chunk or chunk_for(opened, threads, max_ram)
+            for note in opened.symmetries.notes if opened.symmetries else ():
+                tell(f"rebasin: {note}")
+            align(opened, tell)
+            return _written(opened, out, threads, chunk, shard_size, warn, progress)
+        finally:
+            opened.close()
+
+
+def _written(
+    opened: Opened,
+    out: Path,
+    threads: int,
+    chunk: int,
+    shard_size: int | None,
+    warn: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Write the output and return its metadata."""
+    texts, stem = _companions(opened)
+    blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
+    output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size)
+    try:
+        with output.syncing():
+            _fill(opened, output.write, threads, chunk, warn, progress)
+            metadata = describe(opened, _hashes(opened, threads))
+        texts["README.md"] = model_card(opened, metadata)
+        output.finish(canonical(metadata), texts)
+    except OSError as error:
+        output.discard()
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(out), mend="make room, or choose another -o"
+        ) from None
+    except BaseException:
+        output.discard()
+        raise
+    return metadata
 
 
 def _fill(

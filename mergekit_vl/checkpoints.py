@@ -20,6 +20,7 @@ import numpy as np
 
 from mergekit_vl.dtypes import FLOATS, STORED, Array, check_supported, widen
 from mergekit_vl.errors import UserError
+from mergekit_vl.reading import check_regular, user_path
 
 INDEX_FILES = ("model.safetensors.index.json", "open_clip_model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = (
@@ -167,11 +168,11 @@ def open_checkpoint(given: str, label: str = "") -> Checkpoint:
     """Read the headers of a file, a folder, an index, an `hf-hub:` name or an `open_clip:ARCH/TAG`."""
     if given.startswith(("hf-hub:", "open_clip:")):
         return _from_open_clip(given, label or given.split(":", 1)[1].replace("/", "-"))
-    path = Path(given).expanduser()
+    path = user_path(given)
     label = label or label_of(given)
     if path.is_dir():
         return _open_folder(path, label)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             "no such model", where=given, mend="give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG"
         )
@@ -205,8 +206,9 @@ def _open_folder(path: Path, label: str) -> Checkpoint:
 def _open_file(path: Path, label: str) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _open_index(path, label)
+    size = check_regular(path)
     with open(path, "rb") as file:
-        start = file.read(16)
+        start = file.read(min(size, 16))
     if (
         start[:2] == b"PK"
         or (  # what it is before what it is called: Dassl writes model.pth.tar-50

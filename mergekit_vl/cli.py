@@ -202,6 +202,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
     classes: Annotated[str | None, typer.Option(help="dog,cat,... or a file of lines; default the run's own")] = None,
     top: Annotated[int, typer.Option(min=1, help="answers an image")] = 3,
+    max_megapixels: Annotated[
+        float | None, typer.Option(help="images with more million pixels are refused; default 64")
+    ] = None,
     row: use_commands.Row = None,
     checkpoint: use_commands.CheckpointOption = None,
     device: use_commands.Device = "auto",
@@ -211,7 +214,7 @@ def predict(
     with TerminalProgress(not as_json) as progress:
         found = use_commands.predict_images(
             model, images, registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
-            device=device_of(device), progress=progress,
+            device=device_of(device), progress=progress, max_megapixels=max_megapixels,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found))

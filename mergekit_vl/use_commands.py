@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl import options
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError, shown, unknown
+from mergekit_vl.reading import read_text, user_path
 from mergekit_vl.recipe import set_option
 
 if TYPE_CHECKING:
@@ -97,21 +99,25 @@ def predict_images(
     checkpoint: Path | None,
     device: str,
     progress: Progress,
+    max_megapixels: float | None = None,
 ) -> list[dict[str, Any]]:
     """The `top` classes of each image with their probabilities."""
     import torch
 
+    from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
     from mergekit_vl.features import prefetched, test_view
     from mergekit_vl.model import image_paths
     from mergekit_vl.runs import open_model
 
+    megapixels = MOST_MEGAPIXELS if max_megapixels is None else max_megapixels
+    check_megapixels(megapixels)
     files = _files(images)
     progress(0, 0, "loading the model")
     used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint)
     known = _classes(used, classes)
     head = used.model.bind(known)
     out: list[dict[str, Any]] = []
-    load = _loader(files)
+    load = _loader(files, megapixels)
     paths = image_paths(used.model, known)
     size = min(len(files), *(path.backbone.block for path in paths))
     features: dict[str, list[Any]] = {}
@@ -125,7 +131,7 @@ def predict_images(
     for file, row_ in zip(files, probabilities):
         best = row_.topk(min(top, len(known.names)))
         answers = [{"class": known.names[i], "p": p} for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        out.append({"image": str(file), "classes": answers})
+        out.append({"image": shown(str(file)), "classes": answers})
     return out
 
 
@@ -138,8 +144,7 @@ def _classes(used: Used, given: str | None) -> Classes:
                 "no class names", where="command line", mend="name them: --classes dog,cat or a file of lines"
             )
         return used.classes
-    path = Path(given).expanduser()
-    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
+    names = read_text(user_path(given)).splitlines() if os.path.exists(os.path.expanduser(given)) else given.split(",")
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"class names {given!r}", where="--classes", mend="at least two, each once")
@@ -152,11 +157,10 @@ def _files(given: Sequence[Path]) -> list[Path]:
     kinds = readable_suffixes()
     files: list[Path] = []
     for path in given:
-        path = path.expanduser()
+        path = user_path(str(path))
         if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
-            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        elif path.is_file():
+            files += _below(path, kinds)
+        elif path.exists():
             files.append(path)
         else:
             raise UserError("no such image", where=str(path), mend="give image files or folders of them")
@@ -165,12 +169,29 @@ def _files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _loader(files: Sequence[Path]) -> Callable[[int], Any]:
+def _below(folder: Path, kinds: set[str]) -> list[Path]:
+    """The images in a folder and the folders below, none that is hidden or that a link leads to."""
+    from mergekit_vl.datasets.folder import entries_of
+
+    found, waiting = [], [folder]
+    while waiting:
+        here = waiting.pop()
+        for name, is_folder in entries_of(here):
+            if is_folder and not (here / name).is_symlink():
+                waiting.append(here / name)
+            elif not is_folder and Path(name).suffix.lower() in kinds:
+                found.append(here / name)
+    return sorted(found)
+
+
+def _loader(files: Sequence[Path], megapixels: float) -> Callable[[int], Any]:
     from mergekit_vl.datasets.folder import decode
 
     def load(i: int) -> Any:
         try:
-            return decode(files[i])
+            return decode(files[i], megapixels=megapixels)
+        except UserError:
+            raise
         except Exception as error:  # PIL's decoders raise nearly anything
             raise UserError(f"cannot be decoded: {error}", where=str(files[i]), mend="leave it out") from None
 

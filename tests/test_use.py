@@ -1,6 +1,7 @@
 """`eval` and `predict` on a backbone, on a checkpoint, and on a finished run."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -93,6 +94,8 @@ def test_predict_names_what_the_model_answers(run, monkeypatch, capsys, tmp_path
 def test_what_cannot_be_used(run, monkeypatch, capsys, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "ok.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "fifo.png")
+    many = ",".join(f"class {i}" for i in range(99))  # no file has so long a name
     for words, message in (
         (("eval", "nowhere"), "'nowhere' is no model"),
         (("eval", "micro", "--dataset", "folder", "path=["), "'path=[' cannot be applied: "),
@@ -102,6 +105,13 @@ def test_what_cannot_be_used(run, monkeypatch, capsys, tmp_path):
         (("predict", "micro", tmp_path / "ok.png"), "no class names (name them: --classes"),
         (("predict", "micro", tmp_path / "gone.png", "--classes", "a,b"), "gone.png: no such image"),
         (("predict", "micro", tmp_path / "bad.png", "--classes", "a,b"), "bad.png: cannot be decoded"),
+        (("predict", "micro", tmp_path / "fifo.png", "--classes", many), "fifo.png: is a FIFO (give a regular file)"),
+        (("predict", "micro", "/dev/zero", "--classes", many), "/dev/zero: is a device (give a regular file)"),
+        (("predict", "micro", tmp_path / "ok.png", "--classes", "/dev/zero"), "/dev/zero: is a device"),
+        (
+            ("predict", "micro", tmp_path / "ok.png", "--classes", "a,b", "--max-megapixels", 8e-5),
+            "more than 8e-05 mill",
+        ),
         (("predict", "micro", tmp_path / "ok.png", "--classes", "dog"), "class names 'dog' (at least two, each once)"),
     ):
         code, out, err = call(monkeypatch, capsys, *words)

@@ -19,17 +19,28 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mergekit_vl.data import Dataset, Progress, Split, silent
-from mergekit_vl.datasets.folder import FolderImages, _some
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.datasets.folder import (
+    MEGAPIXELS_HELP,
+    MOST_MEGAPIXELS,
+    FolderImages,
+    _some,
+    check_megapixels,
+    entries_of,
+)
+from mergekit_vl.errors import UserError, shown, unknown
 from mergekit_vl.options import option
+from mergekit_vl.reading import check_regular, check_utf8, read_regular, read_text, user_path
 
 Items = list[tuple[str, int, str]]
 """(path relative to the image folder, label, class name)."""
 PLAIN = "a photo of a {}."
+MOST_SPLIT = 32 * 2**20
+"""Bytes of a split file."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,21 @@ class CoOpLayout:
     dataset: str = option(help="the data set's folder: " + ", ".join(KNOWN))
     template: str | None = option(None, "the prompt around a class name; none: CoOp's for this data set")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
+    max_megapixels: float = option(MOST_MEGAPIXELS, MEGAPIXELS_HELP)
 
     named_by = "dataset"
     """The option that tells one dataset of this kind from another."""
 
     def load(self, progress: Progress = silent) -> Dataset:
         """The dataset; raises UserError for a wrong root, a missing split file or missing images."""
-        root = Path(self.root).expanduser()
+        check_megapixels(self.max_megapixels)
+        root = user_path(self.root)
+        _check_inside(self.dataset, where="dataset.dataset")
         folder = root / self.dataset
         if not root.is_dir():
             raise UserError("no such folder", where=str(root), mend="give CoOp's $DATA folder as dataset.root")
         if not folder.is_dir():
-            there = [name for name in os.listdir(root) if (root / name).is_dir()]
+            there = [name for name, is_folder in entries_of(root) if is_folder]
             if self.dataset not in KNOWN:
                 raise unknown("data set", self.dataset, {*KNOWN, *there}, where=str(root))
             raise UserError(
@@ -90,7 +104,7 @@ class CoOpLayout:
         if self.dataset not in KNOWN:
             images = _image_folder(folder, parts)
         names = _names(parts, folder)
-        source = _source(images, parts)
+        source = _source(images, parts, self.max_megapixels)
         row = {file: i for i, file in enumerate(source.files)}
         splits = {
             part: Split(source, np.array([row[i[0]] for i in items]), np.array([i[1] for i in items], dtype=np.int64))
@@ -106,17 +120,42 @@ def _split_zhou(folder: Path) -> dict[str, Items]:
         what = "no split_zhou_*.json" if not files else f"{len(files)} split files: {', '.join(f.name for f in files)}"
         mend = "keep one" if files else "put CoOp's split file there (its DATASETS.md links to it)"
         raise UserError(what, where=str(folder), mend=mend)
+    where = str(files[0])
     try:
-        content = json.loads(files[0].read_text(encoding="utf-8"))
-        return {part: [(str(p), int(label), str(name)) for p, label, name in content[part]] for part in PARTS}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        content = json.loads(read_regular(files[0], most=MOST_SPLIT))
+        parts = {part: [tuple(item) for item in content[part]] for part in PARTS}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"not a split file: {error!r}", where=where, mend=FORM) from None
+    most = sum(map(len, parts.values()))
+    return {part: [_item(item, most, f"{where}: {part}.{i}") for i, item in enumerate(parts[part])] for part in PARTS}
+
+
+def _item(given: tuple[Any, ...], most: int, where: str) -> tuple[str, int, str]:
+    """An entry of a split of `most` entries: labels count from 0 without gaps, so there are no more of them."""
+    if len(given) != 3 or type(given[0]) is not str or type(given[2]) not in (str, int):
+        raise UserError(f"{given!r} is no entry", where=where, mend=FORM)
+    file, label, name = given
+    if type(label) is not int or not 0 <= label < most:
+        raise UserError(f"{label!r} is no label", where=where, mend=f"a whole number from 0, below the {most} entries")
+    _check_inside(file, where=where)
+    check_utf8(str(name), where=where)
+    return file, label, str(name)
+
+
+def _check_inside(file: str, *, where: str) -> None:
+    """Raise UserError for a path that leaves its folder, or that no file can have."""
+    if not file or Path(file).is_absolute() or ".." in Path(file).parts:
         raise UserError(
-            f"not a split file: {error!r}",
-            where=str(files[0]),
-            mend='it holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}',
-        ) from None
+            f"the path {file!r} leaves the folder", where=where, mend="paths are relative to it, without .."
+        )
+    check_utf8(file, where=where)
+    try:
+        user_path(f"./{file}")
+    except UserError as error:
+        raise UserError(f"{shown(file, 100)}: {error.what}", where=where, mend=error.mend) from None
 
 
+FORM = 'it holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}'
 PARTS = ("train", "val", "test")
 
 
@@ -131,6 +170,7 @@ def _aircraft(folder: Path) -> dict[str, Items]:
             image, _, name = line.partition(" ")
             if name not in labels:
                 raise UserError(f"{name!r} is not in variants.txt", where=str(file), mend="copy the lists again")
+            _check_inside(f"{image}.jpg", where=str(file))
             parts[part].append((f"{image}.jpg", labels[name], name))
     return parts
 
@@ -143,32 +183,30 @@ def _imagenet(folder: Path) -> dict[str, Items]:
         above = folder / "images" / inside
         if not above.is_dir():
             raise UserError(f"no images/{inside}", where=str(folder), mend="prepare it as CoOp's DATASETS.md says")
-        ids = sorted(entry.name for entry in os.scandir(above) if entry.is_dir())
+        ids = [name for name, is_folder in entries_of(above) if is_folder]
         if nameless := [i for i in ids if i not in names]:
             raise UserError(f"classnames.txt has no line for {nameless[0]}", where=str(folder), mend="copy it again")
         parts[part] = [
             (f"{inside}/{i}/{file}", label, names[i])
             for label, i in enumerate(ids)
-            for file in sorted(os.listdir(above / i))
-            if not file.startswith(".")
+            for file, is_folder in entries_of(above / i)
+            if not is_folder
         ]
     return parts | {"test": parts["val"]}
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file.name} cannot be read: {error}", where=str(file.parent), mend="prepare it as CoOp's DATASETS.md says"
-        ) from None
+        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    except UserError as error:
+        raise UserError(error.what, where=error.where, mend="prepare it as CoOp's DATASETS.md says") from None
 
 
 def _image_folder(folder: Path, parts: dict[str, Items]) -> Path:
     """Of a data set that CoOp does not know: the folder below (or the data set's own) under which the first image is."""
     first = next((items[0][0] for items in parts.values() if items), "")
-    below = sorted(path for path in folder.iterdir() if path.is_dir())
-    return next((path for path in (folder, *below) if (path / first).is_file()), folder)
+    below = [folder / name for name, is_folder in entries_of(folder) if is_folder]
+    return next((path for path in (folder, *below) if os.path.isfile(path / first)), folder)
 
 
 def _names(parts: dict[str, Items], folder: Path) -> tuple[str, ...]:
@@ -190,14 +228,15 @@ def _names(parts: dict[str, Items], folder: Path) -> tuple[str, ...]:
     return tuple(names[label] for label in range(len(names)))
 
 
-def _source(folder: Path, parts: dict[str, Items]) -> FolderImages:
+def _source(folder: Path, parts: dict[str, Items], megapixels: float) -> FolderImages:
     """The images of all splits, known by path and size; raises UserError where some are not there."""
     files = sorted({item[0] for items in parts.values() for item in items})
     digest, missing = hashlib.sha256(), []
     for file in files:
-        try:
-            digest.update(f"{file}\0{(folder / file).stat().st_size}\n".encode())
-        except OSError:
+        check_utf8(file, where=str(folder))
+        if os.path.exists(folder / file):
+            digest.update(f"{file}\0{check_regular(folder / file)}\n".encode())
+        else:
             missing.append(file)
     if missing:
         raise UserError(
@@ -205,4 +244,4 @@ def _source(folder: Path, parts: dict[str, Items]) -> FolderImages:
             where=str(folder),
             mend="prepare the images as CoOp's DATASETS.md says",
         )
-    return FolderImages(folder, tuple(files), digest.hexdigest())
+    return FolderImages(folder, tuple(files), digest.hexdigest(), megapixels)

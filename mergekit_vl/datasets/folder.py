@@ -5,26 +5,39 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mergekit_vl.data import Dataset, Progress, Split, silent
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError, shown, unknown
 from mergekit_vl.options import option
+from mergekit_vl.reading import check_utf8, read_regular, read_text, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 VAL_NAMES = ("val", "valid", "validation")
 THREADS = 4
+MOST_MEGAPIXELS = 64
+"""Of an image that is decoded, unless an option says otherwise: a small file can hold many more pixels than memory."""
+LARGE_MEGAPIXELS = 16
+"""Images from here on are checked one at a time, not by all threads at once."""
+STARTS_PROGRAMS = {"EPS", "WMF"}
+"""Formats that are not read: decoding them would run Ghostscript, or the system's own player, on the file."""
 
+MEGAPIXELS_HELP = "images with more million pixels are refused, before they are decoded"
+
+Identity = tuple[int, int]
+"""A folder's device and number there, whatever links lead to it."""
 Classes = dict[str, list[str]]
 """Class folder, relative to its split -> its images, relative to the root."""
 
@@ -38,6 +51,8 @@ class FolderImages:
     """Relative to the root, sorted; a row is a position here."""
     key: str
     """sha256 over each file's relative path, size and content hash."""
+    megapixels: float = MOST_MEGAPIXELS
+    """A larger image is refused."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -46,8 +61,8 @@ class FolderImages:
         """The image as RGB, upright by its EXIF orientation; raises UserError for a file that is gone or damaged since the dataset was."""
         file = self.root / self.files[index]
         try:
-            return decode(file)
-        except MemoryError:
+            return decode(file, megapixels=self.megapixels)
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # PIL's decoders raise nearly anything
             raise UserError(
@@ -77,6 +92,7 @@ class Folder:
         "folders of test images of the same class folders, or some of them, under other distributions (protocol robust)",
     )
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, with a warning, instead of stopping")
+    max_megapixels: float = option(MOST_MEGAPIXELS, MEGAPIXELS_HELP)
 
     named_by = "path"
     """The option that tells one dataset of this kind from another."""
@@ -84,7 +100,9 @@ class Folder:
     def load(self, progress: Progress = silent) -> Dataset:
         """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
         templates = self._checked_templates()
-        root = Path(self.path).expanduser().resolve()
+        check_megapixels(self.max_megapixels)
+        root = user_path(self.path).resolve()
+        check_utf8(root.name, where=self.path)
         if not root.is_dir():
             raise UserError(
                 "not a folder" if root.exists() else "no such folder", where=str(root), mend="check dataset.path"
@@ -109,7 +127,8 @@ class Folder:
             splits.append(_split(source, row, folders, parts[part]))
         shifts = {}
         for given in self.shifts:
-            shifted = Path(given).expanduser().resolve()
+            shifted = user_path(given).resolve()
+            check_utf8(shifted.name, where=given)
             if shifted.name in shifts or shifted.name in ("ID", root.name):
                 raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", mend="rename a folder")
             shifts[shifted.name] = self._shift(progress, shifted, folders)
@@ -136,11 +155,16 @@ class Folder:
     ) -> tuple[FolderImages, dict[str, Classes]]:
         """The images that decode; the others are refused, or left out with a warning where `skip_corrupt`."""
         source, corrupt = _verified(
-            progress, root, sorted(file for classes in found.values() for files in classes.values() for file in files)
+            progress,
+            root,
+            sorted(file for classes in found.values() for files in classes.values() for file in files),
+            self.max_megapixels,
         )
         if not corrupt:
             return source, found
         if not self.skip_corrupt:
+            if first := next((error for error in corrupt.values() if error is not None), None):
+                raise first
             raise UserError(
                 f"{_count(corrupt, 'image')} cannot be decoded: {_some(corrupt)}",
                 where=str(root),
@@ -149,9 +173,8 @@ class Folder:
         warnings.warn(
             f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2
         )
-        gone = set(corrupt)
         return source, {
-            split: {f: [x for x in files if x not in gone] for f, files in classes.items()}
+            split: {f: [x for x in files if x not in corrupt] for f, files in classes.items()}
             for split, classes in found.items()
         }
 
@@ -224,7 +247,7 @@ class Folder:
             names = _names_of(folders)
             where, mend = self.path, "rename a folder, or name the classes in dataset.classes_file"
         else:
-            names = _names_in(Path(self.classes_file).expanduser(), folders)
+            names = _names_in(user_path(self.classes_file), folders)
             where, mend = self.classes_file, "give each class a name of its own"
         if twice := sorted(name for name, n in Counter(names).items() if n > 1):
             raise UserError(
@@ -287,42 +310,111 @@ def _scan(root: Path) -> dict[str, Classes]:
     return {"": found}
 
 
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - STARTS_PROGRAMS))
+
+
 def readable_suffixes() -> set[str]:
     """Of the image files that can be decoded, in lower case with the dot."""
     from PIL import Image
 
-    return {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    formats = _formats()
+    return {ext for ext, kind in Image.registered_extensions().items() if kind in formats}
 
 
 def _classes_in(folder: Path, root: Path) -> Classes:
-    """Each folder below that directly holds images, and each leaf, which ought to."""
+    """Each folder below that directly holds images, and each leaf, which ought to.
+
+    A folder is visited once, where it comes up first: links can lead to it on as many ways as there are atoms.
+    """
     readable = readable_suffixes()
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot be listed: {error.strerror}", where=str(error.filename), mend="check its permissions")
-
     classes: Classes = {}
-    for at, below, files in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(at)
-        real = here.resolve()
-        below[:] = sorted(
-            d for d in below if not d.startswith(".") and not real.is_relative_to((here / d).resolve())
-        )  # no link loops
-        images = sorted(f for f in files if not f.startswith(".") and Path(f).suffix.lower() in readable)
+    again: list[str] = []
+    first = _identity(folder)
+    parents: dict[Identity, Identity | None] = {_identity(p): None for p in folder.resolve().parents} | {first: None}
+    """Of each folder that was met, and none of those above the first, which are met already."""
+    waiting = [(folder, first)]
+    while waiting:
+        here, own = waiting.pop()
+        entries = entries_of(here)
+        folders = [here / name for name, is_folder in entries if is_folder]
+        below = []
+        for there in sorted(folders, key=os.path.islink):  # a folder's own name rather than that of a link to it
+            identity = _identity(there)
+            if identity not in parents:
+                parents[identity] = own
+                below.append((there, identity))
+            elif not _is_above(identity, own, parents):
+                again.append(there.relative_to(root).as_posix())
+        waiting += below
+        images = [name for name, is_folder in entries if not is_folder and Path(name).suffix.lower() in readable]
         if here != folder and (images or not below):
-            classes[here.relative_to(folder).as_posix()] = [(here / f).relative_to(root).as_posix() for f in images]
+            files = [(here / name).relative_to(root).as_posix() for name in images]
+            for name in (here.relative_to(root).as_posix(), *files):
+                check_utf8(name, where=str(root))
+            classes[here.relative_to(folder).as_posix()] = files
+    if again:
+        warnings.warn(
+            f"{root}: {_count(again, 'folder')} left out that links show again: {_some(sorted(again))}", stacklevel=2
+        )
     return classes
 
 
-def _verified(progress: Progress, root: Path, files: Sequence[str]) -> tuple[FolderImages, list[str]]:
-    """The source of the files that decode, and the names of those that do not."""
+def entries_of(folder: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what a folder holds, in order, but for what is hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"cannot be listed: {error.strerror}", where=str(folder), mend="check its permissions"
+        ) from None
 
-    def look(file: str) -> str | None:
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_above(found: Identity, own: Identity, parents: Mapping[Identity, Identity | None]) -> bool:
+    """Whether a link leads back to its folder or one above, which brings nothing."""
+    at: Identity | None = own
+    while at is not None:
+        if at == found:
+            return True
+        at = parents[at]
+    return found in parents and parents[found] is None
+
+
+def _identity(folder: Path) -> Identity:
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise UserError(
+            f"cannot be listed: {error.strerror}", where=str(folder), mend="check its permissions"
+        ) from None
+    return status.st_dev, status.st_ino
+
+
+def _verified(
+    progress: Progress, root: Path, files: Sequence[str], megapixels: float
+) -> tuple[FolderImages, dict[str, UserError | None]]:
+    """The source of the files that decode, and those that do not, with what is to be said of those that are not merely damaged."""
+
+    def look(file: str) -> str | UserError | None:
         try:
-            data = (root / file).read_bytes()
-            decode(data, draft=True)
+            data = _encoded(root / file, megapixels)
+            decode(data, where=root / file, megapixels=megapixels, draft=True)
         except MemoryError:
             raise
+        except UserError as error:
+            return error
         except Exception:  # PIL's decoders raise nearly anything
             return None
         return f"{file}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
@@ -332,27 +424,65 @@ def _verified(progress: Progress, root: Path, files: Sequence[str]) -> tuple[Fol
         for line in pool.map(look, files):
             lines.append(line)
             progress(len(lines), len(files), f"reading the images of {root.name}")
-    good = tuple(file for file, line in zip(files, lines) if line)
-    key = hashlib.sha256("".join(line for line in lines if line).encode(errors="surrogateescape")).hexdigest()
-    return FolderImages(root, good, key), [file for file, line in zip(files, lines) if not line]
+    good = {file: line for file, line in zip(files, lines) if isinstance(line, str)}
+    bad = {file: line for file, line in zip(files, lines) if not isinstance(line, str)}
+    key = hashlib.sha256("".join(good.values()).encode()).hexdigest()
+    return FolderImages(root, tuple(good), key, megapixels), bad
 
 
-def decode(file: Path | bytes, *, draft: bool = False) -> Image:
-    """RGB. A draft reads all the bytes too, but a JPEG comes out small, which is much cheaper."""
+def check_megapixels(megapixels: float) -> None:
+    if not 0 < megapixels <= 1e6:
+        raise UserError(f"max_megapixels={megapixels}", mend="above 0, a million at most")
+
+
+def _encoded(file: Path, megapixels: float) -> bytes:
+    """A file's bytes, where it may be an image of so many pixels: 16 bytes a pixel are more than any format takes."""
+    return read_regular(file, most=int(16e6 * megapixels) + 2**20)
+
+
+_LARGE = threading.Lock()
+
+
+def decode(
+    file: Path | bytes, *, where: Path | None = None, megapixels: float = MOST_MEGAPIXELS, draft: bool = False
+) -> Image:
+    """RGB; raises UserError for more pixels than are allowed, and whatever PIL raises for what is damaged.
+
+    A draft reads all the bytes too, but a JPEG comes out small, which is much cheaper, and only a pixel is given back.
+    """
     import io
+    from contextlib import nullcontext
 
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        if draft:
-            image.draft("RGB", (1, 1))
-        image.load()
-        upright = ImageOps.exif_transpose(image)
+    place = file if isinstance(file, Path) else where
+
+    def refused() -> UserError:
+        mend = "leave it out, or raise max_megapixels if you trust it"
+        return UserError(f"it has more than {megapixels:g} million pixels", where=str(place or ""), mend=mend)
+
+    # Pillow's own bound holds for images inside of files too: it warns above this number, and refuses twice as much
+    Image.MAX_IMAGE_PIXELS = max(1, int(megapixels * 1e6) // 2)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    data = file if isinstance(file, bytes) else _encoded(file, megapixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            pixels = image.width * image.height
+            if pixels > megapixels * 1e6:
+                raise refused()
+            with _LARGE if draft and pixels > 1e6 * LARGE_MEGAPIXELS else nullcontext():
+                if draft:
+                    image.draft("RGB", (1, 1))
+                image.load()
+                upright = image.crop((0, 0, 1, 1)) if draft else image
+            ImageOps.exif_transpose(upright, in_place=True)
+    except Image.DecompressionBombError:
+        raise refused() from None
     if upright.mode.startswith("I"):  # 16 bits: PIL would clip where it should scale
         upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
     if "transparency" in upright.info:
         upright = upright.convert("RGBA")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _names_of(folders: Sequence[str]) -> tuple[str, ...]:
@@ -371,12 +501,7 @@ def _names_of(folders: Sequence[str]) -> tuple[str, ...]:
 def _names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """The class names that a file gives to the folders."""
     where = str(file)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=where, mend="check dataset.classes_file") from None
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8", where=where, mend="save it as UTF-8") from None
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if any("\t" in line for line in lines):
         last = Counter(folder.split("/")[-1] for folder in folders)
         known = {folder.split("/")[-1]: folder for folder in folders if last[folder.split("/")[-1]] == 1} | {
@@ -414,4 +539,4 @@ def _count(things: Sequence[str], one: str, many: str = "") -> str:
 
 def _some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(shown(name, 100) for name in names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,80 @@
+"""Files from elsewhere: paths that can be ones, regular files alone, no more bytes than there are, text that is UTF-8."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from mergekit_vl.errors import UserError
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+MOST_TEXT = 16 * 2**20
+
+
+def user_path(given: str) -> Path:
+    """A path that a user, a recipe or another file gives, `~` expanded; raises UserError for one that no file can have."""
+    if "\0" in given:
+        raise UserError("a path holds no NUL character", where=given, mend="correct the path")
+    try:
+        path = Path(given).expanduser()
+        os.lstat(path)
+    except RuntimeError:
+        raise UserError("whose home folder is it?", where=given, mend="write the path without ~") from None
+    except UnicodeEncodeError:
+        raise UserError("a path of half characters", where=given, mend="correct the path") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError("longer than a path can be", where=given, mend="correct the path") from None
+    return path
+
+
+def check_utf8(name: str, *, where: str) -> None:
+    """Raise UserError for a file's name that is not UTF-8: neither JSON nor a text tower can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is a name that is not UTF-8", where=where, mend="rename it") from None
+
+
+def check_regular(path: Path) -> int:
+    """The size of a regular file; raises UserError for what is none: a FIFO or a device may be read without end."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), mend="check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(status.st_mode)), "no regular file")
+        raise UserError(f"is {kind}", where=str(path), mend="give a regular file")
+    return status.st_size
+
+
+def read_regular(path: Path, *, most: int) -> bytes:
+    """A regular file's bytes, as many as its size says (those of /proc/self/mem are none); raises UserError for any other file, one
+    that cannot be read, and one of more than `most` bytes."""
+    size = check_regular(path)
+    if size > most:
+        raise UserError(
+            f"{size} bytes are more than the {most} that it can have", where=str(path), mend="is it this file?"
+        )
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # should a FIFO have taken its place
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), mend="check its permissions") from None
+
+
+def read_text(path: Path) -> str:
+    """A regular file of UTF-8, its byte order mark dropped; raises UserError as `read_regular` does, and for other bytes."""
+    try:
+        return read_regular(path, most=MOST_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8", where=str(path), mend="save it as UTF-8") from None

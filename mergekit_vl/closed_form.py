@@ -15,7 +15,7 @@ A method is a frozen dataclass with
     survey(...)     optional: what must be known of all tensors before the first is merged (`surveys.py`); further passes over the files
     merge_piece     the method itself
 
-`apply` runs one.
+`checked` refuses one that is not so, and `apply` runs one. What they give is checked too: a plugin's is nobody else's word.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ import numpy as np
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import Failed
 from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.plugin_calls import calling, is_plugins, named
 
+FORMS = ("accumulating", "elementwise", "rows", "tensor")
 BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
 
 
@@ -45,19 +47,53 @@ class ClosedForm(Protocol):
     def merge_piece(self, piece: Piece, facts: Any) -> Array: ...
 
 
+def checked(method: ClosedForm, models: Models) -> None:
+    """Raise UserError for a method that is no closed form, or whose options do not fit the models."""
+    needed = ("form", "averages", "held", "check", "merge_piece")
+    if missing := [name for name in needed if not hasattr(method, name)]:
+        raise Failed(f"has no {missing[0]}", where=named(method), mend="see docs/plugins.md")
+    with calling(method, "form"):
+        form = method.form
+    with calling(method, "held"):
+        held = method.held(len(models.tuned))
+    if form not in FORMS or not isinstance(held, int) or held < 1:
+        wrong = f"form={form!r}" if form not in FORMS else f"held gives {held!r}"
+        mend = f"one of {', '.join(FORMS)}" if form not in FORMS else "a number of arrays"
+        raise Failed(wrong, where=named(method), mend=mend)
+    with calling(method, "check"):
+        method.check(models)
+
+
 def apply(method: ClosedForm, models: Models, write: Callable[[Piece, Array], None], run: Run, chunk: int) -> None:
     """Merge every tensor of `models`, piece by piece, into `write`."""
-    method.check(models)
+    checked(method, models)
     if not method.averages:
         statistics = replace(models, tensors=tuple(t for t in models.tensors if BATCH_NORM.search(t.name)))
         run(lambda piece: write(piece, _finite(piece, _mean(piece))), statistics.pieces("accumulating", chunk))
         models = replace(models, tensors=tuple(t for t in models.tensors if not BATCH_NORM.search(t.name)))
     with np.errstate(all="ignore"):
         survey = getattr(method, "survey", None)
-        facts = survey(models, run, chunk) if survey else None
+        with calling(method, "survey"):
+            facts = survey(models, run, chunk) if survey else None
     pieces = models.pieces(method.form, chunk, whole=getattr(method, "whole", None))
     with one_blas_thread() if hasattr(method, "svds") else nullcontext():
-        run(lambda piece: write(piece, _finite(piece, method.merge_piece(piece, facts))), pieces)
+        run(lambda piece: write(piece, _merged(method, piece, facts)), pieces)
+
+
+def _merged(method: ClosedForm, piece: Piece, facts: Any) -> Array:
+    """What the method makes of a piece; raises UserError unless it is finite floats, one for each element."""
+    what, shape = f"merge_piece of {piece.tensor.name}", piece.tensor.shape
+    where = f"{named(method)}: {what}"
+    with calling(method, what):
+        merged = method.merge_piece(piece, facts)
+    if not isinstance(merged, np.ndarray):
+        raise Failed(f"gave no array but a {type(merged).__name__}", where=where)
+    as_it_is = merged.ndim == len(shape) and merged.shape[1:] == shape[1:]
+    if merged.size != piece.size or not (merged.ndim == 1 or as_it_is):
+        raise Failed(f"gave an array of shape {merged.shape} for {piece.size} elements", where=where)
+    if merged.dtype.kind != "f" or merged.dtype.itemsize < piece.tensor.wide.itemsize:
+        raise Failed(f"gave an array of {merged.dtype}, not of {piece.tensor.wide}", where=where)
+    return _finite(piece, merged, where if is_plugins(method) else "")
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
@@ -77,8 +113,8 @@ def _mean(piece: Piece) -> Array:
     return total
 
 
-def _finite(piece: Piece, merged: Array) -> Array:
-    """The merged values; raises UserError that names the model where one of them is not finite."""
+def _finite(piece: Piece, merged: Array, where: str = "") -> Array:
+    """The merged values; raises UserError that names the model, or `where`, if one of them is not finite."""
     if np.isfinite(merged).all():
         return merged
     for label, source in zip(piece.models.member_labels, piece.models.members):
@@ -86,6 +122,8 @@ def _finite(piece: Piece, merged: Array) -> Array:
             raise Failed(
                 f"{piece.tensor.name} has values that are not finite", where=label, mend="it was damaged while training"
             )
+    if where:
+        raise Failed("gave values that are not finite", where=where)
     raise Failed(f"{piece.tensor.name} overflows when it is merged", mend="use smaller weights")
 
 

@@ -23,6 +23,13 @@ def anonymous_memory() -> int:
         return 120 << 20
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, numpy or torch says that memory ended."""
+    words = str(error).lower()
+    ends = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(end in words for end in ends)
+
+
 class Peak:
     """`with Peak(device) as peak`: afterwards `peak.bytes` is how much more memory was held at once than before, on the GPU where one
     is used; None where the system does not tell.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mergekit_vl.checkpoints import Checkpoint, open_checkpoint
-from mergekit_vl.closed_form import ClosedForm
+from mergekit_vl.closed_form import ClosedForm, checked
 from mergekit_vl.coefficients import depths, matches
 from mergekit_vl.dtypes import FLOATS, NAMES, float_code
 from mergekit_vl.errors import UserError
@@ -110,7 +110,7 @@ def open_plan(plan: MergePlan) -> Opened:
     )
     copied = tuple(name for name in reference.tensors if name not in deep)
     opened = Opened(plan, base, tuned, models, copied, slots)
-    plan.method.check(models)
+    checked(plan.method, models)
     opened.notes = _notes(opened)
     if plan.rebasin:
         opened.symmetries = _symmetries(opened, kept)

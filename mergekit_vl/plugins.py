@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,10 +17,13 @@ import pluggy
 
 from mergekit_vl import hookspecs
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.plugin_calls import FILE_MODULE, to_stderr, within
 
 DEFAULT_PLUGINS = ("mergekit_vl.builtins",)
 ENTRY_POINT_GROUP = "mergekit_vl"
 KINDS = ("backbones", "adapters", "tuners", "strategies", "datasets", "protocols")
+PATIENCE = "MERGEKIT_VL_PLUGIN_SECONDS"
+"""The environment's word for how long a plugin may take to load, by default a minute."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,11 @@ class Entry:
             return self.target
         module, _, attribute = self.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            with to_stderr():
+                return getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as error:
+            if self.owner in DEFAULT_PLUGINS and not isinstance(error, (ImportError, AttributeError)):
+                raise
             raise UserError(
                 f"{self.name} ({self.target}) of plugin {self.owner} cannot be imported: {error}"
             ) from error
@@ -70,7 +77,8 @@ class Registry:
             taken = {_command_name(c): c for c in app.registered_commands}
             others = [p for p in self.manager.get_plugins() if p is not plugin]
             try:
-                self.manager.subset_hook_caller("register_commands", remove_plugins=others)(app=app)
+                with to_stderr():
+                    self.manager.subset_hook_caller("register_commands", remove_plugins=others)(app=app)
             except (Exception, SystemExit) as error:
                 self.failures[owner] = f"{type(error).__name__}: {error}"
             added = [c for c in app.registered_commands if c not in taken.values()]
@@ -79,6 +87,11 @@ class Registry:
 
     def owners(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.manager.list_name_plugin())
+
+    def modules(self) -> dict[str, str]:
+        """The plugins that are not ours, by the names of their modules."""
+        loaded = [(owner, plugin) for owner, plugin in self.manager.list_name_plugin() if owner not in DEFAULT_PLUGINS]
+        return {getattr(plugin, "__name__", type(plugin).__module__): owner for owner, plugin in loaded}
 
 
 def _command_name(command: Any) -> str:
@@ -110,12 +123,16 @@ def load_plugins(directory: Path | None = None) -> Registry:
 
 
 def _import_file(path: Path) -> Any:
-    name = f"mergekit_vl_plugin_{path.stem}"
+    name = f"{FILE_MODULE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -125,16 +142,17 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
     staged: list[Entry] = []
     plugin = None
     try:
-        plugin = load()
-        manager.register(plugin, owner)
-        manager.check_pending()
-        for kind in KINDS:
+        with to_stderr(), nullcontext() if builtin else within(float(os.environ.get(PATIENCE, "60"))):
+            plugin = load()
+            manager.register(plugin, owner)
+            manager.check_pending()
+            for kind in KINDS:
 
-            def register(name: str, target: Any, summary: str = "", kind: str = kind) -> None:
-                staged.append(Entry(kind, name, target, summary, owner))
+                def register(name: str, target: Any, summary: str = "", kind: str = kind) -> None:
+                    staged.append(Entry(kind, name, target, summary, owner))
 
-            others = [p for p in manager.get_plugins() if p is not plugin]
-            manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
+                others = [p for p in manager.get_plugins() if p is not plugin]
+                manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
     except (Exception, SystemExit) as error:  # a third party's code may raise anything
         if builtin:
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mergekit_vl"
 LAYERS = (
-    ("errors", "reading", "hookspecs", "files", "locks", "memory", "reproducible"),
+    ("errors", "reading", "hookspecs", "files", "locks", "memory", "plugin_calls", "reproducible"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "per_task", "microworld"),
     ("dtypes", "coefficients"),
     ("pieces", "output", "checkpoints", "pickles", "loading", "families", "symmetries"),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_vl.errors import Failed, UserError
+from mergekit_vl.loading import cast
+from mergekit_vl.memory import out_of_memory
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.text import Prompts, TextTower
@@ -103,9 +105,10 @@ class Backbone:
                     where=self.spec,
                     mend="use the backbone they were tuned on",
                 )
-        model.load_state_dict(
-            {name: tensor.to(own[name]) for name, tensor in weights.items()}, strict=False, assign=True
-        )
+        given = {
+            name: cast(t, own[name].dtype, name=name, where=self.spec).to(own[name]) for name, t in weights.items()
+        }
+        model.load_state_dict(given, strict=False, assign=True)
         scale_bias = {key: getattr(model, key, None) for key in ("logit_scale", "logit_bias")}
         return replace(self, image=image, text=text, notes=(), classifier=None, **scale_bias)
 
@@ -197,13 +200,6 @@ class Backbone:
     def encode_prompts(self, prompts: Prompts, context: Tensor | None) -> Tensor:
         """Prompts with context [M, W], [K, M, W] or [S, K, M, W] in their slots -> raw text features [K, D] or [S, K, D]."""
         return self.require_text()(prompts, context)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words
-    )
 
 
 def _hash(module: Any, settings: str, spec: str) -> str:

@@ -78,12 +78,16 @@ def encode_short(model: CLIP, ids: Tensor) -> Tensor:
 
 def export(model: nn.Module, path: Path) -> None:
     """Write fp16 tensors, with the known rows of the token embedding only."""
+    import torch
     from safetensors.torch import save_file
+
+    from mergekit_vl.loading import cast
 
     state = {k: v.detach() for k, v in model.state_dict().items() if k != "attn_mask"}
     state["token_embedding.weight"] = state["token_embedding.weight"][known_tokens()]
     state["token_ids"] = known_tokens()
-    save_file({k: (v.half() if v.is_floating_point() else v.int()).contiguous() for k, v in state.items()}, path)
+    kinds = {k: torch.float16 if v.is_floating_point() else torch.int32 for k, v in state.items()}
+    save_file({k: cast(v, kinds[k], name=k, where=str(path)).contiguous() for k, v in state.items()}, path)
 
 
 def load() -> CLIP:

@@ -9,6 +9,7 @@ from mergekit_vl import information
 from mergekit_vl.adapters import stored
 from mergekit_vl.errors import UserError
 from mergekit_vl.loading import check_finite
+from mergekit_vl.memory import out_of_memory
 from mergekit_vl.model import Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
@@ -128,8 +129,6 @@ class AdaMerging:
     ) -> Tensor:
         """The coefficients [models, tensors]; by task they are equal over the tensors."""
         import torch
-
-        from mergekit_vl.backbones.backbone import out_of_memory
 
         device = next(iter(base.values())).device
         raw = torch.full((len(vectors), len(base) if self.by == "layer" else 1), self.start, device=device)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.tower import HEAD, Tower
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.backbones.backbone import out_of_memory
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import Failed
 from mergekit_vl.evaluate import evaluate
 from mergekit_vl.features import prefetched, train_view
+from mergekit_vl.memory import out_of_memory
 from mergekit_vl.model import ImagePath, Single
 from mergekit_vl.tuners.sgd import check_loss
 

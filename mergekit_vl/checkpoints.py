@@ -11,7 +11,8 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 CONFIGS = ("open_clip_config.json", "config.json")
 
 
+MOST_TENSORS = 100_000
+"""Tensors of one file: none has a tenth, and what is more costs more than its bytes."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor's place: dtype code, shape, file, offset of its first byte; `strides` (in elements) only where it is not contiguous."""
@@ -55,6 +60,16 @@ class Stored:
         return self.size * STORED[self.code].itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A stretch of a file whose CRC-32 was recorded when it was written."""
+
+    file: Path
+    start: int
+    size: int
+    crc: int
+
+
 @dataclass
 class Checkpoint:
     """A model on disk (`label` is its name in messages), or one held in memory (`arrays`) where no file could be mapped."""
@@ -71,6 +86,8 @@ class Checkpoint:
     """Averaged weights (EMA) in the same file, which were not taken."""
     config: Path | None = None
     """The folder whose open_clip_config.json or config.json belongs to it."""
+    recorded: tuple[Recorded, ...] = ()
+    """What `hash` and `check_recorded` compare, as they read the bytes."""
     _open: dict[Path, int] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.Lock)
     _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
@@ -98,24 +115,46 @@ class Checkpoint:
         kind = STORED[tensor.code]
         if not tensor.strides:
             return self._pread(tensor.file, tensor.offset + start * kind.itemsize, stop - start, kind)
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides))
-        storage = self._pread(tensor.file, tensor.offset, extent, kind)
-        strides = [s * kind.itemsize for s in tensor.strides]
-        return np.lib.stride_tricks.as_strided(storage, tensor.shape, strides).reshape(-1)[start:stop].copy()
+        return self._strided(tensor, tensor.offset, tensor.shape, tensor.strides, start, stop)
+
+    def _strided(
+        self, tensor: Stored, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], start: int, stop: int
+    ) -> Array:
+        """Elements start..stop of what lies in strides from a byte on: not much more is held than is asked for, however it expands."""
+        kind = STORED[tensor.code]
+        if start >= stop:
+            return np.empty(0, kind)
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-stop // row)
+        if len(shape) > 1 and (last - first == 1 or row > stop - start):
+            parts = []
+            for i in range(first, last):
+                inner = max(start, i * row) - i * row, min(stop, (i + 1) * row) - i * row
+                place = offset + i * strides[0] * kind.itemsize
+                parts.append(self._strided(tensor, place, shape[1:], strides[1:], *inner))
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        rows = (last - first, *shape[1:])
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(rows, strides))
+        storage = self._pread(tensor.file, offset + first * strides[0] * kind.itemsize, extent, kind)
+        view = np.lib.stride_tricks.as_strided(storage, rows, [stride * kind.itemsize for stride in strides])
+        return view.reshape(-1)[start - first * row : stop - first * row].copy()
 
     def _pread(self, file: Path, offset: int, count: int, kind: np.dtype) -> Array:
         array = np.empty(count, kind)
         view = memoryview(array.view(np.uint8))
         done = 0
         while done < len(view):
-            try:
-                got = os.preadv(self._descriptor(file), [view[done:]], offset + done)
-            except OSError as error:
-                raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
+            got = self._read_into(file, view[done:], offset + done)
             if not got:
                 raise UserError("the file ended early: it was cut while it was read", where=str(file))
             done += got
         return array
+
+    def _read_into(self, file: Path, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._descriptor(file), [view], offset)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", where=str(file)) from None
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._open:
@@ -130,19 +169,63 @@ class Checkpoint:
         return self.files or (Path(self.label, "tensors"),)
 
     def hash(self, file: Path) -> str:
-        """The BLAKE3 of one of `hashed`: of a file as `b3sum` prints it. SHA-256 would take as long as many a merge."""
+        """The BLAKE3 of one of `hashed`: of a file as `b3sum` prints it. SHA-256 would take as long as many a merge.
+
+        Raises UserError where a CRC that the file recorded differs.
+        """
         from blake3 import blake3
 
-        digest, buffer, offset = blake3(), bytearray(1 << 20), 0
+        digest = blake3()
         if not self.files:
             for name, array in sorted(self.arrays.items()):
                 digest.update(f"{name} {self.tensors[name].code} {self.tensors[name].shape}".encode())
                 digest.update(array.tobytes())
             return digest.hexdigest()
-        while got := os.preadv(self._descriptor(file), [buffer], offset):
-            digest.update(memoryview(buffer)[:got])
-            offset += got
+        at = 0
+        for each in sorted((r for r in self.recorded if r.file == file), key=lambda each: each.start):
+            for block in self._blocks(file, at, each.start):
+                digest.update(block)
+            self._check_crc(each, digest.update)
+            at = each.start + each.size
+        for block in self._blocks(file, at):
+            digest.update(block)
         return digest.hexdigest()
+
+    def check_recorded(self) -> None:
+        """Raise UserError where a CRC that a file recorded is not that of its bytes."""
+        for each in self.recorded:
+            self._check_crc(each)
+
+    def _check_crc(self, recorded: Recorded, tell: Callable[[memoryview], object] = lambda block: None) -> None:
+        crc = 0
+        for block in self._blocks(recorded.file, recorded.start, recorded.start + recorded.size):
+            crc = zlib.crc32(block, crc)
+            tell(block)
+        if crc != recorded.crc:
+            where = next(
+                (
+                    n
+                    for n, t in self.tensors.items()
+                    if recorded.start <= t.offset < recorded.start + recorded.size and t.file == recorded.file
+                ),
+                "",
+            )
+            raise UserError(
+                f"damaged checkpoint: the CRC of {where} differs", where=str(recorded.file), mend="copy the file again"
+            )
+
+    def _blocks(self, file: Path, start: int, stop: int | None = None) -> Iterator[memoryview]:
+        """The bytes start..stop of a file, to its end without `stop`; one after another in the same memory."""
+        buffer = memoryview(bytearray(1 << 20))
+        while stop is None or start < stop:
+            wanted = len(buffer) if stop is None else min(len(buffer), stop - start)
+            got = self._read_into(file, buffer[:wanted], start)
+            if not got and stop is None:
+                return
+            if not got:
+                raise UserError("the file ended early: it was cut while it was read", where=str(file))
+            yield buffer[:got]
+            start += got
 
     def check_unchanged(self) -> None:
         """Raise UserError where a file is not the one whose header was read."""
@@ -265,6 +348,7 @@ def _open_index(path: Path, label: str) -> Checkpoint:
         raise UserError("not an index of shards", where=str(path), mend="it needs a weight_map") from None
     tensors: dict[str, Stored] = {}
     twins: dict[str, str] = {}
+    recorded: list[Recorded] = []
     shards = {name: path.parent / name for name in dict.fromkeys(places.values())}
     for name, file in shards.items():
         if not file.is_file():
@@ -272,6 +356,7 @@ def _open_index(path: Path, label: str) -> Checkpoint:
         shard = _open_file(file, label)
         tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
         twins |= shard.twins
+        recorded += shard.recorded
         extra = [key for key in shard.tensors if places.get(key) != name]
         if extra:
             raise UserError(f"{name} holds {extra[0]}, which its index does not tell", where=str(path), mend=CHANGED)
@@ -281,7 +366,7 @@ def _open_index(path: Path, label: str) -> Checkpoint:
     told, found = (index.get("metadata") or {}).get("total_size"), sum(t.bytes for t in tensors.values())
     if told is not None and told != found:
         raise UserError(f"the shards hold {found} bytes, the index tells of {told}", where=str(path), mend=CHANGED)
-    return Checkpoint(label, path, tensors, (path, *shards.values()), twins=twins)
+    return Checkpoint(label, path, tensors, (path, *shards.values()), twins=twins, recorded=tuple(recorded))
 
 
 CHANGED = "a shard was changed after its index was written: copy the model again"

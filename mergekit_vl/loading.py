@@ -32,6 +32,7 @@ def tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[
     """The named tensors of a checkpoint (all of them by default), as they are stored. Tied ones share no memory."""
     import torch
 
+    checkpoint.check_recorded()
     out = {}
     for name in checkpoint.tensors if names is None else names:
         array, place = checkpoint.raw(name), checkpoint.tensors[name]

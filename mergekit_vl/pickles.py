@@ -1,27 +1,29 @@
 """Pickled checkpoints (.pt, .pth, .bin) as headers: where each tensor's bytes lie, without torch and without running their code.
 
-torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. The unpickler here builds
-containers and tensors' descriptions; every other class becomes an inert placeholder, so optimizers, schedulers and the like in a
+torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. `unpickler.py` builds
+containers and tensors' descriptions; every other object becomes an inert placeholder, so optimizers, schedulers and the like in a
 training checkpoint (Dassl writes live ones) are passed over and nothing of theirs runs. A TorchScript archive (OpenAI's CLIP) is
 such a zip too, whose objects are modules: their tensors are named by the path of attributes, and no code of it is read. Files
 older than torch 1.6 are no zip but five pickles followed by the storages one after another.
+
+Files come from strangers, so nothing is read that is not the tensor's: it lies within its storage, the storage within its member.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_vl.checkpoints import Checkpoint, Stored
+from mergekit_vl.archives import Archive, Member, read_archive
+from mergekit_vl.checkpoints import MOST_TENSORS, Checkpoint, Recorded, Stored
 from mergekit_vl.dtypes import STORED, check_supported
 from mergekit_vl.errors import UserError
+from mergekit_vl.unpickler import LONGEST, MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -44,152 +46,172 @@ TORCH_DTYPES = {
     "int32": "I32",
 }
 TORCH_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+TORCH_DTYPES |= {"uint16": "U16", "uint32": "U32", "uint64": "U64"}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """How torch marks its files before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema")
 """Where training checkpoints keep the weights: open_clip and timm write `state_dict`."""
 
 
-@dataclass(frozen=True)
-class _Storage:
-    code: str
-    key: str
+WRAPPED = re.compile(r"(?:module\.)*")
+EXPANDED, SPARE = 8, 32 << 20
+"""All tensors take at most EXPANDED times the bytes of their file, and SPARE bytes: tied and expanded ones are written out."""
+MOST_DIMENSIONS = 64
+DEEPEST = 100
+"""Modules within modules of a TorchScript archive."""
 
-
-@dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Inert:
-    """Stands for an object of a class that is not ours to build."""
-
-    def __init__(self, *args: Any, **options: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-    def append(self, value: Any) -> None: ...
-    def extend(self, values: Any) -> None: ...
-    def __call__(self, *args: Any, **options: Any) -> _Inert:
-        return self
-
-
-class _Script:
-    """A module of a TorchScript archive: unpickling leaves its attributes in `__dict__`."""
-
-
-def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> Any:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides)) if isinstance(storage, _Storage) else _Inert()
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="latin1")
-        self.storages: dict[str, str] = {}
-        """Key to dtype code of the storages met."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return _tensor
-        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
-            return lambda data, *rest: data
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        if module.startswith("__torch__"):
-            return _Script
-        return type(name, (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) >= 3 and pid[0] == "storage":
-            storage = _Storage(pid[1] if isinstance(pid[1], str) else "unknown", str(pid[2]))
-            self.storages[storage.key] = storage.code
-            return storage
-        return _Inert()
+Place = Callable[[Storage], Member]
+"""Where a storage's bytes lie."""
 
 
 def open_pickle(path: Path, label: str) -> Checkpoint:
     """The weights of a pickled checkpoint; raises UserError for what is none."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        content, starts = _read_zip(path) if _is_zip(path) else _read_legacy(path)
-    except UserError:
-        raise
-    except Exception as error:  # an unpickler may raise anything for a file that is none
-        first = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"damaged checkpoint: {first}", where=str(path), mend="copy the file again") from None
-    tensors, twins, owners = {}, {}, {}
-    taken, passed_over = _state_dict(content, path)
-    for name, tensor in taken.items():
-        check_supported(tensor.storage.code, where=f"{path}: {name}")
-        item = STORED[tensor.storage.code].itemsize
-        start = starts.get(tensor.storage.key)
-        if start is None:
-            raise UserError(
-                f"damaged checkpoint: the bytes of {name} are missing", where=str(path), mend="copy it again"
-            )
-        strides = () if _contiguous(tensor.shape, tensor.strides) else tensor.strides
-        stored = Stored(tensor.storage.code, tensor.shape, path, start + tensor.offset * item, strides)
-        if stored in owners:
-            twins[name] = owners[stored]
-        owners.setdefault(stored, name)
-        tensors[name] = stored
-    return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over)
+        size = os.fstat(descriptor).st_size
+        if os.pread(descriptor, 2, 0) == b"PK":
+            content, place, crcs = _read_zip(descriptor, path)
+        else:
+            (content, place), crcs = _read_legacy(descriptor, size, path), False
+        taken, passed_over = _state_dict(content, path)
+        tensors, twins, owners, members = {}, {}, {}, {}
+        for name, tensor in taken.items():
+            stored, member = _placed(name, tensor, place, path)
+            if stored.size and stored in owners:
+                twins[name] = owners[stored]
+            owners.setdefault(stored, name)
+            tensors[name], members[member.start] = stored, member
+        total = sum(tensor.bytes for tensor in tensors.values())
+        if total > EXPANDED * size + SPARE:
+            raise Damaged(f"its tensors expand to {total / 1e6:,.0f} MB, more than {EXPANDED} times the file")
+    except Damaged as error:
+        raise UserError(f"damaged checkpoint: {error}", where=str(path), mend="copy the file again") from None
+    finally:
+        os.close(descriptor)
+    recorded = tuple(Recorded(path, m.start, m.size, m.crc) for m in members.values()) if crcs else ()
+    return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over, recorded=recorded)
 
 
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+def _read_zip(descriptor: int, path: Path) -> tuple[Any, Place, bool]:
+    """The objects, where their storages are, and whether their CRCs were recorded."""
+    archive = read_archive(descriptor)
+    if b"data.pkl" not in archive.members:
+        raise UserError(
+            "a TorchScript archive" if b"constants.pkl" in archive.members else "a zip, but no checkpoint",
+            where=str(path),
+            mend="save its state_dict, or name it as open_clip:ARCH/TAG",
+        )
+    if b"byteorder" in archive.members and _content(descriptor, archive, b"byteorder") != b"little":
+        raise _big_endian(path)
+    content, _ = load(_content(descriptor, archive, b"data.pkl"))
+
+    def place(storage: Storage) -> Member:
+        key = storage.key if isinstance(storage.key, str) else ""
+        member = archive.members.get(b"data/" + key.encode())
+        if member is None:
+            raise Damaged("its bytes are missing")
+        if not member.stored:
+            raise Damaged("its bytes are compressed")
+        return member
+
+    return content, place, archive.crcs
 
 
-def _read_zip(path: Path) -> tuple[Any, dict[str, int]]:
-    """The objects, and where the bytes of each storage begin."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-        if "data.pkl" not in members:
-            raise UserError(
-                "a TorchScript archive" if "constants.pkl" in members else "a zip, but no checkpoint",
-                where=str(path),
-                mend="save its state_dict, or name it as open_clip:ARCH/TAG",
-            )
-        content = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
-        return content, {
-            name.removeprefix("data/"): _start(file, info) for name, info in members.items() if name.startswith("data/")
-        }
+def _big_endian(path: Path) -> UserError:
+    return UserError("its numbers are big-endian", where=str(path), mend="save it on a little-endian machine")
 
 
-def _read_legacy(path: Path) -> tuple[Any, dict[str, int]]:
+def _content(descriptor: int, archive: Archive, name: bytes) -> bytes:
+    """A whole member that is no tensor."""
+    member, shown = archive.members[name], name.decode()
+    if not member.stored:
+        raise Damaged(f"its {shown} is compressed")
+    if member.size > MOST_BYTES:
+        raise Damaged(f"its {shown} has {member.size / 1e6:,.0f} MB, and {MOST_BYTES >> 20} MB are the most")
+    content = os.pread(descriptor, member.size, member.start)
+    if archive.crcs and zlib.crc32(content) != member.crc:
+        raise Damaged(f"the CRC of its {shown} differs")
+    return content
+
+
+def _read_legacy(descriptor: int, size: int, path: Path) -> tuple[Any, Place]:
     """As `_read_zip`, for torch before 1.6: magic number, protocol, system, objects, storage keys; then each storage: count, bytes."""
-    with open(path, "rb") as file:
-        if file.peek(1)[:1] != b"\x80" or _Unpickler(file).load() != LEGACY_MAGIC:
+    data = os.pread(descriptor, min(size, MOST_BYTES), 0)
+    magic, at = _load_magic(data)
+    if magic != LEGACY_MAGIC:
+        raise UserError(
+            "not a checkpoint: neither safetensors nor what torch.save writes", where=str(path), mend="save it again"
+        )
+    _, at = load(data, at)
+    system, at = load(data, at)
+    if isinstance(system, Pairs) and system.named().get("little_endian") is False:
+        raise _big_endian(path)
+    met: list[Storage] = []
+    content, at = load(data, at, met)
+    keys, at = load(data, at)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise Damaged("its list of storages is broken")
+    kinds = {storage.key: storage.kind for storage in met if isinstance(storage.key, str)}
+    members = {}
+    for key in keys:
+        count = int.from_bytes(os.pread(descriptor, 8, at), "little", signed=True)
+        code = STORAGES.get(kinds.get(key, ""))
+        if code is None:
             raise UserError(
-                "not a checkpoint: neither safetensors nor what torch.save writes",
-                where=str(path),
-                mend="save it again",
+                f"dtype {kinds.get(key, 'unknown')} cannot be merged", where=str(path), mend="convert it to float32"
             )
-        _Unpickler(file).load()
-        _Unpickler(file).load()
-        objects = _Unpickler(file)
-        content = objects.load()
-        keys, starts = _Unpickler(file).load(), {}
-        for key in keys:
-            (count,) = struct.unpack("<q", file.read(8))
-            starts[str(key)] = file.tell()
-            file.seek(count * STORED[objects.storages[str(key)]].itemsize, io.SEEK_CUR)
-        if file.tell() > path.stat().st_size:
-            raise ValueError("it ends in its tensors")
-        return content, starts
+        members[key] = Member(at + 8, count * STORED[code].itemsize, 0, True)
+        at = members[key].start + members[key].size
+        if count < 0 or at > size:
+            raise Damaged("it ends in its tensors")
+
+    def place(storage: Storage) -> Member:
+        if not isinstance(storage.key, str) or storage.key not in members:
+            raise Damaged("its bytes are missing")
+        if kinds[storage.key] != storage.kind:
+            raise Damaged("its bytes are of two dtypes")
+        return members[storage.key]
+
+    return content, place
 
 
-def _start(file: Any, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: its own header, just before them, tells the length of its name and extra field."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its tensors are compressed")
-    file.seek(info.header_offset + 26)
-    name, extra = struct.unpack("<HH", file.read(4))
-    return info.header_offset + 30 + name + extra
+def _load_magic(data: bytes) -> tuple[Any, int]:
+    try:
+        return load(data) if data[:1] == b"\x80" else (None, 0)
+    except Damaged:
+        return None, 0
+
+
+def _placed(name: str, tensor: Tensor | Foreign, place: Place, path: Path) -> tuple[Stored, Member]:
+    """A tensor within its storage, and that within its member; raises Damaged for one that reaches beyond."""
+    if isinstance(tensor, Foreign):
+        raise UserError(f"{name} is a {tensor.kind}, which cannot be merged", where=str(path), mend="save it dense")
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    if not isinstance(storage, Storage):
+        raise Damaged(f"{name} has no storage")
+    code = TORCH_DTYPES.get(tensor.dtype, tensor.dtype) if tensor.dtype else STORAGES.get(storage.kind, storage.kind)
+    check_supported(code, where=f"{path}: {name}")
+    item = STORED[code].itemsize
+    unit = 1 if tensor.dtype else item
+    """Bytes of an element as its storage counts them: a storage without a dtype counts bytes."""
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+        raise Damaged(f"{name} has no shape with as many strides")
+    if len(shape) > MOST_DIMENSIONS:
+        raise Damaged(f"{name} has {len(shape):,} dimensions, and {MOST_DIMENSIONS} are the most")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (tensor.offset, storage.elements, *shape, *strides)):
+        raise Damaged(f"{name} has sizes, strides or an offset that are no whole numbers from 0")
+    try:
+        member = place(storage)
+    except Damaged as error:
+        raise Damaged(f"{name}: {error}") from None
+    size = math.prod(shape)
+    reach = tensor.offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
+    if storage.elements * unit > member.size:
+        raise Damaged(f"the storage of {name} has {storage.elements * unit} bytes, and {member.size} are there")
+    if reach * item > storage.elements * unit:
+        raise Damaged(f"{name} reaches to byte {reach * item} of a storage of {storage.elements * unit}")
+    plain = () if not size or _contiguous(shape, strides) else strides
+    return Stored(code, shape, path, member.start + (tensor.offset * item if size else 0), plain), member
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -201,43 +223,64 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
+def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], str]:
     """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off.
 
     With it the name of averaged weights beside them, which timm's loader would take unless it is told not to.
     """
     passed_over = ""
-    if isinstance(content, _Script):
+    if isinstance(content, Script):
         content = _script_tensors(content)
+    found = content.named() if isinstance(content, Pairs) else {}
     for key in STATE_DICTS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            averaged = [k for k in content if "ema" in str(k) and k != key and isinstance(content[k], Mapping)]
-            passed_over = str(averaged[0]) if averaged else ""
-            content = content[key]
+        if isinstance(found.get(key), Pairs):
+            averaged = [k for k in found if "ema" in k and k != key and isinstance(found[k], Pairs)]
+            passed_over = averaged[0] if averaged else ""
+            content = found[key]
+            found = content.named()
             break
-    tensors = {}
-    if isinstance(content, Mapping):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, _Tensor)}
+    if isinstance(content, Pairs) and any(
+        isinstance(value, Tensor | Foreign) for key, value in content.items if not isinstance(key, str | int)
+    ):
+        raise Damaged(f"a tensor has no name, or one of more than {LONGEST} bytes")
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor | Foreign)}
     if not tensors:
         raise UserError(
             "no weights in it",
             where=str(path),
             mend=f"save a module's state_dict(): it needs plain tensors by name, or those under {', '.join(STATE_DICTS)}",
         )
-    while all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}, passed_over
+    if len(tensors) > MOST_TENSORS:
+        raise Damaged(f"it has {len(tensors):,} tensors, and {MOST_TENSORS:,} are the most")
+    wrapped = min(WRAPPED.match(name).end() for name in tensors)
+    plain = {name[wrapped:].replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    if len(plain) < len(tensors) or "__metadata__" in plain:
+        raise Damaged("two tensors have the same name, or one is called __metadata__")
+    return plain, passed_over
 
 
-def _script_tensors(module: _Script, prefix: str = "") -> dict[str, _Tensor]:
-    """The tensors of a TorchScript module, named as its state_dict names them."""
-    out = {}
-    for name, value in vars(module).items():
-        if isinstance(value, _Script):
-            out |= _script_tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, _Tensor):
-            out[prefix + name] = value
-    return out
+def _script_tensors(module: Script) -> Pairs:
+    """The tensors of a TorchScript module, named as its state_dict names them; a module that is shared has every name."""
+    found: list[tuple[Any, Any]] = []
+    waiting = [("", module, 0)]
+    seen = 0
+    while waiting:
+        prefix, each, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise Damaged(f"its modules are more than {DEEPEST} deep, or one holds itself")
+        inner = []
+        for name, value in each.state.items if each.state else ():
+            seen += 1
+            if seen > MOST_TENSORS or len(prefix) > LONGEST:
+                raise Damaged(f"its modules have more than {MOST_TENSORS:,} attributes, or names above {LONGEST} bytes")
+            if not isinstance(name, str):
+                continue
+            if isinstance(value, Script):
+                inner.append((f"{prefix}{name}.", value, depth + 1))
+            elif isinstance(value, Tensor | Foreign):
+                found.append((prefix + name, value))
+        waiting += reversed(inner)
+    return Pairs(found)
 
 
 def from_torch(state: Mapping[str, Any], path: Path | str, label: str) -> Checkpoint:

@@ -10,7 +10,7 @@ LAYERS = (
     ("errors", "reading", "hookspecs", "files", "locks", "memory", "plugin_calls", "reproducible"),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "per_task", "microworld"),
     ("dtypes", "coefficients"),
-    ("pieces", "output", "checkpoints", "pickles", "loading", "families", "symmetries"),
+    ("pieces", "output", "checkpoints", "unpickler", "archives", "pickles", "loading", "families", "symmetries"),
     ("closed_form", "surveys", "task_vectors", "singular", "rebasin"),
     ("merge_plan", "merge_memory", "provenance"),
     ("features", "batch_norm", "strategy", "protocol", "weights", "evaluate", "surrogates", "calibration"),

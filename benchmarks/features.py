@@ -23,8 +23,9 @@ from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.data import Split
 from mergekit_vl.datasets.folder import Folder
-from mergekit_vl.features import THREADS, FeatureStore, test_view
+from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import ImagePath
+from mergekit_vl.views import THREADS, test_view
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_vl.closed_form import BATCH_NORM
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import prefetched, test_view
 from mergekit_vl.model import ImagePath, Single
+from mergekit_vl.views import prefetched, test_view
 
 if TYPE_CHECKING:
     from mergekit_vl.strategy import MergeInputs

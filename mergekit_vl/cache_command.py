@@ -22,12 +22,13 @@ def cache(
     ] = None,
 ) -> None:
     """Show the stored image features (MERGEKIT_VL_CACHE moves them elsewhere), or clear them."""
-    from mergekit_vl.features import default_folder
+    from mergekit_vl.files import sweep
+    from mergekit_vl.shards import ENDING, default_folder
 
     if older_than is not None and not clear:
         raise UserError("--older-than goes with --clear", where="command line", mend="add --clear")
     folder = default_folder()
-    files = sorted(folder.glob("??/*.safetensors")) if folder.is_dir() else []
+    files, old = sorted(folder.glob(f"??/*{ENDING}")), sorted(folder.glob("??/*.safetensors"))
     if not clear:
         typer.echo(f"folder  {folder}")
         typer.echo(f"files   {len(files)}, {_size(files)}")
@@ -36,15 +37,19 @@ def cache(
             inside = [f for f in files if _age(f) >= last and (days is None or _age(f) < days)]
             if inside:
                 typer.echo(f"        {label}: {len(inside)}, {_size(inside)}")
-        if files:
+        if old:
+            typer.echo(f"old     {len(old)} files of an earlier version, {_size(old)}: nothing reads them")
+        if files or old:
             typer.echo("clear it with mergekit-vl cache --clear [--older-than DAYS]")
         return
-    chosen = [f for f in files if older_than is None or _age(f) >= older_than]
+    sweep(folder)
+    chosen = [f for f in (*files, *old) if older_than is None or _age(f) >= older_than]
     freed = _size(chosen)
     for file in chosen:
         file.unlink(missing_ok=True)
-        if not any(file.parent.iterdir()):
-            file.parent.rmdir()
+    for inside in folder.glob("??"):
+        if not any(inside.iterdir()):
+            inside.rmdir()
     typer.echo(f"deleted {len(chosen)} files, {freed}, from {folder}")
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,23 +15,19 @@ from torch import Tensor
 
 from mergekit_vl.data import Progress, silent
 from mergekit_vl.errors import UserError
-from mergekit_vl.files import write_bytes
+from mergekit_vl.shards import Shards, default_folder
+from mergekit_vl.views import prefetched, test_view, train_view
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torchvision.transforms import InterpolationMode
-
     from mergekit_vl.data import Augment, Split
     from mergekit_vl.model import ImagePath
 
-THREADS = min(8, os.cpu_count() or 1)
+ROWS = 4096
+"""Of a shard, about: as many whole blocks of the backbone as are in it, so that what goes on after a kill has the same blocks."""
 
 
-def default_folder() -> Path:
-    """`$MERGEKIT_VL_CACHE`, or mergekit_vl in the user's cache folder."""
-    if found := os.environ.get("MERGEKIT_VL_CACHE"):
-        return Path(found)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_vl"
+Load = Callable[[int, int], Tensor]
+"""The image that is row `row` of split `number`."""
 
 
 @dataclass
@@ -54,13 +47,13 @@ class FeatureStore:
 
     def features(self, path: ImagePath, split: Split) -> Tensor:
         """Test-time features [N, D] of the split's rows."""
-        found = self._find(path, split, "test")
-        if found is not None:
+        if (found := self._find(path, split, "test")) is not None:
             return found
-        made = self._encode(
-            path, len(split), lambda i: test_view(split.source.load(int(split.rows[i])), path), "features"
-        )
-        return self._keep(self._key(path, split.key, "test"), made)
+
+        def load(number: int, row: int) -> Tensor:
+            return test_view(split.source.load(int(split.rows[row])), path)
+
+        return self._made(path, [self._shards(path, split, "test")], load, "features")[0]
 
     def views(self, path: ImagePath, split: Split, *, epochs: int, seed: int, augment: Augment) -> Tensor:
         """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).
@@ -68,168 +61,101 @@ class FeatureStore:
         Stored by epoch, so that a longer run continues a shorter one. Exact in distribution: the training step sees a
         fresh view of every image in every epoch, as it would without the bank.
         """
-        out = []
-        missing = []
-        for epoch in range(epochs):
-            transform = f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}"
-            out.append(self._find(path, split, transform))
-            if out[-1] is None:
-                missing.append((epoch, self._key(path, split.key, transform)))
-        if missing:
-            n = len(split)
+        transforms = [f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}" for epoch in range(epochs)]
+        out = [self._find(path, split, transform) for transform in transforms]
+        missing = [epoch for epoch in range(epochs) if out[epoch] is None]
 
-            def view(i: int) -> Tensor:
-                epoch, row = missing[i // n][0], int(split.rows[i % n])
-                return train_view(split.source.load(row), path, augment, seed=(seed, row, epoch))
+        def load(number: int, row: int) -> Tensor:
+            image, epoch = int(split.rows[row]), missing[number]
+            return train_view(split.source.load(image), path, augment, seed=(seed, image, epoch))
 
-            features = self._encode(path, n * len(missing), view, "augmented views").view(len(missing), n, -1)
-            for (epoch, key), rows in zip(missing, features):
-                out[epoch] = self._keep(key, rows.clone())
+        shards = [self._shards(path, split, transforms[epoch]) for epoch in missing]
+        for epoch, made in zip(missing, self._made(path, shards, load, "augmented views")):
+            out[epoch] = made
         return torch.stack(out)  # type: ignore[arg-type]
 
     def temporary(self) -> FeatureStore:
         """A store that keeps nothing, for models that are looked at once: the towers of single epochs."""
         return FeatureStore(None)
 
-    def _key(self, path: ImagePath, split: str, transform: str) -> str:
-        text = json.dumps([path.key, split, transform, path.backbone.preprocess, path.backbone.precision, 1])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+    def _shards(self, path: ImagePath, split: Split, transform: str) -> Shards:
+        key = [path.key, split.key, transform, path.backbone.preprocess, path.backbone.precision]
+        size = path.backbone.block * max(1, ROWS // path.backbone.block)
+        return Shards(self.folder, json.dumps(key, sort_keys=True), len(split), size)
 
     def _find(self, path: ImagePath, split: Split, transform: str) -> Tensor | None:
         """What is kept of the split, or of a larger one that holds its images; None where these must be encoded."""
         known = self.splits.setdefault(split.source.key, {})
         known[split.key] = split
-        if (own := self._read(self._key(path, split.key, transform))) is not None:
+        if (own := self._read(self._shards(path, split, transform))) is not None:
             return own
-        for key, other in known.items():
+        for other in known.values():
             if len(other) > len(split) and np.isin(split.rows, other.rows).all():
-                if (found := self._read(self._key(path, key, transform))) is not None:
+                if (found := self._read(self._shards(path, other, transform))) is not None:
                     order = np.argsort(other.rows)
                     return found[torch.from_numpy(order[np.searchsorted(other.rows, split.rows, sorter=order)])]
         return None
 
-    def _read(self, key: str) -> Tensor | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _read(self, shards: Shards) -> Tensor | None:
+        """All rows of a split, or None where a shard is missing or damaged."""
+        if shards.key not in self.memory and (found := shards.read_all()) is not None:
+            self.memory[shards.key] = torch.from_numpy(found)
+        return self.memory.get(shards.key)
 
-        if key not in self.memory and self.folder is None:
-            return None
-        if key not in self.memory:
-            file = self.folder / key[:2] / f"{key}.safetensors"
-            try:
-                self.memory[key] = load_file(file)["features"]
-            except (FileNotFoundError, SafetensorError):  # a damaged file is computed again
-                return None
-        return self.memory[key]
-
-    def _keep(self, key: str, features: Tensor) -> Tensor:
-        from safetensors.torch import save
-
-        if self.folder is None:
-            return features
-        self.memory[key] = features
-        data = save({"features": features.contiguous()})
-        write_bytes(self.folder / key[:2] / f"{key}.safetensors", data, mend="set MERGEKIT_VL_CACHE to another folder")
-        return features
-
-    def _encode(self, path: ImagePath, n: int, load: Callable[[int], Tensor], what: str) -> Tensor:
-        out = []
-        done = 0
+    def _made(self, path: ImagePath, everything: Sequence[Shards], load: Load, what: str) -> list[Tensor]:
+        """The rows of all these shards: those that a kill left whole, and the others encoded, each written when it is done."""
+        out: dict[int, Tensor] = {}
         began = time.perf_counter()
-        for batch in prefetched(load, n, path.backbone.block):
-            out.append(path.encode(batch).cpu())
+        for number, start, rows in self._each(path, everything, load, what):
+            if number not in out:
+                out[number] = torch.empty(everything[number].n, rows.shape[1])
+            out[number][start : start + len(rows)] = rows
+        self.seconds += time.perf_counter() - began
+        if len(out) < len(everything):
+            raise UserError("there are no images to encode", mend="check the dataset's splits")
+        if self.folder is not None:
+            self.memory |= {everything[number].key: rows for number, rows in out.items()}
+        return [out[number] for number in range(len(everything))]
+
+    def _each(
+        self, path: ImagePath, everything: Sequence[Shards], load: Load, what: str
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(which of `everything`, first row, rows) of each shard; one shard is held at a time."""
+        missing: list[tuple[int, int]] = []
+        for number, shards in enumerate(everything):
+            for start in shards.starts:
+                if (kept := shards.read(start)) is None:
+                    missing.append((number, start))
+                else:
+                    yield number, start, torch.from_numpy(kept.copy())
+        if missing:
+            sizes = [everything[number].rows(start) for number, start in missing]
+            for (number, start), rows in zip(missing, self._encode(path, missing, sizes, load, what)):
+                everything[number].write(start, rows.numpy())
+                yield number, start, rows
+
+    def _encode(
+        self, path: ImagePath, places: Sequence[tuple[int, int]], sizes: Sequence[int], load: Load, what: str
+    ) -> Iterator[Tensor]:
+        """The rows of each place in turn. A block of the backbone may hold rows of several, so that small ones cost no padding."""
+        ends = np.cumsum(sizes)
+
+        def image(i: int) -> Tensor:
+            at = int(np.searchsorted(ends, i, side="right"))
+            number, start = places[at]
+            return load(number, start + i - int(ends[at] - sizes[at]))
+
+        left, done = list(sizes), 0
+        held: list[Tensor] = []
+        for batch in prefetched(image, int(ends[-1]), path.backbone.block):
+            rows = path.encode(batch).cpu()
             self.encoded += len(batch)
             done += len(batch)
-            self.report(done, n, what)
-        self.seconds += time.perf_counter() - began
-        if not out:
-            raise UserError("there are no images to encode", mend="check the dataset's splits")
-        return torch.cat(out)
-
-
-def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Tensor]:
-    """Batches of `size` of load(0), ..., load(n - 1): the next one is loaded by threads while one is worked on, so memory is flat."""
-    with ThreadPoolExecutor(THREADS) as pool:
-
-        def ask(start: int) -> list[Future[Tensor]]:
-            return [pool.submit(load, i) for i in range(start, min(start + size, n))]
-
-        waiting = ask(0)
-        for start in range(size, n + size, size):
-            batch, waiting = waiting, ask(start)
-            yield torch.stack([each.result() for each in batch])
-
-
-def test_view(image: Image, path: ImagePath) -> Tensor:
-    """The model's own transform of test images: resize (a crop_pct below 1: to a larger size), then crop the centre. [3, H, W].
-
-    `resize_mode` as open_clip names them: shortest (side to the size), squash (both sides, no crop), longest (padded with black).
-    """
-    import math
-
-    from torchvision.transforms import functional as T
-
-    settings = path.backbone.preprocess
-    height, width = _size(settings)
-    mode = settings.get("resize_mode", "shortest")
-    crop = settings.get("crop_pct", 1.0)
-    if image.size != (width, height) or crop != 1:
-        if mode == "squash":
-            size = [math.floor(height / crop), math.floor(width / crop)]
-        else:
-            ratios = (height / crop / image.height, width / crop / image.width)
-            if mode == "shortest" and height == width:
-                size = math.floor(height / crop)  # torchvision's own rounding of the other side
-            else:
-                ratio = max(ratios) if mode == "shortest" else min(ratios)
-                size = [round(image.height * ratio), round(image.width * ratio)]
-        image = T.center_crop(T.resize(image, size, _interpolation(settings)), [height, width])
-    return _tensor(image, path)
-
-
-test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
-
-
-def train_view(image: Image, path: ImagePath, augment: Augment, *, seed: Sequence[int]) -> Tensor:
-    """One augmented view; the draws are torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries), from a generator of our own."""
-    import math
-    import random
-
-    from torchvision.transforms import functional as T
-
-    draw = random.Random(repr(tuple(seed)))
-    settings = path.backbone.preprocess
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * draw.uniform(augment.crop, 1.0)
-        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = draw.randint(0, height - h), draw.randint(0, width - w)
-            break
-    else:
-        w = h = min(width, height)
-        top, left = (height - h) // 2, (width - w) // 2
-    image = T.resized_crop(image, top, left, h, w, list(_size(settings)), _interpolation(settings))
-    if augment.flip and draw.random() < 0.5:
-        image = T.hflip(image)
-    return _tensor(image, path)
-
-
-def _size(settings: dict[str, Any]) -> tuple[int, int]:
-    """Height and width."""
-    size = settings["image_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _interpolation(settings: dict[str, Any]) -> InterpolationMode:
-    from torchvision.transforms import InterpolationMode
-
-    return InterpolationMode(settings.get("interpolation", "bicubic"))
-
-
-def _tensor(image: Image, path: ImagePath) -> Tensor:
-    from torchvision.transforms import functional as T
-
-    settings = path.backbone.preprocess
-    return T.normalize(T.to_tensor(image), settings["mean"], settings["std"])
+            self.report(done, int(ends[-1]), what)
+            while len(rows):
+                held.append(rows[: left[0]])
+                rows = rows[left[0] :]
+                left[0] -= len(held[-1])
+                if not left[0]:
+                    yield torch.cat(held)
+                    held, left = [], left[1:]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,22 @@ def _alone(temporary: Path) -> int:
             os.ftruncate(descriptor, 0)
             return descriptor
         os.close(descriptor)  # another writer was done with it in between
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders under `folder` that no writer holds: kills left them."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError:
+            pass  # being written, or another user's
+        finally:
+            os.close(descriptor)
 
 
 def is_named(descriptor: int, path: Path) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_vl.features import prefetched, test_view
 from mergekit_vl.model import ImagePath
+from mergekit_vl.views import prefetched, test_view
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Progress, Split

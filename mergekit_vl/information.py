@@ -114,8 +114,8 @@ def _of_heads(model, tasks, inputs) -> tuple[Weights, list[Predict]]:
 
 
 def _of_towers(model, tasks, inputs) -> tuple[Weights, list[Predict]]:
-    from mergekit_vl.features import prefetched, test_view
     from mergekit_vl.tuners.tower import Forward
+    from mergekit_vl.views import prefetched, test_view
 
     path = ImagePath(model.backbone)
     forward = Forward(model.backbone, model.adapter, tasks[0][0])

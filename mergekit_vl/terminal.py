@@ -37,7 +37,7 @@ def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, 
     """
     import shutil
 
-    from mergekit_vl.files import PARTIAL, write_text
+    from mergekit_vl.files import PARTIAL, sweep, write_text
 
     file = folder / MARK
     if folder.exists() and not folder.is_dir():
@@ -54,8 +54,7 @@ def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, 
         elif not goes_on and (found := load(folder)) is not None:
             return found
     write_text(file, mark + "\n")
-    for path in folder.rglob(f".*{PARTIAL}"):  # a kill left them
-        path.unlink()
+    sweep(folder)
     return None
 
 

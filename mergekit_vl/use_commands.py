@@ -105,9 +105,9 @@ def predict_images(
     import torch
 
     from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
-    from mergekit_vl.features import prefetched, test_view
     from mergekit_vl.model import image_paths
     from mergekit_vl.runs import open_model
+    from mergekit_vl.views import prefetched, test_view
 
     megapixels = MOST_MEGAPIXELS if max_megapixels is None else max_megapixels
     check_megapixels(megapixels)

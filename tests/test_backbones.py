@@ -20,9 +20,10 @@ from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import FeatureStore, train_view
-from mergekit_vl.features import test_view as view
+from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import ImagePath
+from mergekit_vl.views import test_view as view
+from mergekit_vl.views import train_view
 
 SMALL = {
     "embed_dim": 16,

@@ -15,7 +15,7 @@ from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.backbones.backbone import Backbone
 from mergekit_vl.data import Split
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import FeatureStore, test_view
+from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import Classes, ImagePath, Single
 from mergekit_vl.strategies.fisher import Fisher
 from mergekit_vl.strategies.regmean import RegMean
@@ -24,6 +24,7 @@ from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs, TaskData
+from mergekit_vl.views import test_view
 
 CLASSES = Classes(NAMES)
 STATISTICS = ("running_mean", "running_var")

@@ -219,7 +219,7 @@ def test_every_linear_map_of_a_tower_is_seen(towers):
     seen = {}
     for name in ("layer", "attention", "point"):
         net.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0]}))
-    from mergekit_vl.features import test_view
+    from mergekit_vl.views import test_view
 
     source = towers.data[0].train.source
     images = torch.stack([test_view(source.load(i), model.paths[0]) for i in (3, 1, 2)])

@@ -16,13 +16,14 @@ from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.data import Augment, Split
 from mergekit_vl.errors import UserError
-from mergekit_vl.features import FeatureStore, test_view, train_view
+from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import Classes, ImagePath, Single
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs, TaskData
 from mergekit_vl.tuners.full import Full
 from mergekit_vl.tuners.tower import Forward
+from mergekit_vl.views import test_view, train_view
 
 CLASSES = Classes(("dog", "car", "apple"))
 CONFIG = {

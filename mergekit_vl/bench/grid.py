@@ -115,8 +115,8 @@ class Bench:
     def _measured(self) -> float:
         import torch
 
-        from mergekit_vl.features import test_view
         from mergekit_vl.model import ImagePath
+        from mergekit_vl.views import test_view
 
         path, source = ImagePath(self.ready.backbone), self.ready.datasets[0].test.source
         images = torch.stack([test_view(source.load(i % len(source)), path) for i in range(16)])

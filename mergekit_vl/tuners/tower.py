@@ -20,10 +20,10 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import Failed
 from mergekit_vl.evaluate import evaluate
-from mergekit_vl.features import prefetched, train_view
 from mergekit_vl.memory import out_of_memory
 from mergekit_vl.model import ImagePath, Single
 from mergekit_vl.tuners.sgd import check_loss
+from mergekit_vl.views import prefetched, train_view
 
 if TYPE_CHECKING:
     from pathlib import Path

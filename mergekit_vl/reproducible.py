@@ -15,6 +15,9 @@ def make_reproducible(device: str) -> None:
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.backends.cudnn.allow_tf32 = False
+        # the gradients of these two kernels of attention add up in any order
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find faults, and costs a pass each time
     torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode

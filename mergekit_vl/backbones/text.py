@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ACTIVATIONS = 2 << 30
-"""Bytes of activations that a text forward may keep for its backward; more classes than that go in chunks with recomputation."""
+"""Bytes of activations that a text forward may keep for its backward; more classes than that go in chunks with recomputation.
+On a GPU an eighth of its memory, where that is more."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class TextTower(Protocol):
 
     width: int
     """Of a token embedding, W."""
+    capturable: bool
+    """Whether a CUDA graph can hold its forward: it reads nothing back from the GPU."""
 
     def tokenize(self, texts: Sequence[str], n_context: int = 0) -> Prompts: ...
     def embed(self, text: str) -> Tensor: ...
@@ -63,6 +66,7 @@ class OpenClipText(nn.Module):
         self.spec = spec
         tower = getattr(model, "text", model)  # CLIP holds the text tower's parts itself
         hugging_face = hasattr(tower, "pooler")
+        self.capturable = not hugging_face
         self.width: int = self.embedding.weight.shape[1]
         self._end: Callable[[Tensor], Tensor] | None = None
         """Ids [K, L] to the last position [K] that a text's answer depends on; None: all of them."""
@@ -159,7 +163,10 @@ class OpenClipText(nn.Module):
 
     def rows_at_once(self, length: int) -> int:
         """How many texts of `length` tokens keep their activations within ACTIVATIONS."""
-        return max(1, int(ACTIVATIONS / (4 * length * self._floats_per_token)))
+        place, room = self.embedding.weight.device, ACTIVATIONS
+        if place.type == "cuda":
+            room = max(room, torch.cuda.get_device_properties(place).total_memory // 8)
+        return max(1, int(room / (4 * length * self._floats_per_token)))
 
     def _in_chunks(self, ids: Tensor, context: Tensor | None, start: int) -> Tensor:
         from torch.utils.checkpoint import checkpoint

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_vl.data import Augment
+from mergekit_vl.tuners.graphs import graphed
 from mergekit_vl.tuners.sgd import Schedule, descend
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def fit_context(
     views = F.normalize(views, dim=-1).to(backbone.device)
     labels = torch.from_numpy(data.train.labels).to(backbone.device)
     encode = encoder(backbone, data.classes, start)
+    if backbone.device.startswith("cuda") and backbone.require_text().capturable:
+        encode = graphed(encode)
 
     def of_batch(ctx: Tensor, epoch: int, rows: Tensor) -> Tensor:
         return loss(encode, ctx, views[epoch, rows], labels[rows])

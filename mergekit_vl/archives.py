@@ -189,4 +189,4 @@ def _start(descriptor: int, entry: _Entry) -> int:
 
 
 def _shown(name: bytes) -> str:
-    return ascii(name.decode("utf-8", "replace")[:100])
+    return name[:200].decode("utf-8", "replace")

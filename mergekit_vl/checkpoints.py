@@ -6,7 +6,6 @@ the models, a file that was cut short is an error and not a crash (a memory map 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -21,7 +20,8 @@ import numpy as np
 
 from mergekit_vl.dtypes import FLOATS, STORED, Array, check_supported, widen
 from mergekit_vl.errors import UserError
-from mergekit_vl.reading import check_regular, user_path
+from mergekit_vl.output import METADATA_KEY
+from mergekit_vl.reading import check_regular, parse_json, read_regular, user_path
 
 INDEX_FILES = ("model.safetensors.index.json", "open_clip_model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = (
@@ -37,6 +37,8 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 CONFIGS = ("open_clip_config.json", "config.json")
 
 
+MOST_HEADER = 16 << 20
+MOST_DIMENSIONS = 64
 MOST_TENSORS = 100_000
 """Tensors of one file: none has a tenth, and what is more costs more than its bytes."""
 
@@ -239,6 +241,28 @@ class Checkpoint:
         self._open.clear()
 
 
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What mergekit-vl wrote into the metadata of a file; nothing where it did not write it."""
+    found = parse_json(
+        checkpoint.metadata.get(METADATA_KEY, "{}"), where=str(checkpoint.path), what="its metadata are not JSON"
+    )
+    if not isinstance(found, dict):
+        raise UserError("its metadata are not JSON of a merge or an adapter", where=str(checkpoint.path), mend=AGAIN)
+    return found
+
+
+def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
+    """Raise UserError with the first key that is not as the typed dictionary `shape` has it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(shape).validate_python(found, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{what}: {key}: {first['msg']}", where=where, mend=AGAIN) from None
+
+
 def _stamp(file: Path) -> tuple[int, int]:
     try:
         status = os.stat(file)
@@ -253,13 +277,14 @@ def open_checkpoint(given: str, label: str = "") -> Checkpoint:
         return _from_open_clip(given, label or given.split(":", 1)[1].replace("/", "-"))
     path = user_path(given)
     label = label or label_of(given)
-    if path.is_dir():
-        return _open_folder(path, label)
-    if not path.exists():
-        raise UserError(
-            "no such model", where=given, mend="give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG"
-        )
-    return _open_file(path, label)
+    try:
+        if path.is_dir():
+            return _open_folder(path, label)
+        if path.exists():
+            return _open_file(path, label)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=given, mend="check its permissions") from None
+    raise UserError("no such model", where=given, mend="give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG")
 
 
 def label_of(given: str) -> str:
@@ -311,7 +336,7 @@ def _looks_like_safetensors(start: bytes) -> bool:
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors and metadata of a safetensors file, in the order of their bytes; raises UserError for a damaged one."""
-    size = path.stat().st_size
+    size = check_regular(path)
 
     def damaged(what: str) -> UserError:
         return UserError(f"damaged or truncated safetensors: {what}", where=str(path), mend="copy the file again")
@@ -319,19 +344,29 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= min(size - 8, 100_000_000):
+        if length > MOST_HEADER and _looks_like_safetensors(start + file.read(1)):
+            raise damaged(f"a header of {length / 1e6:,.0f} MB, and {MOST_HEADER >> 20} MB are the most")
+        if not 2 <= length <= size - 8:
             raise damaged("no header" if size >= 8 else "it is empty" if not size else "it ends in its header")
+        file.seek(8)
+        header = parse_json(file.read(length), where=str(path), what="damaged safetensors, its header is not JSON")
+    if not isinstance(header, dict):
+        raise damaged("its header is not JSON of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("its metadata are not texts by name")
+    if len(header) > MOST_TENSORS:
+        raise damaged(f"{len(header):,} tensors, and {MOST_TENSORS:,} are the most")
+    entries = []
+    for name, entry in header.items():
         try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged("its header is not JSON of tensors") from None
+            entries.append((*_place_of(entry), name))
+        except ValueError as error:
+            raise damaged(f"{name} has {error}") from None
     tensors, end = {}, 0
-    for name, entry in entries:
-        check_supported(entry["dtype"], where=f"{path}: {name}")
-        first, last = entry["data_offsets"]
-        tensor = Stored(entry["dtype"], tuple(entry["shape"]), path, 8 + length + first)
+    for first, last, code, shape, name in sorted(entries, key=lambda entry: entry[:2]):
+        check_supported(code, where=f"{path}: {name}")
+        tensor = Stored(code, shape, path, 8 + length + first)
         if first != end or last - first != tensor.bytes:
             raise damaged(f"{name} does not fit its place")
         tensors[name], end = tensor, last
@@ -340,19 +375,33 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
+def _place_of(entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+    """First and last byte, dtype code and shape of a header's entry; raises ValueError that tells what is wrong."""
+    if not isinstance(entry, dict):
+        raise ValueError("no dtype, shape and data_offsets")
+    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str):
+        raise ValueError("no dtype")
+    if not _whole_numbers(shape):
+        raise ValueError("no shape of whole numbers from 0")
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape):,} dimensions, and {MOST_DIMENSIONS} are the most")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError("no data_offsets of two whole numbers from 0")
+    return offsets[0], offsets[1], code, tuple(shape)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
 def _open_index(path: Path, label: str) -> Checkpoint:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        places: dict[str, str] = index["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError("not an index of shards", where=str(path), mend="it needs a weight_map") from None
+    places, told = _read_index(path)
     tensors: dict[str, Stored] = {}
     twins: dict[str, str] = {}
     recorded: list[Recorded] = []
-    shards = {name: path.parent / name for name in dict.fromkeys(places.values())}
+    shards = {name: _shard(path, name) for name in dict.fromkeys(places.values())}
     for name, file in shards.items():
-        if not file.is_file():
-            raise UserError(f"the shard {name} is missing", where=str(path), mend="copy it beside its index")
         shard = _open_file(file, label)
         tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
         twins |= shard.twins
@@ -363,12 +412,41 @@ def _open_index(path: Path, label: str) -> Checkpoint:
     lost = [key for key in places if key not in tensors]
     if lost:
         raise UserError(f"{places[lost[0]]} holds no {lost[0]}, as its index tells", where=str(path), mend=CHANGED)
-    told, found = (index.get("metadata") or {}).get("total_size"), sum(t.bytes for t in tensors.values())
+    found = sum(t.bytes for t in tensors.values())
     if told is not None and told != found:
         raise UserError(f"the shards hold {found} bytes, the index tells of {told}", where=str(path), mend=CHANGED)
     return Checkpoint(label, path, tensors, (path, *shards.values()), twins=twins, recorded=tuple(recorded))
 
 
+def _read_index(path: Path) -> tuple[dict[str, str], float | None]:
+    """The shard of each tensor, and the bytes of all where they are told."""
+
+    def broken(what: str) -> UserError:
+        return UserError(f"not an index of shards: {what}", where=str(path), mend="copy it again")
+
+    index = parse_json(read_regular(path, most=MOST_HEADER), where=str(path), what="not an index of shards")
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise broken("it has no weight_map of files by tensor")
+    metadata = index.get("metadata") or {}
+    told = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    if told is not None and type(told) not in (int, float):
+        raise broken("its metadata have no total_size in bytes")
+    return places, told
+
+
+def _shard(index: Path, name: str) -> Path:
+    """A shard's file; raises UserError for a name that leads out of the index' folder, or to another index."""
+    parts = name.split("/")
+    if "\0" in name or not all(part not in ("", ".", "..") for part in parts) or name.endswith(".index.json"):
+        raise UserError(f"{name!r} is no file beside its index", where=str(index), mend="copy the model again")
+    file = index.parent.joinpath(*parts)
+    if not file.is_file():
+        raise UserError(f"the shard {name} is missing", where=str(index), mend="copy it beside its index")
+    return file
+
+
+AGAIN = "copy the file again"
 CHANGED = "a shard was changed after its index was written: copy the model again"
 
 

@@ -14,8 +14,9 @@ import typer
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.merge_words import RECIPES, ask
-from mergekit_vl.terminal import device_of, registry
+from mergekit_vl.merge_words import RECIPES, ask, closed_form
+from mergekit_vl.reading import user_path
+from mergekit_vl.terminal import device_of
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_plan import Opened
@@ -182,14 +183,14 @@ def verify(
     restore(folder)
     metadata, merged = read_metadata(folder)
     moved = dict(word.split("=", 1) for word in where or [] if "=" in word)
-    cls = registry().find("strategies", metadata["strategy"], where=str(folder)).resolve()
+    cls = closed_form(metadata["strategy"], where=str(folder))
     models = [m for m in (metadata["base"], *metadata["models"]) if m]
     for label in moved:
         if label not in [m["label"] for m in models]:
             raise unknown("model", label, [m["label"] for m in models], where=str(folder))
     paths = [moved.get(m["label"]) or _found(m["path"], folder) for m in models]
     for model, path in zip(models, paths):
-        if ":" not in path and not Path(path).expanduser().exists():
+        if ":" not in path and not user_path(path).exists():
             raise UserError("no such model", where=path, mend=f"if it was moved, add {model['label']}=PATH")
     plan = MergePlan(
         metadata["strategy"],
@@ -214,7 +215,7 @@ def verify(
 def _found(path: str, folder: Path) -> str:
     """An input's path as it was given, also seen from the output's parent."""
     beside = folder.resolve().parent / path
-    return str(beside) if not Path(path).expanduser().exists() and beside.exists() else path
+    return str(beside) if not user_path(path).exists() and user_path(str(beside)).exists() else path
 
 
 def size_in_bytes(text: str | None, what: str) -> int | None:

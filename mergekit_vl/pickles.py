@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_vl.archives import Archive, Member, read_archive
-from mergekit_vl.checkpoints import MOST_TENSORS, Checkpoint, Recorded, Stored
+from mergekit_vl.checkpoints import MOST_DIMENSIONS, MOST_TENSORS, Checkpoint, Recorded, Stored
 from mergekit_vl.dtypes import STORED, check_supported
 from mergekit_vl.errors import UserError
 from mergekit_vl.unpickler import LONGEST, MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
@@ -56,7 +56,6 @@ STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_
 WRAPPED = re.compile(r"(?:module\.)*")
 EXPANDED, SPARE = 8, 32 << 20
 """All tensors take at most EXPANDED times the bytes of their file, and SPARE bytes: tied and expanded ones are written out."""
-MOST_DIMENSIONS = 64
 DEEPEST = 100
 """Modules within modules of a TorchScript archive."""
 

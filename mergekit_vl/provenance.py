@@ -8,14 +8,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mergekit_vl import __version__, options
-from mergekit_vl.checkpoints import Checkpoint, open_checkpoint, read_header
+from mergekit_vl.checkpoints import Checkpoint, check_shape, facts, open_checkpoint, read_header
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_plan import Opened
 from mergekit_vl.output import METADATA_KEY
 
 NO_HASH = "0" * 64
 ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")
+
+
+class Input(TypedDict):
+    label: str
+    path: str
+    blake3: dict[str, str]
+
+
+class Metadata(TypedDict):
+    """What `describe` tells, beside what an adapter tells of itself."""
+
+    version: str
+    strategy: str
+    options: dict[str, Any]
+    models: list[Input]
+    base: Input | None
+    seed: int
+    dtype: str | None
+    keep: list[str]
+    rebasin: bool
+    device: str
 
 
 def canonical(metadata: Mapping[str, Any]) -> str:
@@ -52,10 +75,10 @@ def _adapter(opened: Opened) -> dict[str, Any]:
 
     What was chosen while a model was tuned is its own, and not the merge's.
     """
-    told = [json.loads(c.metadata.get(METADATA_KEY, "{}")) for c in opened.all]
+    told = [facts(c) for c in opened.all]
     adapters = [{key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told]
     for adapter in adapters:
-        if adapter.get("head"):
+        if isinstance(adapter.get("head"), Mapping):
             adapter["head"] = {key: value for key, value in adapter["head"].items() if key != "chosen"}
     for checkpoint, adapter in zip(opened.all, adapters):
         for key in adapter.keys() | adapters[0].keys():
@@ -107,10 +130,13 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     checkpoint = open_checkpoint(str(folder))
     found = checkpoint.metadata
     if not found:
-        found = read_header(next(f for f in checkpoint.files if f.suffix == ".safetensors"))[1]
+        first = next((f for f in checkpoint.files if f.suffix == ".safetensors"), None)
+        found = read_header(first)[1] if first else {}
     if METADATA_KEY not in found:
         raise UserError("no merge of mergekit-vl", where=str(folder), mend="give the folder that merge wrote")
-    metadata = json.loads(found[METADATA_KEY])
-    if any("blake3" not in model for model in metadata.get("models", [{}])):
-        raise UserError("was merged by an early version, or is no merge", where=str(folder), mend="merge again")
+    checkpoint.metadata = found
+    metadata = facts(checkpoint)
+    check_shape(metadata, Metadata, what="was merged by an early version, or is no merge", where=str(folder))
+    if not metadata["models"]:
+        raise UserError("is no merge: it names no model", where=str(folder), mend="merge again")
     return metadata, checkpoint

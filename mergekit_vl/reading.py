@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from mergekit_vl.errors import UserError
 
@@ -17,6 +19,8 @@ KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 MOST_TEXT = 16 * 2**20
+MOST_JSON_VALUES = 250_000
+"""As many take about 60 MB once they are read."""
 
 
 def user_path(given: str) -> Path:
@@ -78,3 +82,35 @@ def read_text(path: Path) -> str:
         return read_regular(path, most=MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError("not UTF-8", where=str(path), mend="save it as UTF-8") from None
+
+
+def parse_json(raw: bytes | str, *, where: str, what: str = "not JSON", mend: str = "copy the file again") -> Any:
+    """JSON from elsewhere. Raises UserError for what is none, is not UTF-8, names a key twice, or holds NaN, a number of thousands of
+    digits, half a character, more than MOST_JSON_VALUES values, or one too deep within others."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "a key"
+            raise UserError(f"{what}: {twice} is in it twice", where=where, mend=mend)
+        return made
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        values = text.count(",") + text.count("[") + text.count("{")
+        if values > MOST_JSON_VALUES:
+            raise ValueError(f"about {values:,} values, and {MOST_JSON_VALUES:,} are the most")
+        found = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UserError(f"{what}: its values are nested too deep", where=where, mend=mend) from None
+    except UnicodeError:
+        raise UserError(f"{what}: not UTF-8", where=where, mend=mend) from None
+    except ValueError as error:
+        raise UserError(f"{what}: {str(error)[:200]}", where=where, mend=mend) from None
+    return found

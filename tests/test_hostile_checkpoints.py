@@ -1,5 +1,6 @@
 """Checkpoints from strangers: no byte is read that is not the tensor's, and whatever a file says, the answer is one UserError."""
 
+import json
 import re
 import struct
 import zipfile
@@ -17,6 +18,7 @@ from hostile import (
     mapping,
     named,
     program,
+    safetensors,
     storage,
     tensor,
     text,
@@ -309,3 +311,105 @@ def test_what_is_no_state_dict(tmp_path):
     ]
     for i, (body, match) in enumerate(cases):
         refused(archive(tmp_path / f"{i}.pt", body), match)
+
+
+ENTRY = b'{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":null,"shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":5,"shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":["F32"],"shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":null,"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":4,"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":"4","data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":{"0":4},"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[4.0],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[null],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[true,4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[-2,-2],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":null}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":1}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16,32]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":["0","16"]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0.0,16.0]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-16,0]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[1,17]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,99999999999999999999999]}}',
+        b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,16]}}' % (b"9" * 5000),
+        b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,16]}}' % b",".join([b"9" * 18] * 10_000),
+        b'{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":%s,"a":%s}' % (ENTRY, ENTRY),
+        b'{"a":%s,"b":%s}' % (ENTRY, ENTRY),
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":[]}',
+        b'{"a":null}',
+        b'{"__metadata__":[],"a":%s,"b":null}' % ENTRY,
+        b'{"__metadata__":{"mergekit_vl":5},"a":%s}' % ENTRY,
+        b'{"__metadata__":"x","a":%s}' % ENTRY,
+        b'{"\\ud800":%s}' % ENTRY,
+        b'{"\xff":%s}' % ENTRY,
+        b"\xef\xbb\xbf{}",
+        ("{}".encode("utf-16")),
+        b"[]",
+        b"{",
+        b"",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"{" + b",".join(b'"%d":[]' % i for i in range(200_000)) + b"}",
+    ],
+)
+def test_a_safetensors_header_that_is_none(tmp_path, header):
+    refused(safetensors(tmp_path / "a.safetensors", header, FOUR), "")
+
+
+def test_header_lengths_that_are_none(tmp_path):
+    for length in (0, 1, 10_000, 1 << 62, (1 << 63) + 1, (1 << 64) - 1):
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + b'{"a":%s}' % ENTRY + FOUR)
+        refused(tmp_path / "a.safetensors", "damaged or truncated safetensors")
+    for raw in (b"", b"\0" * 7, b"\0" * 8, b"\0" * 9):
+        (tmp_path / "a.safetensors").write_bytes(raw)
+        refused(tmp_path / "a.safetensors", "damaged or truncated safetensors")
+
+
+def index_of(shard, **more):
+    return json.dumps({"weight_map": {"w": shard}, **more})
+
+
+def test_an_index_that_is_none(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    safetensors(tmp_path / "a.safetensors", b'{"w":%s}' % ENTRY, FOUR)
+    (tmp_path / "inner").mkdir()
+    safetensors(tmp_path / "inner" / "b.safetensors", b'{"w":%s}' % ENTRY, FOUR)
+    outside = [f"../{tmp_path.name}/a.safetensors", str(tmp_path / "a.safetensors")]
+    names = [*outside, index.name, "inner/../a.safetensors", "./a.safetensors", "b.safetensors", "inner", "", "."]
+    whole = ["", "[]", "null", "{}", "[" * 100_000, *(json.dumps({"weight_map": each}) for each in ([], "a", None))]
+    whole += [index_of(each) for each in (*names, 1, None, [], "a" * 5000, "a\0", "a\udc80")]
+    whole += [index_of("a.safetensors", metadata=each) for each in ("x", [1], 5)]
+    whole += [index_of("a.safetensors", metadata={"total_size": each}) for each in ("16", 17, True, [])]
+    whole += ['{"weight_map":{"w":"a.safetensors","w":"a.safetensors"}}']
+    for content in whole:
+        index.write_text(content)
+        refused(index, "")
+        with pytest.raises(UserError):
+            loading.read(tmp_path)
+    for content in (
+        index_of("inner/b.safetensors", metadata={"total_size": 16, "more": [{}]}),
+        index_of("a.safetensors", metadata=None),
+        index_of("a.safetensors", metadata={"total_size": 16.0}),
+    ):
+        index.write_text(content)
+        assert loading.read(index)["w"].tolist() == [1, 2, 3, 4]
+
+
+def test_names_are_data(tmp_path):
+    for name in ("", " ", "a\\nb", "a\\u0000b", "\\u001b]0;x\\u0007", "\\u00e9\\ud83d\\ude00", "x" * 3000):
+        path = safetensors(tmp_path / "a.safetensors", b'{"%s":%s}' % (name.encode(), ENTRY), FOUR)
+        assert [*loading.read(path).values()][0].tolist() == [1, 2, 3, 4]

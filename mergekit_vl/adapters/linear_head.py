@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.zero_shot import ZeroShot
@@ -119,10 +119,23 @@ class LinearHead:
         return tensors, facts | {"chosen": dict(self.chosen)}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> LinearHead:
-        known: dict = {"chosen": {}, **facts, "names": tuple(facts["names"])}  # type: ignore[arg-type]
+    def restored(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, where: str) -> LinearHead:
+        """What `state` gave; raises UserError where tensors or facts are not a head's."""
+        needed = {"weight": 2, "bias": 1} | ({"start.weight": 2, "start.bias": 1} if "start.weight" in tensors else {})
+        fitting = all(name in tensors and tensors[name].ndim == axes for name, axes in needed.items())
+        if not fitting or not all(key in facts for key in ("names", "normalise", "unseen")):
+            raise UserError("holds no linear head", where=where, mend="give one that a run wrote")
+        shapes = {tuple(tensors[name].shape) for name in needed if name.endswith("weight")}
+        rows = {len(tensors[name]) for name in needed} | ({len(facts["names"])} if facts["names"] else set())
+        if len(shapes) > 1 or len(rows) > 1:
+            raise UserError("holds a linear head whose parts do not fit", where=where, mend="give one that a run wrote")
         head = cls(
-            tensors["weight"], tensors["bias"], **{k: known[k] for k in ("names", "normalise", "unseen", "chosen")}
+            tensors["weight"],
+            tensors["bias"],
+            tuple(facts["names"]),
+            facts["normalise"],
+            unseen=facts["unseen"],
+            chosen=facts.get("chosen", {}),
         )
         if "start.weight" not in tensors:
             return head
@@ -135,7 +148,7 @@ class LinearHead:
     @classmethod
     def load(cls, path: Path, *, device: str = "cpu") -> LinearHead:
         tensors, facts = stored.read(path, "linear_head", device)
-        return cls.restored(tensors, facts)
+        return cls.restored(tensors, facts, where=str(path))
 
 
 def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:

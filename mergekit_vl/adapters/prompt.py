@@ -146,7 +146,14 @@ class Prompt:
                 where=str(path),
                 mend="use a prompt that all classes share (CSC False)",
             )
+        names, before = tuple(meta.get("names", ())), found.get("token_prefix")
+        if (
+            ctx.ndim != (3 if names else 2)
+            or (names and len(names) != len(ctx))
+            or (before is not None and before.ndim != 3)
+        ):
+            raise UserError("its context has another shape than a prompt's", where=str(path), mend=FILES)
         words = (
             init if init is not None else meta.get("init", DASSL_INIT if len(ctx) == len(DASSL_INIT.split()) else "")
         )
-        return cls(ctx, words, tuple(meta.get("names", ())), found.get("token_prefix"))
+        return cls(ctx, words, names, before)

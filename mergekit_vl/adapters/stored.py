@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
-from mergekit_vl import loading
+from typing_extensions import TypedDict
+
+from mergekit_vl import checkpoints, loading
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.output import METADATA_KEY
@@ -39,18 +41,42 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+class HeadFacts(TypedDict):
+    names: list[str]
+    normalise: bool
+    unseen: Literal["refuse", "zero_shot"]
+    chosen: NotRequired[dict[str, Any]]
+
+
+class Facts(TypedDict, total=False):
+    """What adapters tell of themselves."""
+
+    adapter: str
+    backbone: str
+    init: str
+    names: list[str]
+    normalise: bool
+    unseen: Literal["refuse", "zero_shot"]
+    chosen: dict[str, Any]
+    head: HeadFacts | None
+
+
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `write` told; nothing of a file that it did not write."""
-    return json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+    """What `write` told; nothing of a file that it did not write. Raises UserError for what no adapter tells."""
+    found = checkpoints.facts(checkpoint)
+    checkpoints.check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
+    return found
 
 
 def read(path: Path, adapter: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts; raises UserError for a file of another kind, or with values that are not finite."""
     checkpoint = open_checkpoint(str(path))
-    told = facts(checkpoint)
-    if told.get("adapter") != adapter:
-        raise UserError(f"this is not a {adapter}", where=str(path), mend="give a tuned model of a run")
-    found = {name: tensor.to(device) for name, tensor in loading.tensors(checkpoint).items()}
-    checkpoint.close()
+    try:
+        told = facts(checkpoint)
+        if told.get("adapter") != adapter:
+            raise UserError(f"this is not a {adapter}", where=str(path), mend="give a tuned model of a run")
+        found = {name: tensor.to(device) for name, tensor in loading.tensors(checkpoint).items()}
+    finally:
+        checkpoint.close()
     loading.check_finite(found, where=str(path), mend="tune again with a lower lr")
     return found, told

@@ -88,8 +88,8 @@ class Tower:
     def load(cls, path: Path, *, device: str = "cpu") -> Tower:
         tensors, facts = stored.read(path, "tower", device)
         chosen = facts.get("chosen", {})  # a merge of files has none
-        if facts["head"] is None:
+        if facts.get("head") is None:
             return cls(tensors, chosen=chosen)
         head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
-        return cls(weights, LinearHead.restored(head, facts["head"]), chosen)
+        return cls(weights, LinearHead.restored(head, facts["head"], where=str(path)), chosen)

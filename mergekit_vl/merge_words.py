@@ -71,7 +71,13 @@ def ask(
         raise UserError("which strategy?", where=where, mend="give --strategy linear, for instance")
     named = _name_models(section["models"], base or section.get("base"), where=where)
     cls = closed_form(name, where=where)
-    chosen = {key: value for key, value in given.items() if key != "name"} if given.get("name") == name else {}
+    chosen = {key: value for key, value in given.items() if key != "name"}
+    if chosen and given.get("name") != name:
+        notes = [
+            *notes,
+            f"{where}: the options of {given.get('name')} ({', '.join(chosen)}) are not those of {name}: left out",
+        ]
+        chosen = {}
     method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
     keep = keep or section.get("keep") or ()
     plan = MergePlan(
@@ -161,14 +167,17 @@ def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _
     if not weights:
         return chosen
     per_model = getattr(cls, "per_model", "weights")
-    if any(word.partition("=")[0] == per_model for word in settings):
-        both = ", ".join(weights)
-        raise UserError(f"{per_model}= and weights by label ({both})", where="command line", mend="give one of them")
+    by_word = any(word.partition("=")[0] == per_model for word in settings)
+    if by_word or (per_model in chosen and named.weights):
+        both = f"{per_model}= and weights by label ({', '.join(weights)})"
+        raise UserError(both, where="command line" if by_word else where, mend="give one of them")
     if per_model not in known:
         raise UserError("takes no weight per model", where=where, mend=f"its options are {', '.join(known) or 'none'}")
     for label in weighed:
         if label not in weights:
             raise UserError(f"{label} has no weight", where=where, mend=f"write {label}=NUMBER too")
+    if left := [label for label in weights if label not in weighed]:
+        raise UserError(f"the base {left[0]} takes no weight", where=where, mend="leave it out")
     return {**chosen, per_model: [weights[label] for label in weighed]}
 
 

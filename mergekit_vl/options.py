@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit_vl.errors import UserError, unknown
@@ -40,6 +40,14 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
     if missing:
         raise UserError(f"{missing[0]!r} is missing", where=where, mend=fields[missing[0]].metadata.get("help", ""))
     return cls(**values)
+
+
+def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> None:
+    """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here."""
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if field.name in names and value != field.default:
+            raise UserError(f"{key_of(field)}={value} has no effect {why}", where=where, mend="leave it out")
 
 
 def describe(cls: type) -> list[tuple[str, str, str, str]]:

@@ -12,6 +12,7 @@ import numpy as np
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import unknown
+from mergekit_vl.options import check_effect
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import absolute_sums
 
@@ -111,6 +112,8 @@ def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
     models.check_weights(where, method.densities, models.labels, "densities")
     for density in each_density(method, models):
         models.check_coefficient(where, density, "density", 0, 1)
+    if method.densities:
+        check_effect(method, ("density",), where=where, why="beside densities")
 
 
 def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:

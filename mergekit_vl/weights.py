@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply, workers
-from mergekit_vl.coefficients import depths
+from mergekit_vl.coefficients import Coefficient, depths
 from mergekit_vl.dtypes import Array, Narrowing
 from mergekit_vl.errors import UserError
 from mergekit_vl.memory import threads_available
@@ -41,6 +41,22 @@ def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
                 f"{names[0]} and {name} differ in {'; '.join(differing[:3])}",
                 mend="merge models of one architecture and one adapter",
             )
+
+
+def check_own_space(where: str, space: str) -> None:
+    """Raise UserError for a merge of tensors that was asked for in the space of classifiers."""
+    if space != "own":
+        raise UserError(f"space={space} merges classifiers, not tensors", where=where, mend="use `mergekit-vl run`")
+
+
+def check_numbers(where: str, given: Sequence[Coefficient], what: str) -> tuple[float, ...]:
+    """Coefficients of classifiers; raises UserError for one by depth or by name, which are of tensors."""
+    numbers = tuple(value for value in given if isinstance(value, float))
+    if len(numbers) < len(given):
+        raise UserError(
+            f"{what} by depth or by name in the space features", where=where, mend="give numbers, or set space=own"
+        )
+    return numbers
 
 
 def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:

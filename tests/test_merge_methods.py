@@ -137,6 +137,19 @@ def test_every_closed_form_is_tested():
         (NuSlerp((1.0, 3.0)), None, [[1, 0], [0, 1]], [0.3826834, 0.9238795]),  # sin and cos of 22.5 degrees
         (NuSlerp(along="last"), None, [[[1, 0], [0, 2]], [[0, 1], [2, 0]]], [[0.7071068] * 2, [1.4142136] * 2]),
         (NuSlerp(along="first"), None, [[[1, 0], [0, 2]], [[0, 2], [1, 0]]], [[0.7071068, 1.4142136]] * 2),
+        # at a quarter of 120 and of 60 degrees: the points at 30 degrees of length 1, and at 15 of length 2
+        (
+            NuSlerp((3.0, 1.0), along="last"),
+            None,
+            [[[1, 0], [2, 0]], [[-0.5, 0.8660254], [1, 1.7320508]]],
+            [[0.8660254, 0.5], [1.9318517, 0.5176381]],
+        ),
+        (
+            NuSlerp((3.0, 1.0), along="first"),
+            None,
+            [[[1, 2], [0, 0]], [[-0.5, 1], [0.8660254, 1.7320508]]],
+            [[0.8660254, 1.9318517], [0.5, 0.5176381]],
+        ),
         (NuSlerp(task_vectors=True), [1, 1], [[2, 1], [1, 2]], [1.7071068, 1.7071068]),
         (MultiSlerp(), None, [[2, 0], [0, 4]], [2.1213203, 2.1213203]),  # length 3 at 45 degrees
         (MultiSlerp((3.0, 1.0)), None, [[1, 0], [0, 1]], [0.9486833, 0.3162278]),  # (3, 1) / sqrt(10)
@@ -605,6 +618,11 @@ def test_della_keeps_large_magnitudes_more_often(monkeypatch):
     monkeypatch.setattr(della, "draw", lambda piece, i: np.zeros(piece.size, np.uint32))
     out = merged(Della(0.5, epsilon=0.4), given)
     np.testing.assert_allclose(out, [[1 / 0.3, -3 / 0.7, 2 / 0.5], [6 / 0.5, 6 / 0.7, 5 / 0.3]], rtol=1e-6)
+    # rows of two have the ends of the window, 0.3 and 0.7; rows of one its middle
+    out = merged(Della(0.5, epsilon=0.4), models([[1, -3], [6, 5]], base=np.zeros((2, 2))))
+    np.testing.assert_allclose(out, [[1 / 0.3, -3 / 0.7], [6 / 0.7, 5 / 0.3]], rtol=1e-6)
+    out = merged(DellaLinear(0.5, epsilon=0.4, scale=1.0), models([[1], [-3]], base=np.zeros((2, 1))))
+    np.testing.assert_allclose(out, [[2], [-6]], rtol=1e-6)
     monkeypatch.setattr(della, "draw", lambda piece, i: np.full(piece.size, round(0.4 * 2**32), np.uint32))
     out = merged(DellaLinear(0.5, epsilon=0.4, scale=1.0, rescale="none"), given)
     np.testing.assert_allclose(out, [[0, -3, 2], [6, 6, 0]])

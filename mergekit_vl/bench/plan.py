@@ -230,4 +230,5 @@ def _continued(plan: Plan, tuner: Any) -> dict[str, Any]:
         own = {k: v for k, v in first.options.items() if k in CONTINUED}
     else:
         own = {k: getattr(tuner, k) for k in CONTINUED if getattr(tuner, k, None) is not None}
+        own = {k: v for k, v in own.items() if k not in ("crop", "flip") or own.get("views") != 0}  # which read them
     return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}

@@ -12,7 +12,7 @@ import numpy as np
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.ties import Ties, trimmed
 from mergekit_vl.task_vectors import add_to_base, agreeing, weighted_sum
@@ -88,6 +88,10 @@ def check_masks(where: str, method: Masks, models: Models) -> None:
         models.check_coefficient(where, value, "lambda", 0)
     models.check_coefficient(where, method.density, "density", 0, 1)
     models.check_coefficient(where, method.scale, "scale")
+    if method.lambdas:
+        check_effect(method, ("lambda_",), where=where, why="beside lambdas")
+    if method.vector != "ties":
+        check_effect(method, ("density",), where=where, why=f"with vector={method.vector}")
 
 
 def each_lambda(method: Masks, models: Models) -> tuple[Coefficient, ...]:

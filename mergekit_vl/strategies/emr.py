@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import absolute_sums
 from mergekit_vl.task_vectors import add_to_base, chosen_task, sign, weighted_sum
@@ -48,6 +48,8 @@ class Emr:
         return n + 6
 
     def check(self, models: Models) -> None:
+        if self.task is None:
+            check_effect(self, ("norm",), where=WHERE, why="without a task: there is no rescaling")
         models.check_count(WHERE, base=True)
         chosen_task(WHERE, self.task, models)
 

@@ -10,7 +10,7 @@ from mergekit_vl import information
 from mergekit_vl.errors import UserError
 from mergekit_vl.loading import cast, check_finite
 from mergekit_vl.model import Model
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.weights import anchors, as_model
 
@@ -57,6 +57,8 @@ class Fisher:
         import torch
 
         zero_shot, tuned = anchors(inputs)
+        if zero_shot.adapter.space == "head":
+            check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         models = (zero_shot, *tuned) if self.base else tuned
         if len(models) < 2:
             raise UserError("one model alone", where=WHERE, mend="name another under `tuned`, or set base=true")

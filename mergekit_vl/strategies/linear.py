@@ -13,7 +13,7 @@ from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import anchors, merge_adapters
+from mergekit_vl.weights import anchors, check_numbers, check_own_space, merge_adapters
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Linear:
         return 3
 
     def check(self, models: Models) -> None:
+        check_own_space("strategy linear", self.space)
         models.check_count("strategy linear")
         n = len(models.members)
         if self.weights and len(self.weights) != n:
@@ -60,10 +61,10 @@ class Linear:
         if self.space == "own":
             return merge_adapters(self, inputs)
         _, tuned = anchors(inputs)
-        weights = tuple(w for w in self.weights if isinstance(w, float)) or (1.0,) * (1 + len(tuned))
+        weights = check_numbers("strategy linear", self.weights, "a weight") or (1.0,) * (1 + len(tuned))
         if len(weights) != 1 + len(tuned):
             raise UserError(
-                f"{len(self.weights)} plain weights for {1 + len(tuned)} models",
+                f"{len(weights)} weights for {1 + len(tuned)} models",
                 where="strategy linear",
                 mend="zero-shot first, then one per tuned model",
             )
@@ -71,7 +72,7 @@ class Linear:
 
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         total = sum(weights) if self.normalise else 1.0
-        if total == 0:
+        if abs(total) < 1e-12:
             raise UserError(
                 "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
             )

@@ -45,7 +45,7 @@ from mergekit_vl import information, surrogates
 from mergekit_vl.data import Augment
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import ImagePath, Model, Single
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.context import cross_entropy, fit_context
@@ -129,7 +129,23 @@ class MergeTune:
             raise UserError(
                 f"a model of the space {space}", where="strategy mergetune", mend="tune a prompt, a head or a tower"
             )
+        for names, read, why in self._readers(space):
+            if not read:
+                check_effect(self, names, where="strategy mergetune", why=why)
         return space
+
+    def _readers(self, space: str) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+        """Options, whether something reads them for models of this space, and what is so if not."""
+        what = {"ctx": "a prompt", "head": "a head", "tower": "a tower"}[space]
+        yield ("path", "anchor"), space == "ctx", f"on {what}"
+        yield ("views",), space == "head", f"on {what}"
+        yield ("accumulate",), space == "tower", f"on {what}"
+        yield ("anchor",), self.path == "features", "with path=weights"
+        yield ("n_alpha",), not self.alphas, "beside alphas"
+        yield ("crop", "flip"), space != "head" or self.views > 0, "without views"
+        exact = space == "head" or (space == "ctx" and self.path == "features")
+        yield ("fisher_images",), not exact, f"on {what}{' with path=features' * (space == 'ctx')}: all images count"
+        yield ("fisher_images",), self.surrogate == "fisher", f"with surrogate={self.surrogate}"
 
     def _lr(self, space: str) -> float:
         return LR[space] if self.lr is None else self.lr

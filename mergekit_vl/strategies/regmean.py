@@ -10,7 +10,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.information import some
 from mergekit_vl.loading import check_finite
 from mergekit_vl.model import Model, Single
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.head import inputs_of
 from mergekit_vl.weights import anchors, as_model
@@ -62,6 +62,8 @@ class RegMean:
         if space not in ("head", "tower"):
             what = "a prompt has no linear map of image features" if space == "ctx" else f"a model of the space {space}"
             raise UserError(what, where=WHERE, mend="tune heads or towers, or use linear or fisher")
+        if space == "head":
+            check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         if len(tuned) < 2:
             raise UserError("one model alone", where=WHERE, mend="name another under `tuned`")
         tensors = [m.adapter.tensors for m in tuned]

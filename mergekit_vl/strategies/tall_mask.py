@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.consensus import Vector, check_masks, multi_task_vector, trim_thresholds, uses
 from mergekit_vl.task_vectors import add_to_base, chosen_task
@@ -49,6 +49,8 @@ class TallMask:
         return 2 * n + 6
 
     def check(self, models: Models) -> None:
+        if self.task is None:
+            check_effect(self, ("lambda_", "lambdas"), where=WHERE, why="without a task: there is no mask")
         check_masks(WHERE, self, models)
         chosen_task(WHERE, self.task, models)
 

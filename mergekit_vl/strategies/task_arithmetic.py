@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
+from mergekit_vl.options import check_effect, option
 from mergekit_vl.pieces import Models, Piece
 from mergekit_vl.task_vectors import weighted_sum
 from mergekit_vl.weights import merge_adapters
@@ -32,6 +32,8 @@ class TaskArithmetic:
         return 3
 
     def check(self, models: Models) -> None:
+        if self.scales:
+            check_effect(self, ("scale",), where="strategy task_arithmetic", why="beside scales")
         models.check_count("strategy task_arithmetic", base=True)
         models.check_weights(
             "strategy task_arithmetic",

@@ -13,7 +13,7 @@ from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece
 from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import anchors, merge_adapters
+from mergekit_vl.weights import anchors, check_numbers, check_own_space, merge_adapters
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class WiseFT:
         return 3
 
     def check(self, models: Models) -> None:
+        check_own_space("strategy wise_ft", self.space)
         models.check_count("strategy wise_ft", at_most=1, base=True)
         models.check_coefficient("strategy wise_ft", self.alpha, "alpha")
 
@@ -42,9 +43,8 @@ class WiseFT:
         _, tuned = anchors(inputs)
         if len(tuned) != 1:
             raise UserError(f"1 tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several")
-        if not isinstance(self.alpha, float):
-            raise UserError("alpha is one number in the space features", where="strategy wise_ft", mend="set space=own")
-        return Mixture((inputs.base, tuned[0]), (1 - self.alpha, self.alpha))
+        (alpha,) = check_numbers("strategy wise_ft", (self.alpha,), "alpha")
+        return Mixture((inputs.base, tuned[0]), (1 - alpha, alpha))
 
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
         alpha = piece.at(self.alpha)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.terminal import say
 
 DAY = 86_400
 
@@ -30,17 +31,17 @@ def cache(
     folder = default_folder()
     files, old = sorted(folder.glob(f"??/*{ENDING}")), sorted(folder.glob("??/*.safetensors"))
     if not clear:
-        typer.echo(f"folder  {folder}")
-        typer.echo(f"files   {len(files)}, {_size(files)}")
+        say(f"folder  {folder}")
+        say(f"files   {len(files)}, {_size(files)}")
         for days, label in ((1, "today"), (7, "this week"), (30, "this month"), (None, "before")):
             last = {1: 0, 7: 1, 30: 7, None: 30}[days]
             inside = [f for f in files if _age(f) >= last and (days is None or _age(f) < days)]
             if inside:
-                typer.echo(f"        {label}: {len(inside)}, {_size(inside)}")
+                say(f"        {label}: {len(inside)}, {_size(inside)}")
         if old:
-            typer.echo(f"old     {len(old)} files of an earlier version, {_size(old)}: nothing reads them")
+            say(f"old     {len(old)} files of an earlier version, {_size(old)}: nothing reads them")
         if files or old:
-            typer.echo("clear it with mergekit-vl cache --clear [--older-than DAYS]")
+            say("clear it with mergekit-vl cache --clear [--older-than DAYS]")
         return
     sweep(folder)
     chosen = [f for f in (*files, *old) if older_than is None or _age(f) >= older_than]
@@ -50,7 +51,7 @@ def cache(
     for inside in folder.glob("??"):
         if not any(inside.iterdir()):
             inside.rmdir()
-    typer.echo(f"deleted {len(chosen)} files, {freed}, from {folder}")
+    say(f"deleted {len(chosen)} files, {freed}, from {folder}")
 
 
 def _age(file: Path) -> float:

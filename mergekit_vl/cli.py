@@ -13,14 +13,15 @@ import typer
 
 from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
 from mergekit_vl.bench import command as bench_command
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import unknown
+from mergekit_vl.exits import exit_code
+from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import is_merge
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, release, warn
+from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,7 +33,7 @@ SHOWN = (*plugins.KINDS, "recipes", "plugins")
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"mergekit-vl {__version__}")
+        say(f"mergekit-vl {__version__}")
         raise typer.Exit
 
 
@@ -66,29 +67,20 @@ def run(
     plan = load_recipe(recipe, [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])])
     experiment = experiments.build(plan, registry())
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    again = claim(folder, plan.hash, report.load, force=force)
-    if again is not None:
-        if as_json:
-            typer.echo(json.dumps(again))
-        else:
-            typer.echo(f"already done: {folder / 'report.html'}; --force repeats")
-        return
-    from mergekit_vl.features import FeatureStore
-
     show = not quiet and not as_json
-    try:
+    with noted("the same command continues"), tidied(folder):
+        again = claim(folder, plan.hash, report.load, force=force)
+        if again is not None:
+            say(json.dumps(again) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
+            return
+        from mergekit_vl.features import FeatureStore
+
         with TerminalProgress(show) as progress:
             made = experiments.run(
                 experiment, folder, device=device_of(device), store=FeatureStore(), progress=progress, warn=warn
             )
-    except UserError:
-        release(folder)
-        raise
-    except KeyboardInterrupt:  # here and not in `main`: Typer turns it into a bare "Aborted"
-        typer.echo("interrupted; the same command continues", err=True)
-        raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(made))
+        say(json.dumps(made))
     elif not quiet:
         _print_report(made, folder, plan, [recipe, *(o for o in overrides or [] if not o.startswith("seed="))])
 
@@ -96,52 +88,40 @@ def run(
 def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
     import shlex
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from mergekit_vl.page import sizes
     from mergekit_vl.report import gain
 
-    console = Console()
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
     metric = report["metric"]
     several, few = len(metric["columns"]) > 1, len(metric["columns"]) < 3
-    table = Table(
-        title=f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
-        caption=("± half of the 95% interval; " if few else "") + f"n = {sizes(report)}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
     minus = {d["minus"]: d for d in report["differences"]}
     texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
-    headers = ["row", *metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
-    for header in headers:  # what is folded where the terminal is narrow: labels, or the headers of many columns
-        first = header == "row"
-        table.add_column(header, justify="left" if first else "right", no_wrap=first != few, overflow="fold")
+    headers = [*metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
+    # what is folded where the terminal is narrow: labels, or the headers of many columns
+    columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
     if few:  # with many columns there is no place for it; the page has it
-        table.add_column(f"{report['main']} minus it", justify="right", no_wrap=True)
-    table.add_column("heads", justify="right", no_wrap=True)
+        columns.append(Column(f"{report['main']} minus it"))
+    rows = []
     for row in report["summary"]:
-        cells = []
+        told = []
         for column in row["columns"].values():
             low, high = column["interval"]
-            cells.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few else ""))
-        cells += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
-        main = row["row"] not in minus
-        cells += [texts.get(row["row"], "")] * few
-        table.add_row(row["row"], *cells, str(row["forwards"]), style="bold" if main else "")
-    console.print(table)
+            told.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few else ""))
+        told += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
+        rows.append([row["row"], *told, *([texts.get(row["row"], "")] * few), str(row["forwards"])])
+    say_table(
+        f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
+        [*columns, Column("heads")],
+        rows,
+        caption=("± half of the 95% interval; " if few else "") + f"n = {sizes(report)}",
+        strong=[i for i, row in enumerate(report["summary"]) if row["row"] not in minus],
+    )
     for line in _recorded_suite(plan):
-        console.print(line, highlight=False)
-    typer.echo(gain(report))
-    typer.echo(f"report: {folder / 'report.html'}")
-    typer.echo(f"next: mergekit-vl run {shlex.join(words)} seed={max(plan.seeds) + 1}    # another seed")
+        say(line)
+    say(gain(report))
+    say(f"report: {folder / 'report.html'}")
+    say(f"next: mergekit-vl run {shlex.join(words)} seed={max(plan.seeds) + 1}    # another seed")
 
 
 def _recorded_suite(plan: Recipe) -> list[str]:
@@ -182,18 +162,16 @@ def eval_(
             device=device_of(device), progress=progress,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(scores))
+        say(json.dumps(scores))
         return
     metrics = scores["metrics"]
-    typer.echo(
+    say(
         f"{scores['model']} on {scores['dataset']} ({scores['split']}, {scores['n']} images, {scores['classes']} classes)"
     )
-    typer.echo(
-        f"  accuracy        {100 * metrics['acc1']:.1f}  (95% {100 * scores['low']:.1f} to {100 * scores['high']:.1f})"
-    )
-    typer.echo(f"  top-5           {100 * metrics['acc5']:.1f}")
-    typer.echo(f"  mean per class  {100 * metrics['mean_per_class_recall']:.1f}")
-    typer.echo(f"  NLL, ECE        {scores['nll']:.3f}, {scores['ece']:.3f}")
+    say(f"  accuracy        {100 * metrics['acc1']:.1f}  (95% {100 * scores['low']:.1f} to {100 * scores['high']:.1f})")
+    say(f"  top-5           {100 * metrics['acc5']:.1f}")
+    say(f"  mean per class  {100 * metrics['mean_per_class_recall']:.1f}")
+    say(f"  NLL, ECE        {scores['nll']:.3f}, {scores['ece']:.3f}")
 
 
 @app.command()
@@ -217,11 +195,11 @@ def predict(
             device=device_of(device), progress=progress, max_megapixels=max_megapixels,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found))
+        say(json.dumps(found))
         return
     for each in found:
         answers = ", ".join(f"{answer['class']} {answer['p']:.2f}" for answer in each["classes"])
-        typer.echo(f"{each['image']}: {answers}")
+        say(f"{each['image']}: {answers}")
 
 
 @app.command()
@@ -245,29 +223,29 @@ def _check_recipe(recipe: str, overrides: list[str]) -> None:
         from mergekit_vl.bench import plan as plans
 
         for line in bench_command.described(plans.build(plan, registry())):
-            typer.echo(line)
+            say(line)
         return
     experiment = build(plan, registry())
-    typer.echo(f"recipe    {plan.name} ({plan.hash})")
-    typer.echo(f"backbone  {experiment.backbone}")
+    say(f"recipe    {plan.name} ({plan.hash})")
+    say(f"backbone  {experiment.backbone}")
     for dataset in experiment.datasets:
-        typer.echo(f"dataset   {dataset}")
-    typer.echo(f"protocol  {experiment.protocol}")
-    typer.echo(f"seeds     {', '.join(map(str, plan.seeds))}")
-    typer.echo(f"rows      {', '.join(experiment.rows)}")
+        say(f"dataset   {dataset}")
+    say(f"protocol  {experiment.protocol}")
+    say(f"seeds     {', '.join(map(str, plan.seeds))}")
+    say(f"rows      {', '.join(experiment.rows)}")
     epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
     cells = len(plan.seeds) * (1 if experiment.joint else len(experiment.datasets))
     towers = any(type(tuner).__name__ == "Full" for tuner in experiment.tuners)
     work = f"a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
     if towers:
         work = "whole towers: every row that moves the tower encodes the test images of its own"
-    typer.echo(f"cells     {cells}; {work}")
+    say(f"cells     {cells}; {work}")
     if plan.backbone.name == "micro" and plan.protocol.name == "base_to_novel":
-        typer.echo(
+        say(
             f"time      about {max(1, round(cells * (5 + epochs * 0.25)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
         )
     else:
-        typer.echo("time      depends on backbone, images and tuners: the progress lines say how long")
+        say("time      depends on backbone, images and tuners: the progress lines say how long")
 
 
 @app.command("list")
@@ -277,10 +255,10 @@ def list_(kind: Annotated[str, typer.Argument(help=" | ".join(SHOWN))] = "") -> 
         raise unknown("kind", kind, SHOWN)
     for each in [kind] if kind else SHOWN:
         if not kind:
-            typer.echo(f"{each}:")
+            say(f"{each}:")
         indent = "" if kind else "  "
         for name, text in _listing(each, registry()):
-            typer.echo(f"{indent}{name:18s} {text}".rstrip())
+            say(f"{indent}{name:18s} {text}".rstrip())
 
 
 def _listing(kind: str, known: plugins.Registry) -> list[tuple[str, str]]:
@@ -308,7 +286,7 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
 
     recipes = installed_recipes()
     if name in recipes:
-        typer.echo(recipes[name].read_text(encoding="utf-8"), nl=False)
+        say(*recipes[name].read_text(encoding="utf-8").splitlines())
         return
     kinds = registry().entries.values()
     found = [entries[name] for entries in kinds if name in entries]
@@ -316,19 +294,19 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, 
         raise unknown("name", name, [n for entries in kinds for n in entries] + list(recipes))
     for entry in found:
         cls = entry.resolve()
-        typer.echo(f"{entry.name} ({entry.kind}, from {entry.owner}): {entry.summary}\n")
-        typer.echo(inspect.getdoc(cls) or "")
+        say(f"{entry.name} ({entry.kind}, from {entry.owner}): {entry.summary}", "")
+        say(*(inspect.getdoc(cls) or "").splitlines())
         module = sys.modules[cls.__module__].__doc__
         if module:
-            typer.echo(f"\n{inspect.cleandoc(module)}")
+            say("", *inspect.cleandoc(module).splitlines())
         if dataclasses.is_dataclass(cls) and dataclasses.fields(cls) and entry.kind != "adapters":
-            typer.echo("\nOptions:")
+            say("", "Options:")
             for key, kind, default, meaning in options.describe(cls):
-                typer.echo(f"  {key}: {kind} = {default}\n      {meaning}")
+                say(f"  {key}: {kind} = {default}", f"      {meaning}")
 
 
 def main() -> None:
-    """The console script: one line and exit code 2 for every UserError."""
+    """One line and exit code 2 for every error that the user or the system can mend."""
     plain = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
@@ -337,18 +315,24 @@ def main() -> None:
         plain(message, category, filename, *rest, **more)
 
     warnings.showwarning = show
-    try:
-        for i, word in enumerate(sys.argv):  # before Typer reads the words: plugins may bring commands
-            if word.split("=")[0] == "--plugins-dir":
-                folder = word.partition("=")[2] or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
-                os.environ["MERGEKIT_VL_PLUGINS"] = folder
-        registry().add_commands(app)
-        for owner, reason in registry().failures.items():
-            warn(f"plugin {owner} was not loaded: {reason}")
-        app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    words = sys.argv[1:] or ["--help"]
+    sys.exit(exit_code(lambda: _call(words), starting=lambda: _load_plugins(words)))
+
+
+def _load_plugins(words: list[str]) -> None:
+    """Before Typer reads the words: plugins may bring commands."""
+    for i, word in enumerate(words):
+        if word.split("=")[0] == "--plugins-dir":
+            os.environ["MERGEKIT_VL_PLUGINS"] = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
+    registry().add_commands(app)
+    for owner, reason in registry().failures.items():
+        warn(f"plugin {owner} was not loaded: {reason}")
+
+
+def _call(words: list[str]) -> None:
+    command = typer.main.get_command(app)
+    with command.make_context("mergekit-vl", words) as context:  # `app()` would end the process itself
+        command.invoke(context)
 
 
 if __name__ == "__main__":

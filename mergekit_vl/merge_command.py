@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +12,10 @@ import typer
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import RECIPES, ask, closed_form
 from mergekit_vl.reading import user_path
-from mergekit_vl.terminal import device_of
+from mergekit_vl.terminal import counting, device_of, say, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_plan import Opened
@@ -74,9 +73,10 @@ def merge(
 
     began = time.monotonic()
     asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device)
-    _say(asked.notes, quiet)
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
+    tell = (lambda text: None) if quiet else say
+    for note in asked.notes:
+        tell(note)
+    with noted("nothing was written"), counting(not quiet) as progress:
         metadata = streaming.merge(
             asked.plan,
             out,
@@ -84,25 +84,14 @@ def merge(
             threads=threads,
             max_ram=size_in_bytes(max_ram, "--max-ram"),
             shard_size=size_in_bytes(shard_size, "--shard-size"),
-            warn=lambda text: typer.echo(f"warning: {text}", err=True),
-            tell=lambda text: _say([text], quiet),
-            progress=_progress() if not quiet and sys.stderr.isatty() else lambda elements: None,
+            warn=warn,
+            tell=tell,
+            progress=progress,
         )
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if not quiet:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
         inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
-        typer.echo(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
-        typer.echo(f"next: mergekit-vl verify {shlex.quote(str(out))}")
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+        say(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
+        say(f"next: mergekit-vl verify {shlex.quote(str(out))}")
 
 
 def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebasin: bool = False) -> None:
@@ -113,24 +102,24 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
 
     plain = not any(word.endswith(RECIPES) for word in words)
     asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None), rebasin=rebasin)
-    _say(asked.notes, False)
+    say(*asked.notes)
     opened = open_plan(asked.plan)
     for role, c in [("base", opened.base), *(("model", c) for c in opened.tuned)]:
         if c is not None:
             codes = "+".join(sorted({t.code for t in c.tensors.values()}))
             elements = sum(t.size for t in c.tensors.values())
-            typer.echo(
+            say(
                 f"{role:9s} {c.label}: {len(c.tensors)} tensors, {elements / 1e6:.1f} M elements, {codes}, {c.bytes / 1e6:.1f} MB, {c.path}"
             )
     for line in estimates(opened):
-        typer.echo(line)
+        say(line)
     for note in opened.notes:
-        typer.echo(f"note      {note}")
+        say(f"note      {note}")
     free = shutil.disk_usage(".").free
     needed = sum(slot.bytes for slot in opened.slots)
     if needed > free:
         raise UserError(f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", mend="make room")
-    typer.echo("ok        the models can be merged")
+    say("ok        the models can be merged")
 
 
 def estimates(opened: Opened) -> list[str]:
@@ -209,7 +198,7 @@ def verify(
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"is not what its inputs merge to: {', '.join(differing[:3])}{more} differ", where=str(folder))
-    typer.echo(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
+    say(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
 
 
 def _found(path: str, folder: Path) -> str:
@@ -231,23 +220,3 @@ def size_in_bytes(text: str | None, what: str) -> int | None:
     if size <= 0:
         raise UserError(f"{what} {text}", where="command line", mend="write 500M or 2G")
     return size
-
-
-def _say(notes: Sequence[str], quiet: bool) -> None:
-    for note in notes:
-        if not quiet:
-            typer.echo(note)
-
-
-def _progress() -> Callable[[int], None]:
-    """A line on the terminal that counts elements, after two seconds."""
-    began, state = time.monotonic(), {"done": 0, "shown": 0.0}
-
-    def tell(elements: int) -> None:
-        state["done"] += elements
-        now = time.monotonic()
-        if now - began > 2 and now - state["shown"] > 0.5:
-            state["shown"] = now
-            print(f"\r{state['done'] / 1e6:.0f} M elements", end="", file=sys.stderr, flush=True)
-
-    return tell

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.interrupts import noted
 from mergekit_vl.recipe import Recipe, load_recipe
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, warn
+from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Progress
@@ -42,14 +43,15 @@ def path(
             "has several tuned models", where=f"protocol {plan.protocol.name}", mend="path is between three models"
         )
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    claim(folder, plan.hash, lambda folder: None, force=False)
-    with TerminalProgress(True) as progress:
-        told = _measured(made, plan, folder, device_of(device), points, plane, progress)
+    with noted("the same command continues"), tidied(folder):
+        claim(folder, plan.hash, lambda folder: None, force=False)
+        with TerminalProgress(True) as progress:
+            told = _measured(made, plan, folder, device_of(device), points, plane, progress)
     base, anchor = made.base_label, made.tuned_labels[0]
     write_text(folder / "path.html", document(f"The path of {plan.name}", section(told, base, anchor)))
     write_json(folder / "path.json", told)
     _print(told, base, anchor)
-    typer.echo(f"report: {folder / 'path.html'}")
+    say(f"report: {folder / 'path.html'}")
 
 
 def _measured(
@@ -94,23 +96,12 @@ def _measured(
 
 
 def _print(told: dict[str, Any], base: str, anchor: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from mergekit_vl.landscape_page import leg_name
 
     tests = list(told["barriers"][0]["tests"])
-    table = Table(
-        title="barriers: loss in nats, and points of accuracy",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    for head in ("between", "line", *tests):
-        table.add_column(head, justify="right" if head in tests else "left")
+    rows = []
     for leg in told["barriers"]:
         heights = [f"{leg['tests'][t]['nll']:.3f}  {100 * leg['tests'][t]['acc1']:.1f}" for t in tests]
-        table.add_row(leg["space"], leg_name(leg["leg"], base, told["row"], anchor), *heights)
-    Console().print(table)
+        rows.append([leg["space"], leg_name(leg["leg"], base, told["row"], anchor), *heights])
+    columns = [Column("between", left=True, folds=True), Column("line", left=True, folds=True), *map(Column, tests)]
+    say_table("barriers: loss in nats, and points of accuracy", columns, rows)

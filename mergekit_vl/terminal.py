@@ -1,18 +1,20 @@
-"""What the commands share: progress on the terminal, the device, and a run's own folder."""
+"""What the commands share: everything that is written to the terminal, the device, and a run's own folder."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import typer
+from typing import Any, TextIO
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.plugins import Registry, load_plugins
+from mergekit_vl.printable import printable
 
 ALL_CELLS = "all cells"
 MARK = ".recipe-hash"
@@ -26,8 +28,61 @@ def registry() -> Registry:
     return load_plugins()
 
 
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines; what a label brings along - line ends, escapes of a terminal - is spelt out."""
+    _write("".join(f"{printable(line)}\n" for line in lines), sys.stderr if err else sys.stdout)
+
+
 def warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
+    say(f"warning: {text}", err=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    header: str
+    left: bool = False
+    folds: bool = False
+    """Whether its cells take several lines where the terminal is narrow."""
+
+
+def say_table(
+    title: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str = "",
+    strong: Sequence[int] = (),
+) -> None:
+    """Print a table; the rows with the numbers `strong` are bold."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=printable(title), caption=printable(caption) or None, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+        show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    for column in columns:
+        justify = "left" if column.left else "right"
+        table.add_column(printable(column.header), justify=justify, no_wrap=not column.folds, overflow="fold")
+    for i, row in enumerate(rows):
+        table.add_row(*map(printable, row), style="bold" if i in strong else "")
+    console = Console(markup=False, emoji=False, highlight=False)
+    with console.capture() as drawn:
+        console.print(table)
+    _write(drawn.get(), sys.stdout)
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed by whoever started us
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where="standard output") from None
 
 
 def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, goes_on: bool = False) -> Any:
@@ -43,7 +98,7 @@ def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, 
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file", where=str(folder), mend="choose another --out")
     if folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
-        if not file.exists() or file.read_text().strip() != mark:
+        if not file.exists() or file.read_bytes().strip() != mark.encode():
             raise UserError(
                 "this folder belongs to another recipe, or to other settings of it",
                 where=str(folder),
@@ -58,11 +113,20 @@ def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, 
     return None
 
 
-def release(folder: Path) -> None:
-    """Leave nothing behind of what failed before its first result."""
-    if [path.name for path in folder.iterdir()] == [MARK]:
-        (folder / MARK).unlink()
-        folder.rmdir()
+@contextmanager
+def tidied(folder: Path) -> Iterator[None]:
+    """What fails or is interrupted inside before its first result leaves no new folder behind."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [MARK]:
+            (folder / MARK).unlink()
+        for place in new:
+            if not place.is_dir() or any(place.iterdir()):
+                break
+            place.rmdir()
+        raise
 
 
 def check_device(name: str) -> None:
@@ -86,6 +150,27 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+@contextmanager
+def counting(show: bool) -> Iterator[Callable[[int], None]]:
+    """A line on stderr, where that is a terminal, that counts the elements which it is told of, after two seconds."""
+    if not show or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda elements: None
+        return
+    began, state = time.monotonic(), {"done": 0, "shown": 0.0}
+
+    def tell(elements: int) -> None:
+        state["done"] += elements
+        now = time.monotonic()
+        if now - began > 2 and now - state["shown"] > 0.5:
+            state["shown"] = now
+            _write(f"\r{state['done'] / 1e6:.0f} M elements", sys.stderr)
+
+    try:
+        yield tell
+    finally:
+        _write("\r\033[K", sys.stderr)
+
+
 class TerminalProgress:
     """Rich progress on stderr: what is done now, and above it all cells where there are several, each with the time left."""
 
@@ -93,8 +178,10 @@ class TerminalProgress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+        what = TextColumn("{task.description}", markup=False)
+        columns = (SpinnerColumn(), what, BarColumn(), TimeRemainingColumn())
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not show)
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> TerminalProgress:
@@ -105,8 +192,12 @@ class TerminalProgress:
         if what not in self.tasks:
             for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
                 self.bar.remove_task(self.tasks.pop(old))
-            self.tasks[what] = self.bar.add_task(what, total=total or None)
+            self.tasks[what] = self.bar.add_task(printable(what), total=total or None)
         self.bar.update(self.tasks[what], completed=done, total=total or None)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(printable(text))
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()

@@ -7,7 +7,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mergekit_vl"
 LAYERS = (
-    ("errors", "reading", "hookspecs", "files", "locks", "memory", "plugin_calls", "reproducible"),
+    (
+        "errors",
+        "reading",
+        "hookspecs",
+        "files",
+        "locks",
+        "memory",
+        "plugin_calls",
+        "reproducible",
+        "interrupts",
+        "printable",
+    ),
     ("options", "plugins", "builtins", "recipe", "statistics", "data", "model", "per_sample", "per_task", "microworld"),
     ("dtypes", "coefficients"),
     (
@@ -32,10 +43,11 @@ LAYERS = (
     ("saved", "export"),
     ("cell", "landscape", "search"),
     ("experiment", "runs", "report", "page", "landscape_page", "card", "streaming"),
-    ("terminal",),
+    ("terminal", "exits"),
     ("bench",),
     ("path_command", "cache_command", "mergekit_yaml", "merge_words", "merge_command", "use_commands"),
     ("cli",),
+    ("__main__",),
 )
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.interrupts import noted
 from mergekit_vl.recipe import load_recipe, with_datasets
-from mergekit_vl.terminal import TerminalProgress, claim, device_of, registry, release, warn
+from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.plan import Plan
@@ -56,18 +57,19 @@ def bench(
     folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
     show = not quiet and not as_json
     if show or dry_run:
-        for line in [*described(plan), f"folder    {folder}"]:
-            typer.echo(line, err=not dry_run)
+        say(*described(plan), f"folder    {folder}", err=not dry_run)
     if dry_run:
         return
     load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
-    done = claim(folder, plan.place, load, force=force)
-    if done is None or words.failed(done):
-        done = _run(plan, folder, device, show)
-    else:
-        typer.echo(f"already done, --force repeats: {folder / 'report.html'}", err=True)
+    with noted("the same command continues"), tidied(folder):
+        done = claim(folder, plan.place, load, force=force)
+        again = done is None or words.failed(done)
+        if again:
+            done = _run(plan, folder, device, show)
+    if not again:
+        say(f"already done, --force repeats: {folder / 'report.html'}", err=True)
     if as_json:
-        typer.echo(json.dumps(done))
+        say(json.dumps(done))
     elif not quiet:
         _print(done, folder)
     if words.failed(done):
@@ -78,19 +80,10 @@ def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
     from mergekit_vl.bench import run
     from mergekit_vl.features import FeatureStore
 
-    try:
-        with TerminalProgress(show) as progress:
-            store = FeatureStore(report=progress)
-            tell = lambda text: progress.bar.console.print(text, highlight=False) if show else None  # noqa: E731
-            return run.run(
-                plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell
-            )  # fmt: skip
-    except UserError:
-        release(folder)
-        raise
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command continues", err=True)
-        raise typer.Exit(130) from None
+    with TerminalProgress(show) as progress:
+        store = FeatureStore(report=progress)
+        tell = progress.say if show else lambda text: None
+        return run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell)
 
 
 def _list(text: str) -> list[str]:
@@ -122,27 +115,16 @@ def described(plan: Plan) -> list[str]:
 
 
 def _print(report: dict[str, Any], folder: Path) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from mergekit_vl.bench.words import headline, reasons
 
-    console = Console()
     for shown in report["tables"]:
         if not shown["rows"]:
             continue
         metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
         few = len(metric["columns"]) < 4
-        table = Table(
-            title=f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
-            caption="* the 95% interval excludes 0; cost: towers + heads a sample",
-            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-            collapse_padding=True,
-        )  # fmt: skip
         heads = [*(metric["columns"] if few else []), *([metric["headline"]] * (several or not few)), "rank"]
-        for header in ["row", *heads, f"- {report['base']}", f"- {shown['anchor']}", "default", "cost"]:
-            table.add_column(header, justify="left" if header == "row" else "right", no_wrap=True)
+        heads += [f"- {report['base']}", f"- {shown['anchor']}", "default", "cost"]
+        rows = []
         for row in sorted(shown["rows"], key=lambda r: -r["score"]):
             values = [f"{column['acc1']:.1f}" for column in row["columns"].values()] if few else []
             values += [f"{row['score']:.1f}"] * (several or not few)
@@ -152,12 +134,15 @@ def _print(report: dict[str, Any], folder: Path) -> None:
             ]
             default = "" if row["default"] is None else f"{row['default']:.1f}"
             cost = f"{row['towers']:.0f}+{row['forwards']}"
-            table.add_row(row["row"], *values, f"{row['rank']:.1f}", *gains, default, cost)
-        console.print(table)
+            rows.append([row["row"], *values, f"{row['rank']:.1f}", *gains, default, cost])
+        say_table(
+            f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
+            [Column("row", left=True), *map(Column, heads)],
+            rows,
+            caption="* the 95% interval excludes 0; cost: towers + heads a sample",
+        )
         for row in shown["rows"]:
             if row["equal"]:
-                console.print(f"= {row['row']} to the bit: {', '.join(row['equal'])}", highlight=False)
-    for line in reasons(report):
-        console.print(line, highlight=False)
-    console.print(headline(report), highlight=False)
-    typer.echo(f"report: {folder / 'report.html'}")
+                say(f"= {row['row']} to the bit: {', '.join(row['equal'])}")
+    say(*reasons(report), headline(report))
+    say(f"report: {folder / 'report.html'}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import __version__
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.printable import in_code, in_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,30 +58,30 @@ def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, model: 
     columns = report["metric"]["columns"]
     headline = [report["metric"]["headline"]] * (len(columns) > 1)
     lines = [
-        f"# {report['recipe']}: {report['main']}",
+        f"# {in_markdown(report['recipe'])}: {in_markdown(report['main'])}",
         "",
         f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
         "",
-        "| row | " + " | ".join([*columns, *headline]) + " | heads a sample |",
+        "| row | " + " | ".join(map(in_markdown, [*columns, *headline])) + " | heads a sample |",
         "|---" * (2 + len(columns) + len(headline)) + "|",
     ]
     for r in report["summary"]:
         cells = [f"{c['acc1']:.1f}" for c in r["columns"].values()] + [f"{r['score']:.1f}"] * len(headline)
-        lines.append(f"| {r['row']} | {' | '.join(cells)} | {r['forwards']} |")
-    return "\n".join([*lines, "", f"{gain}.", "", *_use(report["main"], backbone, model)]) + "\n"
+        lines.append(f"| {in_markdown(r['row'])} | {' | '.join(cells)} | {r['forwards']} |")
+    return "\n".join([*lines, "", f"{in_markdown(gain)}.", "", *_use(report["main"], backbone, model)]) + "\n"
 
 
 def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
     """How to use the model without this toolkit."""
-    adapter = getattr(model, "adapter", None)
+    adapter, main = getattr(model, "adapter", None), in_code(main)
     space = getattr(adapter, "space", "")
     if isinstance(adapter, Prompt):
-        told = f"`merged.safetensors` holds the context vectors that `{main}` made in the first cell. They go before a class name:"
+        told = f"`merged.safetensors` holds the context vectors that {main} made in the first cell. They go before a class name:"
         return _code(
             told, ["import torch", *_loading(backbone), "from safetensors.torch import load_file", USE.rstrip()]
         )
     if isinstance(adapter, LinearHead):
-        told = f"`merged.safetensors` holds the linear head that `{main}` made in the first cell; its classes: {_names(adapter)}."
+        told = f"`merged.safetensors` holds the linear head that {main} made in the first cell; its classes: {_names(adapter)}."
         features = (
             "model.encode_image(images, normalize=True)"
             if adapter.normalise
@@ -88,12 +90,14 @@ def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
         lines = [*_loading(backbone), "from safetensors.torch import load_file"]
         return _code(told, [*lines, HEAD.format(file="merged.safetensors", features=features).rstrip()])
     if isinstance(adapter, Tower) and model.backbone.text is None:  # type: ignore[union-attr]
-        told = f"`merged/` holds the whole model that `{main}` made in the first cell; its classes: {_names(adapter.head)}."
+        told = (
+            f"`merged/` holds the whole model that {main} made in the first cell; its classes: {_names(adapter.head)}."
+        )
         arch = model.backbone.config["architecture"]  # type: ignore[union-attr]
-        made = f'model = timm.create_model("{arch}", num_classes={len(adapter.head.weight)}, checkpoint_path="merged/model.safetensors")'
+        made = f'model = timm.create_model({json.dumps(arch)}, num_classes={len(adapter.head.weight)}, checkpoint_path="merged/model.safetensors")'
         return _code(told, ["import timm", made])
     if isinstance(adapter, Tower):
-        told = f"`merged/` holds the whole model that `{main}` made in the first cell, as open_clip's own folder."
+        told = f"`merged/` holds the whole model that {main} made in the first cell, as open_clip's own folder."
         lines = ["import open_clip", 'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:merged")']
         if adapter.head is None:
             return _code(told, [*lines, TEXT_TOWER.rstrip()])
@@ -101,14 +105,14 @@ def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
         head = HEAD.format(file="linear_head.safetensors", features="model.encode_image(images, normalize=True)")
         return _code(told, [*lines, "from safetensors.torch import load_file", head.rstrip()])
     return [
-        f"`{main}` makes a model of several{f' ({space})' if space else ''}, so there is no single file of it; `mergekit-vl predict` and "
+        f"{main} makes a model of several{f' ({space})' if space else ''}, so there is no single file of it; `mergekit-vl predict` and "
         "`mergekit-vl eval` use it from this folder."
     ]
 
 
 def _names(head: LinearHead | None) -> str:
     names = head.names if head is not None else ()
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return in_markdown(", ".join(names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _code(told: str, lines: list[str]) -> list[str]:

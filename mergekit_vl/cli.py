@@ -17,6 +17,7 @@ from mergekit_vl.errors import unknown
 from mergekit_vl.exits import exit_code
 from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import is_merge
+from mergekit_vl.printable import shortened
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
 
@@ -101,7 +102,7 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     # what is folded where the terminal is narrow: labels, or the headers of many columns
     columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
     if few:  # with many columns there is no place for it; the page has it
-        columns.append(Column(f"{report['main']} minus it"))
+        columns.append(Column(f"{shortened(report['main'], 30)} minus it"))
     rows = []
     for row in report["summary"]:
         told = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -21,9 +22,17 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux' renameat2: paths are relative to the working folder; the two names change places."""
 
 
+NAME_BYTES = 80
+"""Of a label in a file's name, which systems allow 255."""
+
+
 def slug(label: str) -> str:
-    """A label as part of a file's name."""
-    return re.sub(r"[^\w.+-]+", "_", label)
+    """A label as part of a file's name: as it is where it can be, else what can be kept of it and a digest; no two labels share one."""
+    kept = re.sub(r"[^\w.+-]+", "_", label)
+    if label and kept == label and len(label.encode()) <= NAME_BYTES:
+        return label
+    digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept.encode()[:NAME_BYTES].decode('utf-8', 'ignore')}-{digest}"
 
 
 def write_bytes(path: Path, data: bytes, *, mend: str = "choose another --out, or mend its permissions") -> None:
@@ -87,7 +96,8 @@ def is_named(descriptor: int, path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    """As UTF-8; half a pair, as names of files that are no UTF-8 have it, is written as JSON writes it: \\udcff."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

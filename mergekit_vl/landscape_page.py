@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import numpy as np
 
-from mergekit_vl.page import COLOURS, figure_of, svg_of
+from mergekit_vl.page import COLOURS, drawn, figure_of, svg_of
+from mergekit_vl.printable import in_html
 
 
 def section(path: dict[str, Any], base: str, anchor: str) -> str:
@@ -17,20 +17,22 @@ def section(path: dict[str, Any], base: str, anchor: str) -> str:
     for leg in path["barriers"]:
         name = leg_name(leg["leg"], base, path["row"], anchor)
         own = [f"{leg['tests'][t]['nll']:.3f}" for t in tests] + [f"{100 * leg['tests'][t]['acc1']:.1f}" for t in tests]
-        rows.append(f"<tr><td>{escape(leg['space'])}: {escape(name)}</td>{''.join(f'<td>{v}</td>' for v in own)}</tr>")
+        rows.append(
+            f"<tr><td>{in_html(leg['space'])}: {in_html(name)}</td>{''.join(f'<td>{v}</td>' for v in own)}</tr>"
+        )
     heads = ["line", *(f"{t}, nats" for t in tests), *(f"{t}, points" for t in tests)]
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    head = "".join(f"<th>{in_html(h)}</th>" for h in heads)
     text = (
-        f"<h2>The path</h2><p>Loss and accuracy on the tests along straight lines, mean of {path['cells']} cells: from {escape(base)} to "
-        f"{escape(anchor)} directly, and by way of {escape(path['row'])}. Reading a best point off these lines is a choice made on test.</p>"
+        f"<h2>The path</h2><p>Loss and accuracy on the tests along straight lines, mean of {path['cells']} cells: from {in_html(base)} to "
+        f"{in_html(anchor)} directly, and by way of {in_html(path['row'])}. Reading a best point off these lines is a choice made on test.</p>"
         f"<figure>{lines(path, base, anchor)}</figure><h3>Barriers</h3><p>How far the loss rises above the straight line between a leg's "
-        f"ends (Entezari et al. 2022), and how far accuracy falls below it; before {escape(path['row'])} it is the direct line, after it the two "
+        f"ends (Entezari et al. 2022), and how far accuracy falls below it; before {in_html(path['row'])} it is the direct line, after it the two "
         f"legs.</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
     plane = path["plane"]
     if plane:
         text += (
-            f"<h3>The plane through the three</h3><p>{escape(path['plane_of'])}, between {escape(plane['space'])}.</p>"
+            f"<h3>The plane through the three</h3><p>{in_html(path['plane_of'])}, between {in_html(plane['space'])}.</p>"
             f"<figure>{plane_plot(plane, base, path['row'], anchor)}</figure>"
         )
     return text
@@ -55,12 +57,16 @@ def lines(path: dict[str, Any], base: str, anchor: str) -> str:
                 if through:
                     ys = [factor * p["tests"][test][key] for _, p in through]
                     axis.plot(
-                        [x for x, _ in through], ys, color=colour, lw=1.8, label=f"{test}, by way of {path['row']}"
+                        [x for x, _ in through],
+                        ys,
+                        color=colour,
+                        lw=1.8,
+                        label=f"{drawn(test)}, by way of {drawn(path['row'])}",
                     )
                 straight = _along(points, "zero-shot -> tuned", 0, 2)
                 ys = [factor * p["tests"][test][key] for _, p in straight]
-                axis.plot([x for x, _ in straight], ys, color=colour, ls="--", lw=1, label=f"{test}, straight")
-            axis.set_xticks([0, 1, 2], [base, f"{path['row']} / halfway", anchor])
+                axis.plot([x for x, _ in straight], ys, color=colour, ls="--", lw=1, label=f"{drawn(test)}, straight")
+            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path['row'])} / halfway", drawn(anchor)])
             axis.set_ylabel(what)
             axis.set_title(f"between {space}", fontsize=10)
         line[0].legend(fontsize=7, frameon=False)
@@ -89,8 +95,8 @@ def plane_plot(plane: dict[str, Any], base: str, row: str, anchor: str) -> str:
         ):
             cx, cy = plane["corners"][corner]
             axis.scatter(cx, cy, color=colour, edgecolors="white", s=55, zorder=3)
-            axis.annotate(name, (cx, cy), xytext=(5, 6), textcoords="offset points", fontsize=8, weight="bold")
-        axis.set_title(test, fontsize=10)
+            axis.annotate(drawn(name), (cx, cy), xytext=(5, 6), textcoords="offset points", fontsize=8, weight="bold")
+        axis.set_title(drawn(test), fontsize=10)
         axis.set_aspect("equal")
-        axis.set_xlabel(f"distance, {base} to {anchor} = 1")
+        axis.set_xlabel(f"distance, {drawn(base)} to {drawn(anchor)} = 1")
     return svg_of(figure)

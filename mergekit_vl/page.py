@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from html import escape
+import warnings
 from typing import Any
 
 import numpy as np
 
+from mergekit_vl.printable import in_html, printable, shortened
 from mergekit_vl.protocol import Metric
 
 
@@ -18,8 +19,12 @@ def plot(report: dict[str, Any]) -> tuple[str, bytes]:
     for panel, axis in zip(panels, axes[0]):
         panel(axis, report)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    _draw(figure, png, format="png", dpi=110, metadata={"Software": None})
     return svg_of(figure), png.getvalue()
+
+
+DRAWN = 40
+"""Characters of a label in a plot."""
 
 
 def figure_of(rows: int, columns: int, width: float, height: float):
@@ -43,9 +48,21 @@ def svg_of(figure) -> str:
     import matplotlib.pyplot as plt
 
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    _draw(figure, out, format="svg", metadata={"Date": None})
     plt.close(figure)
     return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def _draw(figure, out: io.StringIO | io.BytesIO, **how: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the tables have the whole label
+        figure.savefig(out, **how)
+
+
+def drawn(text: str) -> str:
+    """A label in a plot: no formula, and no longer than there is room for."""
+    text = shortened(printable(text), DRAWN).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # which a legend would leave out
 
 
 STYLES = {
@@ -99,24 +116,25 @@ def _plane(axis, report: dict[str, Any]) -> None:
             y -= 0.036
         placed.append((x, y))
         axis.annotate(
-            r["row"], (_at(r, first), _at(r, last)), xytext=(x + 0.013, y + 0.01), textcoords="axes fraction",
+            drawn(r["row"]), (_at(r, first), _at(r, last)), xytext=(x + 0.013, y + 0.01), textcoords="axes fraction",
             fontsize=8, weight="bold" if big else "normal",
         )  # fmt: skip
-    axis.set(xlim=xs, ylim=ys, xlabel=f"{first} accuracy (%)", ylabel=f"{last} accuracy (%)")
+    axis.set(xlim=xs, ylim=ys, xlabel=f"{drawn(first)} accuracy (%)", ylabel=f"{drawn(last)} accuracy (%)")
     axis.set_title("What each method gains (right) and keeps (up)")
 
 
 def _bars(axis, report: dict[str, Any]) -> None:
     rows = report["summary"][::-1]
     scores = [r["score"] for r in rows]
-    axis.barh([r["row"] for r in rows], scores, color=[STYLES[r["kind"]][0] for r in rows], height=0.6)
+    axis.barh(range(len(rows)), scores, color=[STYLES[r["kind"]][0] for r in rows], height=0.6)
+    axis.set_yticks(range(len(rows)), [drawn(r["row"]) for r in rows])
     if len(columns_of(report)) == 1:
         low, high = zip(*(next(iter(r["columns"].values()))["interval"] for r in rows))
         errors = np.abs(np.array([low, high]) - scores)
         axis.errorbar(scores, range(len(rows)), xerr=errors, fmt="none", ecolor="#333333", lw=1)
     for y, score in enumerate(scores):
         axis.text(score + 1, y + 0.32, f"{score:.1f}", va="center", fontsize=8)
-    axis.set(xlabel=f"{report['metric']['headline']} (%)", xlim=(0, 105))
+    axis.set(xlabel=f"{drawn(report['metric']['headline'])} (%)", xlim=(0, 105))
     axis.set_title("Each row" + (" with its 95% interval" if len(columns_of(report)) == 1 else ""))
 
 
@@ -128,18 +146,20 @@ def _path(axis, report: dict[str, Any]) -> None:
         through = [(p["alpha"], _at(p, test)) for p in _leg(report, "zero-shot -> merged")]
         through += [(1 + p["alpha"], _at(p, test)) for p in _leg(report, "merged -> tuned")]
         if through:
-            axis.plot(*zip(*through), "-o", ms=3, color=colour, label=f"{test}, by way of {report['main']}")
+            axis.plot(
+                *zip(*through), "-o", ms=3, color=colour, label=f"{drawn(test)}, by way of {drawn(report['main'])}"
+            )
         line = _leg(report, "zero-shot -> tuned")
         if not line:
             continue
         x, y = [2 * p["alpha"] for p in line], [_at(p, test) for p in line]
-        axis.plot(x, y, "--", lw=1, color=colour, alpha=0.7, label=f"{test}, straight (WiSE-FT)")
+        axis.plot(x, y, "--", lw=1, color=colour, alpha=0.7, label=f"{drawn(test)}, straight (WiSE-FT)")
         if not through:
             low, high = zip(*(p["columns"][test]["interval"] for p in line))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-    middle = f"{report['main']} / halfway" if _leg(report, "merged -> tuned") else "halfway"
-    axis.set_xticks([0, 1, 2], [report["base"], middle, report["anchor"]])
-    axis.set(ylabel="accuracy (%)", title=f"The path {report['base']} → fine-tuned")
+    middle = f"{drawn(report['main'])} / halfway" if _leg(report, "merged -> tuned") else "halfway"
+    axis.set_xticks([0, 1, 2], [drawn(report["base"]), middle, drawn(report["anchor"])])
+    axis.set(ylabel="accuracy (%)", title=f"The path {drawn(report['base'])} → fine-tuned")
     axis.legend(fontsize=8, frameon=False)
 
 
@@ -165,10 +185,10 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
         else "with the images of one seed (Wilson's; of a mean of tests the normal one)"
     )
     parts = [
-        f"<h1>{escape(report['recipe'])}</h1>",
-        f"<p class=lead>{escape(gain)}.</p>",
-        f"<p>{escape(report['protocol'])} on {escape(where)}; {escape(report['note'] + '; ' if report['note'] else '')}images"
-        f"{' of the first cell' if len(cells) > 1 else ''}: {escape(counts)}. {escape(report['selection'])}.</p>",
+        f"<h1>{in_html(report['recipe'])}</h1>",
+        f"<p class=lead>{in_html(gain)}.</p>",
+        f"<p>{in_html(report['protocol'])} on {in_html(where)}; {in_html(report['note'] + '; ' if report['note'] else '')}images"
+        f"{' of the first cell' if len(cells) > 1 else ''}: {in_html(counts)}. {in_html(report['selection'])}.</p>",
         f"<figure>{svg}</figure>",
         "<h2>Accuracy</h2>",
         f"<p>Percent, n = {sizes(report)} images. {_headline(report)} Intervals: 95%, {interval}.</p>",
@@ -187,7 +207,7 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
         _by_task(cells, tasks, report),
         _by_test(cells, report),
         "<h2>Repeat it</h2>",
-        f"<pre>mergekit-vl run recipe.yaml</pre><p>{escape(', '.join(f'{k} {v}' for k, v in report['environment'].items()))};"
+        f"<pre>mergekit-vl run recipe.yaml</pre><p>{in_html(', '.join(f'{k} {v}' for k, v in report['environment'].items()))};"
         f" {report['seconds']:.0f} s.</p>",
     ]
     return document(report["recipe"], "".join(parts))
@@ -195,7 +215,7 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
 
 def document(title: str, body: str, style: str = "", script: str = "") -> str:
     """A page that needs nothing beside itself; `body` is HTML."""
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{style}</style>'
+    head = f'<meta charset="utf-8"><title>{in_html(title)}</title><style>{STYLE}{style}</style>'
     script = f"<script>{script}</script>" if script else ""
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{script}</body></html>\n'
 
@@ -213,9 +233,9 @@ svg{max-width:100%;height:auto} figure{margin:1rem 0} pre{background:#f6f6f6;pad
 
 def _table(header: list[str], rows: list[list[str]], strong: str = "") -> str:
     """Cells are HTML already."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in header)
+    head = "".join(f"<th>{in_html(h)}</th>" for h in header)
     body = "".join(
-        f"<tr{' class=main' if row[0] == escape(strong) else ''}>{''.join(f'<td>{c}</td>' for c in row)}</tr>"
+        f"<tr{' class=main' if row[0] == in_html(strong) else ''}>{''.join(f'<td>{c}</td>' for c in row)}</tr>"
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -237,7 +257,7 @@ def _headline(report: dict[str, Any]) -> str:
     parts = [f"{c} is the mean of {', '.join(tests)}." for c, tests in metric["columns"].items() if len(tests) > 1]
     if metric["normalised"]:
         parts.append("Normalised: each accuracy divided by that of the task's own tuned model, averaged.")
-    return escape(" ".join(parts))
+    return in_html(" ".join(parts))
 
 
 def _accuracy(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
@@ -247,7 +267,7 @@ def _accuracy(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     heads += [metric.headline] * several + ["mean of HMs"] * metric.harmonic + ["normalised"] * metric.normalised
     body = []
     for r in rows:
-        cells = [escape(r["row"])]
+        cells = [in_html(r["row"])]
         for column in r["columns"].values():
             cells += [f"{column['acc1']:.1f}", _range(*column["interval"])]
         cells += [f"{r['score']:.1f}"] * several + [f"{r['mean_of_scores']:.1f}"] * metric.harmonic
@@ -258,7 +278,7 @@ def _accuracy(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
 def _differences(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     return _table(
         [f"{report['main']} minus", f"{report['metric']['headline']}, points", "95%", "verdict"],
-        [[escape(d["minus"]), f"{d['mean']:+.2f}", _range(d["low"], d["high"], "+.2f"), d["verdict"]] for d in rows],
+        [[in_html(d["minus"]), f"{d['mean']:+.2f}", _range(d["low"], d["high"], "+.2f"), d["verdict"]] for d in rows],
     )
 
 
@@ -267,8 +287,8 @@ def _forgetting(report: dict[str, Any]) -> str:
     if "summary" not in part:
         return ""
     return (
-        f"<h2>Where {escape(report['anchor'])} forgets</h2><p>The tasks whose novel accuracy it lowers by 4 points or more: "
-        f"{escape(', '.join(part['tasks']))}. They are picked by {escape(report['anchor'])}'s own result on test, which "
+        f"<h2>Where {in_html(report['anchor'])} forgets</h2><p>The tasks whose novel accuracy it lowers by 4 points or more: "
+        f"{in_html(', '.join(part['tasks']))}. They are picked by {in_html(report['anchor'])}'s own result on test, which "
         f"flatters every other row against it.</p>"
         + _accuracy(part["summary"], report)
         + _differences(part["differences"], report)
@@ -282,7 +302,7 @@ def _more(rows: list[dict[str, Any]], main: str) -> str:
     body = []
     for r in rows:
         values = [(r["columns"][t][k], k in percent) for t, k, _ in kinds]
-        body.append([escape(r["row"]), *(f"{100 * v:.1f}" if percent else f"{v:.3f}" for v, percent in values)])
+        body.append([in_html(r["row"]), *(f"{100 * v:.1f}" if percent else f"{v:.3f}" for v, percent in values)])
     return _table(["row", *(f"{t} {w}" for t, _, w in kinds)], body, main)
 
 
@@ -303,8 +323,8 @@ def _coefficients(report: dict[str, Any]) -> str:
         ],
     )
     return (
-        f"<h2>Coefficients</h2><p>The straight line from {escape(report['base'])} (0) to {escape(report['anchor'])} (1), "
-        f"merged as {escape(' and as '.join(spaces))} (WiSE-FT). Reading the best coefficient off this table is a choice made "
+        f"<h2>Coefficients</h2><p>The straight line from {in_html(report['base'])} (0) to {in_html(report['anchor'])} (1), "
+        f"merged as {in_html(' and as '.join(spaces))} (WiSE-FT). Reading the best coefficient off this table is a choice made "
         "on test.</p>" + table
     )
 
@@ -314,7 +334,7 @@ def _cost(rows: list[dict[str, Any]], main: str) -> str:
         ["row", "parameters", "heads a sample", "seconds to make", "ms a sample, features to logits"],
         [
             [
-                escape(r["row"]),
+                in_html(r["row"]),
                 f"{r['parameters']}",
                 f"{r['forwards']}",
                 f"{r['seconds']:.1f}",
@@ -331,8 +351,8 @@ def _by_task(cells: list[dict[str, Any]], tasks: list[str], report: dict[str, An
         return ""
     names = [r["row"] for r in cells[0]["rows"]]
     mean = lambda task, i: 100 * np.mean([c["rows"][i]["score"] for c in cells if c["dataset"] == task])  # noqa: E731
-    rows = [[escape(t), *(f"{mean(t, i):.1f}" for i in range(len(names)))] for t in tasks]
-    return f"<h2>{escape(report['metric']['headline'])} by task</h2>" + _table(["task", *names], rows)
+    rows = [[in_html(t), *(f"{mean(t, i):.1f}" for i in range(len(names)))] for t in tasks]
+    return f"<h2>{in_html(report['metric']['headline'])} by task</h2>" + _table(["task", *names], rows)
 
 
 def _by_test(cells: list[dict[str, Any]], report: dict[str, Any]) -> str:
@@ -344,5 +364,5 @@ def _by_test(cells: list[dict[str, Any]], report: dict[str, Any]) -> str:
     rows = []
     for i, row in enumerate(cells[0]["rows"]):
         means = [100 * np.mean([c["rows"][i]["tests"][test]["acc1"] for c in inside]) for test in tests]
-        rows.append([escape(row["row"]), *(f"{m:.1f}" for m in means)])
+        rows.append([in_html(row["row"]), *(f"{m:.1f}" for m in means)])
     return "<h2>Every test</h2>" + _table(["row", *tests], rows, report["main"])

@@ -1,7 +1,8 @@
-"""Text from elsewhere - labels, names of classes and files - as it can be shown: what would act on a terminal or turn a line round is spelt out."""
+"""Text from elsewhere - labels, names of classes and files - as it can be shown: what would act on a terminal, a page or a line is spelt out."""
 
 from __future__ import annotations
 
+import html
 import re
 
 ACTING = re.compile(
@@ -22,3 +23,26 @@ def shortened(text: str, most: int) -> str:
         return text
     head = (most - 1) * 2 // 3
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def in_html(text: str) -> str:
+    """The text in a page, and in an attribute's quotes."""
+    return html.escape(printable(text))
+
+
+MARKS = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown, with tables and mathematics, reads as a mark; an underscore inside a word is none."""
+
+
+def in_markdown(text: str) -> str:
+    """The text in a paragraph, a list or a table's cell."""
+    return MARKS.sub(lambda mark: f"\\{mark[0]}", html.escape(printable(text), quote=False))
+
+
+def in_code(text: str) -> str:
+    """The same as code, where nothing in it has to be escaped."""
+    return (
+        f"`{text}`"
+        if text.strip() and not re.search("[`|<>&]", text) and text == printable(text)
+        else in_markdown(text)
+    )

@@ -15,6 +15,7 @@ from mergekit_vl.checkpoints import Checkpoint, check_shape, facts, open_checkpo
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_plan import Opened
 from mergekit_vl.output import METADATA_KEY
+from mergekit_vl.printable import in_code, in_markdown
 
 NO_HASH = "0" * 64
 ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")
@@ -105,7 +106,7 @@ def model_card(opened: Opened, metadata: Mapping[str, Any]) -> str:
         "tags: [merge, mergekit-vl]",
         "---",
         "",
-        f"# A merge with {plan.strategy}",
+        f"# A merge with {in_markdown(plan.strategy)}",
         "",
         (type(plan.method).__doc__ or "").strip().splitlines()[0],
         "",
@@ -114,12 +115,12 @@ def model_card(opened: Opened, metadata: Mapping[str, Any]) -> str:
     ]
     for role, model in [("base", metadata["base"]), *(("model", m) for m in metadata["models"])]:
         if model:
-            lines.append(f"- {role} **{model['label']}**: `{model['path']}`")
-            lines += [f"  - {name} blake3 `{value}`" for name, value in model["blake3"].items()]
+            lines.append(f"- {role} **{in_markdown(model['label'])}**: {in_code(model['path'])}")
+            lines += [f"  - {in_markdown(name)} blake3 `{value}`" for name, value in model["blake3"].items()]
     lines += ["", "| option | value |", "|---|---|"]
-    lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in metadata["options"].items()]
+    lines += [f"| {in_markdown(key)} | {in_code(json.dumps(value))} |" for key, value in metadata["options"].items()]
     if plan.rebasin:
-        lines.append(f"| rebasin | every model is reordered to match `{opened.reference.label}` |")
+        lines.append(f"| rebasin | every model is reordered to match {in_code(opened.reference.label)} |")
     lines += [f"| seed | `{plan.seed}` |", f"| dtype | `{plan.dtype or 'as the first model'}` |", ""]
     lines += ["`mergekit-vl verify` of this folder repeats the merge from the same files and compares every byte.", ""]
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from mergekit_vl import landscape_page
 from mergekit_vl.bench import plots
 from mergekit_vl.bench.words import failed, headline, lead, reasons
 from mergekit_vl.page import document
+from mergekit_vl.printable import in_html
 
 MORE_STYLE = """
 body{max-width:1400px} table.sortable{font-size:.9em} .sortable th{white-space:normal;vertical-align:bottom} .sortable th,.sortable td{padding:.25rem .4rem} th[data-sort]{cursor:pointer;user-select:none} th[data-sort]:hover{background:#f0f4f9}
@@ -46,9 +46,9 @@ document.querySelectorAll("table.sortable").forEach(table => {
 
 def html(report: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     parts = [
-        f"<h1>{escape(report['recipe'])}: a bench of {escape(report['protocol'])}</h1>",
-        f"<p class=lead>{escape(headline(report))}</p>",
-        f"<p>{escape(lead(report))}</p>",
+        f"<h1>{in_html(report['recipe'])}: a bench of {in_html(report['protocol'])}</h1>",
+        f"<p class=lead>{in_html(headline(report))}</p>",
+        f"<p>{in_html(lead(report))}</p>",
         "<p class=failed>Some of it failed, see <a href=#out>below</a>.</p>" if failed(report) else "",
     ]
     for shown in report["tables"]:
@@ -59,7 +59,7 @@ def html(report: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         parts += [
             f"<h2>Rows{shots}</h2>{_legend(report, shown)}{_table(shown, report)}",
             f"<h2>Quality and cost{shots}</h2><figure>{plots.pareto(shown)}</figure>"
-            f"<p>{escape(_costs(report, shown))}</p>",
+            f"<p>{in_html(_costs(report, shown))}</p>",
         ]
         means = _by_dataset(cells, shown, report)
         if len(means) > 1:
@@ -72,7 +72,7 @@ def html(report: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         parts.append(landscape_page.section(report["path"], report["base"], report["tuned"][0]))
     parts += [_chosen(report), _left_out(reasons(report)), _repeat(report)]
     told = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
-    parts.append(f"<h2>Environment</h2><p>{escape(told)}; last run {report['seconds']:.0f} s.</p>")
+    parts.append(f"<h2>Environment</h2><p>{in_html(told)}; last run {report['seconds']:.0f} s.</p>")
     return document(report["recipe"], "".join(parts), MORE_STYLE, SCRIPT)
 
 
@@ -89,7 +89,7 @@ def _legend(report: dict[str, Any], shown: dict[str, Any]) -> str:
     if metric["normalised"]:
         text.append("Normalised: each accuracy divided by that of the task's own tuned model, averaged.")
     text.append("Click a column to sort. Green and red: the interval excludes 0.")
-    return f"<p>{escape(' '.join(text))}</p>"
+    return f"<p>{in_html(' '.join(text))}</p>"
 
 
 def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
@@ -100,8 +100,8 @@ def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
     body = []
     best = max(row["score"] for row in shown["rows"])
     for row in sorted(shown["rows"], key=lambda r: -r["score"]):
-        equal = f"<span class=equal>= {escape(', '.join(row['equal']))}</span>" if row["equal"] else ""
-        cells = [f"<td>{escape(row['row'])}{equal}</td>"]
+        equal = f"<span class=equal>= {in_html(', '.join(row['equal']))}</span>" if row["equal"] else ""
+        cells = [f"<td>{in_html(row['row'])}{equal}</td>"]
         for column in row["columns"].values():
             low, high = column["interval"]
             title = f"95% {low:.1f} to {high:.1f}, n = {column['n']}"
@@ -128,7 +128,7 @@ def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
             _number(row["ms_per_sample"], ".3f"), _number(mb[0], ".0f"), _number(mb[1], ".3f"),
         ]  # fmt: skip
         body.append(f"<tr class={row['kind']}>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    head = "".join(f"<th>{in_html(h)}</th>" for h in heads)
     return f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
@@ -190,7 +190,7 @@ def _chosen(report: dict[str, Any]) -> str:
             lines.append(f"{cell['cell']}: {_options(cell['options'])}" + (f"   [{tried}]" if tried else ""))
         how = f" (chosen on {each['how']} images)" if each["how"] else ""
         parts.append(
-            f"<details><summary><b>{escape(each['row'])}</b>: {escape(told)}</summary><p>{escape(how)}</p><pre>{escape(chr(10).join(lines))}</pre></details>"
+            f"<details><summary><b>{in_html(each['row'])}</b>: {in_html(told)}</summary><p>{in_html(how)}</p><pre>{chr(10).join(map(in_html, lines))}</pre></details>"
         )
     return (
         "<h2>What was chosen</h2><p>Options by number of cells; open a row for every configuration and what it scored on the selection "
@@ -201,15 +201,17 @@ def _chosen(report: dict[str, Any]) -> str:
 def _left_out(lines: list[str]) -> str:
     if not lines:
         return ""
-    items = "".join(f"<li>{escape(line.removeprefix('- '))}</li>" for line in lines)
+    items = "".join(f"<li>{in_html(line.removeprefix('- '))}</li>" for line in lines)
     return f"<h2 id=out>Not in the table</h2><ul>{items}</ul>"
 
 
 def _repeat(report: dict[str, Any]) -> str:
     parts = []
     for row, commands in report["repeat"].items():
-        text = "\n\n".join(("" if c["cells"] == "all" else f"# {c['cells']}\n") + c["command"] for c in commands)
-        parts.append(f"<details><summary>{escape(row)}</summary><pre>{escape(text)}</pre></details>")
+        text = "\n\n".join(
+            ("" if c["cells"] == "all" else f"# {in_html(c['cells'])}\n") + in_html(c["command"]) for c in commands
+        )
+        parts.append(f"<details><summary>{in_html(row)}</summary><pre>{text}</pre></details>")
     return (
         "<h2>Repeat it</h2><p>All of it: <code>mergekit-vl bench recipe.yaml</code> in this folder. A row alone, with the options that were "
         f"chosen:</p>{''.join(parts)}"

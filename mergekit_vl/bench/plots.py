@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_vl.page import STYLES, figure_of, svg_of
+from mergekit_vl.page import STYLES, drawn, figure_of, svg_of
 
 
 def pareto(shown: dict[str, Any]) -> str:
@@ -26,13 +26,13 @@ def pareto(shown: dict[str, Any]) -> str:
         best = _frontier([float(f"{x:.2g}") for x in xs], ys)  # what differs by noise costs the same
         axis.plot([xs[i] for i in best], [ys[i] for i in best], color="#2f78c4", lw=1, ls="--", zorder=1)
         for i in dict.fromkeys([*best, 0, *(i for i, r in enumerate(rows) if r["kind"] == "tuned")][:12]):
-            axis.annotate(rows[i]["row"], (xs[i], ys[i]), xytext=(4, 5), textcoords="offset points", fontsize=8)
+            axis.annotate(drawn(rows[i]["row"]), (xs[i], ys[i]), xytext=(4, 5), textcoords="offset points", fontsize=8)
         if logarithmic:
             axis.set_xscale("log")
         elif max(xs) < 1.5 * min(xs):  # one tower for all: do not blow up noise
             axis.set_xlim(0, 1.6 * max(xs))
         axis.margins(x=0.12, y=0.08)
-        axis.set(xlabel=what, ylabel=f"{shown['metric']['headline']} (%)")
+        axis.set(xlabel=what, ylabel=f"{drawn(shown['metric']['headline'])} (%)")
     axes[0][0].set_title("What a row costs to make")
     axes[0][1].set_title("What it costs to use")
     return svg_of(figure)
@@ -68,11 +68,11 @@ def by_dataset(shown: dict[str, Any], means: dict[str, list[float]]) -> str:
         axis.set_xlim(
             middle - 1.1 * max(half, 3), middle + 1.1 * max(half, 3)
         )  # no panel blows up a point of difference
-        labels = [shown["rows"][i]["row"] for i in rows] if number % columns == 0 else [""] * len(rows)
+        labels = [drawn(shown["rows"][i]["row"]) for i in rows] if number % columns == 0 else [""] * len(rows)
         axis.set_yticks(range(len(rows)), labels, fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(axis="y", color="#eeeeee", lw=0.6)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(drawn(name), fontsize=9)
     return svg_of(figure)
 
 
@@ -88,9 +88,9 @@ def over_shots(tables: list[dict[str, Any]]) -> str:
         colour = STYLES[last[name]["kind"]][0] if bold else "#cccccc"
         axis.plot(*zip(*found), "-o", ms=3, lw=1.6 if bold else 0.8, color=colour, zorder=3 if bold else 1)
         if bold:
-            axis.annotate(name, found[-1], xytext=(6, 0), textcoords="offset points", fontsize=8, va="center")
+            axis.annotate(drawn(name), found[-1], xytext=(6, 0), textcoords="offset points", fontsize=8, va="center")
     axis.set_xscale("log", base=2)
     axis.set_xticks([t["shots"] for t in tables], [str(t["shots"]) for t in tables])
     axis.margins(x=0.15)
-    axis.set(xlabel="shots a class", ylabel=f"{tables[0]['metric']['headline']} (%)")
+    axis.set(xlabel="shots a class", ylabel=f"{drawn(tables[0]['metric']['headline'])} (%)")
     return svg_of(figure)

@@ -14,6 +14,7 @@ from mergekit_vl import landscape
 from mergekit_vl.bench.table import chosen, done, left_out, table
 from mergekit_vl.bench.words import lead, reasons, span
 from mergekit_vl.files import write_json, write_text
+from mergekit_vl.printable import in_markdown
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.grid import Bench, Key
@@ -197,7 +198,8 @@ def table_csv(shown: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The folder's README: the tables, what is left out, and how to go on."""
-    parts = [f"# {report['recipe']}, a bench of {report['protocol']}", lead(report)]
+    title = in_markdown(f"{report['recipe']}, a bench of {report['protocol']}")
+    parts = [f"# {title}", in_markdown(lead(report))]
     for shown in report["tables"]:
         if len(report["tables"]) > 1:
             parts.append(f"## {shown['shots']} shots")
@@ -207,16 +209,23 @@ def markdown(report: dict[str, Any]) -> str:
         metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
         heads = ["row", *metric["columns"], *([metric["headline"]] * several), "rank", "minus " + report["base"],
                  f"minus {shown['anchor']}", "default", "towers, heads a sample"]  # fmt: skip
-        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        lines = ["| " + " | ".join(map(in_markdown, heads)) + " |", "|" + " --- |" * len(heads)]
         for entry in sorted(shown["rows"], key=lambda e: -e["score"]):
             spans = [span(entry[key]) for key in ("minus_base", "minus_tuned")]
             values = [f"{column['acc1']:.1f}" for column in entry["columns"].values()]
             values += [f"{entry['score']:.1f}" + (f" ± {entry['sd']:.1f}" if entry["sd"] is not None else "")] * several
             default = "" if entry["default"] is None else f"{entry['default']:.1f}"
-            cells = [" = ".join([entry["row"], *entry["equal"]]), *values, f"{entry['rank']:.1f}", *spans, default]
+            cells = [
+                in_markdown(" = ".join([entry["row"], *entry["equal"]])),
+                *values,
+                f"{entry['rank']:.1f}",
+                *spans,
+                default,
+            ]
             lines.append("| " + " | ".join([*cells, f"{entry['towers']:.0f}, {entry['forwards']}"]) + " |")
         parts.append("\n".join(lines))
     if reasons(report):
-        parts.append("## Not in the table\n\n" + "\n".join(reasons(report)))
+        lines = [f"- {in_markdown(line.removeprefix('- '))}" for line in reasons(report)]
+        parts.append("## Not in the table\n\n" + "\n".join(lines))
     parts.append("Repeat it with `mergekit-vl bench recipe.yaml`; `report.html` has the plots, costs and commands.")
     return "\n\n".join(parts) + "\n"

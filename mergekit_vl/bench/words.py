@@ -42,7 +42,7 @@ def lead(report: dict[str, Any]) -> str:
     if search["by"] != "none":
         how = (
             f"Options were chosen cell by cell {how}, never on test, among at most {search['budget']} configurations a strategy"
-            f" ({search['training_budget']} where it trains); `default` is the row without that choice."
+            f" ({search['training_budget']} where it trains); “default” is the row without that choice."
         )
     few = " With so few datasets an interval is little more than the range." if 1 < len(grid["datasets"]) < 5 else ""
     over = next((d["over"] for shown in report["tables"] for e in shown["rows"] if (d := e["minus_base"])), "tasks")

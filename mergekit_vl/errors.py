@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, what turns the direction of writing, and the halves of characters that stand for bytes that are not UTF-8."""
+from mergekit_vl.printable import shown
 
-
-def shown(text: str, most: int = 2000) -> str:
-    """Text from elsewhere on one line: what cannot be printed is escaped, and the middle of what is longer than `most` letters left out."""
-    text = UNPRINTABLE.sub(_escaped, text)
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
-
-
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file name that is not UTF-8
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+LONGEST = 1000
+"""Characters of an error's line."""
 
 
 class UserError(Exception):
@@ -28,7 +16,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
         self.what, self.where, self.mend = what, where, mend
-        super().__init__(shown((f"{shown(where, 300)}: " if where else "") + what + (f" ({mend})" if mend else "")))
+        place = f"{shown(where, 300)}: " if where else ""
+        super().__init__(shown(place + what + (f" ({mend})" if mend else ""), LONGEST))
 
 
 class Failed(UserError):

@@ -10,17 +10,15 @@ from collections.abc import Callable
 
 import typer
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import LONGEST, UserError
 from mergekit_vl.interrupts import Stop, unwinding
-from mergekit_vl.printable import shortened
+from mergekit_vl.printable import shown
 from mergekit_vl.terminal import say
 
 FAULT = 2
 """The exit code of every error that the user or the system can mend."""
 CLOSED_PIPE = 141
 """What a shell tells of a process that wrote to `head` after it had left: 128 and SIGPIPE's number."""
-LONGEST = 1000
-"""Characters of an error's line."""
 USAGE: type[Exception] = typer.BadParameter.mro()[2]
 """Whatever is wrong with the words of the command line; newer versions of Typer have a click of their own."""
 PLAIN = {"±": "+-", "→": "->", "−": "-", "–": "-", "“": '"', "”": '"', "…": "..."}
@@ -76,7 +74,7 @@ def _line(error: BaseException) -> str | None:
 
 def _complain(text: str) -> None:
     try:
-        say(shortened(text, LONGEST), err=True)
+        say(shown(text, LONGEST), err=True)
     except (OSError, UserError):
         pass  # there is nobody to be told
 

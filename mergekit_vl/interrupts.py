@@ -22,7 +22,7 @@ class Stop:
 
 def end_at_once() -> None:
     """From here on a signal ends the process where it stands: for moments in which there is nothing to tidy up."""
-    _handle(_end)
+    _handle(end)
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def unwinding(stop: Stop) -> Iterator[None]:
     def first(number: int, frame: FrameType | None) -> None:
         stop.number = number
         for other in before:  # a terminal that is closed sends SIGHUP more than once
-            signal.signal(other, _end if other == signal.SIGINT else signal.SIG_IGN)
+            signal.signal(other, end if other == signal.SIGINT else signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in _heeded()}
@@ -67,7 +67,8 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handler)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def end(number: int, frame: FrameType | None) -> None:
+    """The handler of `end_at_once`."""
     try:
         os.write(2, b"interrupted\n")
     except OSError:

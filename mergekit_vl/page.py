@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.printable import in_html, printable, shortened
+from mergekit_vl.printable import in_html, shown
 from mergekit_vl.protocol import Metric
 
 
@@ -61,7 +61,7 @@ def _draw(figure, out: io.StringIO | io.BytesIO, **how: Any) -> None:
 
 def drawn(text: str) -> str:
     """A label in a plot: no formula, and no longer than there is room for."""
-    text = shortened(printable(text), DRAWN).replace("$", r"\$")
+    text = shown(text, DRAWN).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # which a legend would leave out
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mergekit_vl import interrupts
 from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.memory import out_of_memory
 
@@ -108,7 +109,8 @@ def within(seconds: float) -> Iterator[None]:
         state["pressed"] = True
         raise KeyboardInterrupt
 
-    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    handler = signal.getsignal(signal.SIGINT)
+    own, ends = handler is signal.default_int_handler, handler is interrupts.end
     before = signal.signal(signal.SIGALRM, late)
     if own:
         signal.signal(signal.SIGINT, pressed)
@@ -118,7 +120,7 @@ def within(seconds: float) -> Iterator[None]:
     except _Late:
         raise TimeoutError(f"not done after {seconds:g} s") from None
     except KeyboardInterrupt:
-        if state["pressed"] or not own:
+        if state["pressed"] or not (own or ends):
             raise
         raise RuntimeError("it raised KeyboardInterrupt") from None
     finally:

@@ -14,7 +14,17 @@ ACTING = re.compile(
 
 def printable(text: str) -> str:
     """One line without anything that acts: a control character becomes what Python writes for it, such as \\x1b and \\n."""
-    return ACTING.sub(lambda found: repr(found[0])[1:-1], text)
+    return ACTING.sub(_spelt, text)
+
+
+def _spelt(found: re.Match[str]) -> str:
+    byte = ord(found[0]) - 0xDC00  # how Python holds a byte of a file's name that is not UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(found[0])[1:-1]
+
+
+def shown(text: str, most: int) -> str:
+    """The same, and no longer than this."""
+    return shortened(printable(text), most)
 
 
 def shortened(text: str, most: int) -> str:

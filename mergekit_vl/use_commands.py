@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl import options
-from mergekit_vl.errors import UserError, shown, unknown
+from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.reading import read_text, user_path
 from mergekit_vl.recipe import set_option
 
@@ -131,7 +131,7 @@ def predict_images(
     for file, row_ in zip(files, probabilities):
         best = row_.topk(min(top, len(known.names)))
         answers = [{"class": known.names[i], "p": p} for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        out.append({"image": shown(str(file)), "classes": answers})
+        out.append({"image": str(file), "classes": answers})
     return out
 
 

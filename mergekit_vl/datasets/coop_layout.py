@@ -32,8 +32,9 @@ from mergekit_vl.datasets.folder import (
     check_megapixels,
     entries_of,
 )
-from mergekit_vl.errors import UserError, shown, unknown
+from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
+from mergekit_vl.printable import shown
 from mergekit_vl.reading import check_regular, check_utf8, read_regular, read_text, user_path
 
 Items = list[tuple[str, int, str]]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mergekit_vl.data import Dataset, Progress, Split, silent
-from mergekit_vl.errors import UserError, shown, unknown
+from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
+from mergekit_vl.printable import shown
 from mergekit_vl.reading import check_utf8, read_regular, read_text, user_path
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergekit_vl.data import Augment
     from mergekit_vl.model import ImagePath
 
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 
 def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Tensor]:

@@ -13,13 +13,24 @@ import typer
 
 from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
 from mergekit_vl.bench import command as bench_command
-from mergekit_vl.errors import unknown
+from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.exits import exit_code
 from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import is_merge
 from mergekit_vl.printable import shortened
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
-from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
+from mergekit_vl.terminal import (
+    AllowEnv,
+    Column,
+    TerminalProgress,
+    claim,
+    device_of,
+    registry,
+    say,
+    say_table,
+    tidied,
+    warn,
+)
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -57,6 +68,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     seed: Annotated[int | None, typer.Option(help="the same as seed=N")] = None,
+    allow_env: AllowEnv = None,
     force: Annotated[bool, typer.Option("--force", help="run again what is done already")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
@@ -65,8 +77,10 @@ def run(
     from mergekit_vl import experiment as experiments
     from mergekit_vl import report
 
-    plan = load_recipe(recipe, [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])])
-    experiment = experiments.build(plan, registry())
+    words = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    build = lambda plan: experiments.build(plan, registry())  # noqa: E731
+    plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
+    experiment = build(plan)
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
     show = not quiet and not as_json
     with noted("the same command continues"), tidied(folder):
@@ -83,7 +97,9 @@ def run(
     if as_json:
         say(json.dumps(made))
     elif not quiet:
-        _print_report(made, folder, plan, [recipe, *(o for o in overrides or [] if not o.startswith("seed="))])
+        _print_report(
+            made, folder, plan, [recipe, *plan.allowing, *(o for o in overrides or [] if not o.startswith("seed="))]
+        )
 
 
 def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
@@ -153,6 +169,7 @@ def eval_(
     split: Annotated[str, typer.Option(help="test, val, train, or a shift of the dataset")] = "test",
     row: use_commands.Row = None,
     checkpoint: use_commands.CheckpointOption = None,
+    allow_env: AllowEnv = None,
     device: use_commands.Device = "auto",
     as_json: use_commands.AsJson = False,
 ) -> None:
@@ -161,6 +178,7 @@ def eval_(
         scores = use_commands.evaluate_model(
             model, words or [], registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
             device=device_of(device), progress=progress,
+            allow_env=allow_env or (),
         )  # fmt: skip
     if as_json:
         say(json.dumps(scores))
@@ -186,6 +204,7 @@ def predict(
     ] = None,
     row: use_commands.Row = None,
     checkpoint: use_commands.CheckpointOption = None,
+    allow_env: AllowEnv = None,
     device: use_commands.Device = "auto",
     as_json: use_commands.AsJson = False,
 ) -> None:
@@ -194,6 +213,7 @@ def predict(
         found = use_commands.predict_images(
             model, images, registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
             device=device_of(device), progress=progress, max_megapixels=max_megapixels,
+            allow_env=allow_env or (),
         )  # fmt: skip
     if as_json:
         say(json.dumps(found))
@@ -209,24 +229,27 @@ def check(
     base: merge_command.Base = None,
     strategy: merge_command.StrategyName = None,
     rebasin: merge_command.Rebasin = False,
+    allow_env: AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
     if is_merge(recipe, base=base, strategy=strategy):
+        if allow_env:
+            raise UserError("a merge reads no environment", where="--allow-env", mend="leave it out")
         return merge_command.check(recipe, base=base, strategy=strategy, rebasin=rebasin)
-    return _check_recipe(recipe[0], recipe[1:])
+    return _check_recipe(recipe[0], recipe[1:], allow_env or [])
 
 
-def _check_recipe(recipe: str, overrides: list[str]) -> None:
-    from mergekit_vl.experiment import build
+def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> None:
+    from mergekit_vl.bench import plan as plans
+    from mergekit_vl.experiment import build as build_experiment
 
-    plan = load_recipe(recipe, overrides)
+    build = lambda plan: (plans.build if plan.every else build_experiment)(plan, registry())  # noqa: E731
+    plan = load_recipe(recipe, overrides, allow_env=allow_env, check=build)
     if plan.every:  # a bench
-        from mergekit_vl.bench import plan as plans
-
         for line in bench_command.described(plans.build(plan, registry())):
             say(line)
         return
-    experiment = build(plan, registry())
+    experiment = build_experiment(plan, registry())
     say(f"recipe    {plan.name} ({plan.hash})")
     say(f"backbone  {experiment.backbone}")
     for dataset in experiment.datasets:

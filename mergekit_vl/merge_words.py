@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import options
+from mergekit_vl import options, yaml_text
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.reading import read_text, user_path
 from mergekit_vl.recipe import set_option
 from mergekit_vl.terminal import check_device, device_of, registry
 
@@ -22,18 +24,20 @@ RECIPES = (".yaml", ".yml")
 
 def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) -> bool:
     """Whether the words of `check` are models, or a recipe of a merge of weights."""
-    import yaml
-
-    first = Path(words[0]).expanduser()
+    first = user_path(words[0])
     if base is not None or strategy is not None or sum("=" not in word for word in words) > 1:
         return True
     if first.suffix not in RECIPES:
         return first.exists()
     try:
-        content = yaml.safe_load(first.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        content = _content(first)
+    except UserError:  # which `load_recipe` tells
         return False
     return isinstance(content, Mapping) and ("weights" in content or "merge_method" in content)
+
+
+def _content(file: Path) -> Any:
+    return yaml_text.parse(read_text(file, most=yaml_text.MOST_BYTES), where=str(file))
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def ask(
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
     from mergekit_vl.merge_plan import MergePlan
 
-    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    settings = [word for word in words if "=" in word and not os.path.exists(word)]
     models = [word for word in words if word not in settings]
     section, notes, where = {"models": models}, [], "command line"
     if any(word.endswith(RECIPES) for word in models):
@@ -191,16 +195,7 @@ def closed_form(name: str, *, where: str) -> type:
 
 def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
     """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path, mend="give an existing recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"broken YAML{place}", where=path, mend="mend the line") from None
+    content = _content(user_path(path))
     if isinstance(content, Mapping) and "merge_method" in content:
         from mergekit_vl.mergekit_yaml import translate
 
@@ -219,6 +214,8 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
             "weights.models is a list of models", where=path, mend="write models: [a.safetensors, b.safetensors]"
         )
     seed, keep, strategy = section.get("seed", 0), section.get("keep", []), section.get("strategy", "")
+    if not isinstance(section.get("dtype"), str | None):
+        raise UserError(f"dtype={section['dtype']!r}", where=path, mend="write dtype: bfloat16")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed={seed!r}", where=path, mend="a whole number from 0")
     if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):

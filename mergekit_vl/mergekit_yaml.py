@@ -6,6 +6,7 @@ Read against mergekit 0.1.5. What is not listed here is refused by name. Two dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,9 @@ def translate(content: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any]
     for key in content:
         if key not in TOP:
             raise unknown("key of mergekit's", key, TOP, where=where)
+    for key in ("merge_method", "base_model", "dtype", "out_dtype"):
+        if not isinstance(content.get(key), str | None):
+            raise UserError(f"{key}={content[key]!r}", where=where, mend="write text")
     method = content["merge_method"]
     if method not in METHODS:
         raise unknown("merge_method", method, METHODS, where=where)
@@ -62,7 +66,13 @@ def translate(content: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any]
             raise UserError(f"{name} differs between the models", where=where, mend="give one value")
         return _coefficient(values[0], f"{where}: {name}")
 
-    options = _options(method, each, one, base is not None, where)
+    def number(name: str, default: float) -> float:
+        value = one(name, default)
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise UserError(f"{name}={value!r}", where=where, mend="give one number")
+        return value
+
+    options = _options(method, each, one, number, base is not None, where)
     section = {
         "strategy": {"name": method, **options},
         "models": [{"path": e["model"]} for e in entries],
@@ -95,7 +105,7 @@ def _models(content: Mapping[str, Any], method: str, where: str) -> tuple[list[M
     return [entry for entry in given if entry["model"] != base], base
 
 
-def _options(method: str, each: Any, one: Any, has_base: bool, where: str) -> dict[str, Any]:
+def _options(method: str, each: Any, one: Any, number: Any, has_base: bool, where: str) -> dict[str, Any]:
     """Our options for mergekit's parameters and defaults."""
     if method == "linear":
         return {"weights": each("weight"), "normalise": one("normalize", True)}
@@ -108,15 +118,15 @@ def _options(method: str, each: Any, one: Any, has_base: bool, where: str) -> di
     if method == "multislerp":
         return {"weights": each("weight"), "normalise": one("normalize_weights", True), "task_vectors": has_base}
     if method == "karcher":
-        return {"steps": int(one("max_iter", 10)), "tolerance": one("tol", 1e-5)}
+        return {"steps": int(number("max_iter", 10)), "tolerance": one("tol", 1e-5)}
     if method == "sce":
         return {"density": one("select_topk", 1.0), "share_of": "varying", "mean": True, "equal_below": 1e-6}
     if method == "model_stock":
         return {"along": "row" if one("filter_wise", False) else "tensor"}
-    return _task_vectors(method, each, one, where)
+    return _task_vectors(method, each, one, number, where)
 
 
-def _task_vectors(method: str, each: Any, one: Any, where: str) -> dict[str, Any]:
+def _task_vectors(method: str, each: Any, one: Any, number: Any, where: str) -> dict[str, Any]:
     weights, scale = each("weight"), one("lambda", 1.0)
     mean = one("normalize", method in MEAN_BY_DEFAULT)
     elects = method in ("ties", "dare_ties", "della", "breadcrumbs_ties")
@@ -136,10 +146,10 @@ def _task_vectors(method: str, each: Any, one: Any, where: str) -> dict[str, Any
         options["rescale"] = "l1" if one("rescale", True) else "none"
     if method.startswith("della"):
         dense = all(density == 1 for density in options["densities"])
-        options["epsilon"] = 0.0 if dense else 2 * one("epsilon", 0.15)
+        options["epsilon"] = 0.0 if dense else 2 * number("epsilon", 0.15)
     if method.startswith("breadcrumbs"):
         densest = max(d if isinstance(d, float) else 0.0 for d in options["densities"])
-        options["gamma"] = min(one("gamma", 0.01), max(0.0, 1 - densest))
+        options["gamma"] = min(number("gamma", 0.01), max(0.0, 1 - densest))
     return options
 
 

@@ -10,7 +10,18 @@ import typer
 from mergekit_vl.errors import UserError
 from mergekit_vl.interrupts import noted
 from mergekit_vl.recipe import Recipe, load_recipe
-from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
+from mergekit_vl.terminal import (
+    AllowEnv,
+    Column,
+    TerminalProgress,
+    claim,
+    device_of,
+    registry,
+    say,
+    say_table,
+    tidied,
+    warn,
+)
 
 if TYPE_CHECKING:
     from mergekit_vl.data import Progress
@@ -24,6 +35,7 @@ def path(
     plane: Annotated[
         int, typer.Option(min=0, help="a side of the plane; 0: none. Each point of towers reads all images")
     ] = 15,
+    allow_env: AllowEnv = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default that of `run`")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -36,8 +48,9 @@ def path(
     from mergekit_vl.landscape_page import section
     from mergekit_vl.page import document
 
-    plan = load_recipe(recipe, overrides or [])
-    made = experiments.build(plan, registry())
+    build = lambda plan: experiments.build(plan, registry())  # noqa: E731
+    plan = load_recipe(recipe, overrides or [], allow_env=allow_env or (), check=build)
+    made = build(plan)
     if made.joint:
         raise UserError(
             "has several tuned models", where=f"protocol {plan.protocol.name}", mend="path is between three models"

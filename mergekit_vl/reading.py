@@ -76,10 +76,10 @@ def read_regular(path: Path, *, most: int) -> bytes:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), mend="check its permissions") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, most: int = MOST_TEXT) -> str:
     """A regular file of UTF-8, its byte order mark dropped; raises UserError as `read_regular` does, and for other bytes."""
     try:
-        return read_regular(path, most=MOST_TEXT).decode("utf-8-sig")
+        return read_regular(path, most=most).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError("not UTF-8", where=str(path), mend="save it as UTF-8") from None
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import __version__
+from mergekit_vl import __version__, references, yaml_text
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.reading import read_text, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.plugins import Registry
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
 OF_STRATEGY = ("of", "grid", "batch_norm")
 """Keys that any strategy may have beside its own options."""
+TYPED = "command line"
 ALL = "all"
 """As `strategy`, or among them: every registered one, for `bench`."""
 DEFAULTS: dict[str, Any] = {
@@ -74,12 +80,21 @@ class Recipe:
     search: Mapping[str, Any]
     """How `bench` chooses options; read by nothing else."""
     plain: Mapping[str, Any]
-    """The resolved recipe as nested dicts and lists, defaults included."""
+    """The recipe as nested dicts and lists, defaults included, as it is stored: with references to the environment."""
+    values: Mapping[str, Any]
+    """The same with the environment's values in their place; stored nowhere."""
+    environment: Mapping[str, str | None]
+    """The variables that may be referred to, and their values."""
+
+    @property
+    def allowing(self) -> list[str]:
+        """The words of a command that let it read the environment as this recipe does."""
+        return [word for name in references.names(self.plain) for word in ("--allow-env", name)]
 
     @property
     def hash(self) -> str:
         """Of the resolved recipe and the version of the code."""
-        return hashlib.sha256(json.dumps([self.plain, __version__], sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([self.values, __version__], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def recipe_folders() -> tuple[Path, ...]:
@@ -93,8 +108,8 @@ def installed_recipes() -> dict[str, Path]:
 
 def find_recipe(given: str) -> Path:
     """A path, or the name of an installed recipe."""
-    path = Path(given).expanduser()
-    if path.is_file():
+    path = user_path(given)
+    if os.path.exists(path) and not path.is_dir():
         return path
     recipes = installed_recipes()
     if path.suffix == "" and len(path.parts) == 1 and given in recipes:
@@ -104,93 +119,136 @@ def find_recipe(given: str) -> Path:
     raise unknown("recipe", given, recipes)
 
 
-def load_recipe(given: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe's form; names and options are checked by `experiment.build`."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def load_recipe(
+    given: str,
+    overrides: Sequence[str] = (),
+    *,
+    allow_env: Sequence[str] = (),
+    check: Callable[[Recipe], object] = lambda recipe: None,
+) -> Recipe:
+    """Read, override and check a recipe's form; names and options are checked by `check`, that is `experiment.build`.
 
+    What an override brought about is told of the override, and not of the recipe's file.
+    """
     path = find_recipe(given)
     where = str(path)
-    try:
-        config = OmegaConf.create(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(
-            f"broken YAML{place}: {getattr(error, 'problem', None) or error}", where=where, mend="mend the line"
-        ) from None
-    if not OmegaConf.is_dict(config):
+    config = yaml_text.parse(read_text(path, most=yaml_text.MOST_BYTES), where=where)
+    if not isinstance(config, dict):
         raise UserError("a recipe is a mapping of keys", where=where, mend=f"use {', '.join(KEYS)}")
     for (
         key,
         value,
     ) in DEFAULTS.items():  # before the overrides: protocol.shots=4 finds the protocol of a recipe without one
-        if key not in config:
-            config[key] = value
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"{override!r} is not an override", where="command line", mend="write key=value, for instance seed=2"
-            )
-        _apply(config, override, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
+        config.setdefault(key, copy.deepcopy(value))
+    environment = {name: os.environ.get(name) for name in allow_env}
+
+    def made(words: Sequence[str]) -> Recipe:
+        plain = copy.deepcopy(config)
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise UserError(
+                    f"{word!r} is not an override", where=TYPED, mend="write key=value, for instance seed=2"
+                )
+            _apply(plain, word, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
+        recipe = parse(plain, name=path.stem, where=where, environment=environment)
+        check(recipe)
+        return recipe
+
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0], where=where, mend="mend the ${...}") from None
-    assert isinstance(plain, dict)
-    return parse(plain, name=path.stem, where=where)  # type: ignore[arg-type]
+        return made(overrides)
+    except UserError as error:
+        guilty = None if error.where == TYPED else _guilty(made, overrides, error.what)
+        if guilty is None:
+            raise
+        rest = "" if error.where == where else error.where.removeprefix(f"{where}: ").removeprefix(f"{path.stem}: ")
+        what = f"{rest}: {error.what}" if rest else error.what
+        raise type(error)(what, where=f"{TYPED}, {guilty}", mend=error.mend) from None
+
+
+def _guilty(made: Callable[[Sequence[str]], Recipe], words: Sequence[str], what: str) -> str | None:
+    """The override that brought a fault about; None where the recipe has it without."""
+
+    def fault(words: Sequence[str]) -> str | None:
+        try:
+            made(words)
+        except UserError as error:
+            return error.what
+        return None
+
+    before = next((n for n in reversed(range(len(words))) if fault(words[:n]) != what), None)
+    if before is None:
+        return None
+    if fault(words[:before]) is None or fault(()) is None:
+        return words[before]
+    return next((word for i, word in enumerate(words) if fault([*words[:i], *words[i + 1 :]]) is None), None)
 
 
 def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
     """Apply `word`, that is key=value, to plain options as `run` applies it to a recipe, but for mappings: they replace the old ones."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    _apply(chosen, word, key, value, merge=False, mend="")
+    references.check_none(chosen, where=TYPED)
 
-    config = OmegaConf.create(chosen)
-    _apply(config, word, key, value, merge=False, mend="")
+
+def _apply(config: dict[str, Any], word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
     try:
-        applied = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise _not_applied(word, error, "") from None
-    chosen.clear()
-    chosen.update(applied)  # type: ignore[arg-type]
+        new = yaml_text.parse(f"v: {value}", where="")["v"]
+        whole = isinstance(new, dict) and "name" in new  # another thing by name brings all of its options
+        _put(config, [part.replace("\\", "") for part in KEY.findall(key)], new, merge=merge and not whole)
+    except UserError as error:
+        raise UserError(f"{word!r} cannot be applied: {error.what}", where=TYPED, mend=mend) from None
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{word!r} cannot be applied: {error}", where=TYPED, mend=mend) from None
 
 
-def _apply(config: Any, word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        new = OmegaConf.create(f"v: {value}").v
-        whole = OmegaConf.is_dict(new) and "name" in new  # another thing by name brings all of its options
-        OmegaConf.update(config, key, new, merge=merge and not whole, force_add=True)
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
-        raise _not_applied(word, error, mend) from None
+KEY = re.compile(r"(?:\\.|[^.\[\]\\])+")
+"""A part of a key: a.b, a[b], and a\\.b for one that holds a dot."""
 
 
-def _not_applied(word: str, error: Exception, mend: str) -> UserError:
-    return UserError(f"{word!r} cannot be applied: {str(error).splitlines()[0]}", where="command line", mend=mend)
+def _put(tree: Any, path: Sequence[str], new: Any, *, merge: bool) -> None:
+    """Put a value at a path into mappings and lists; mappings come into being on the way, items of lists do not."""
+    if not path:
+        raise ValueError("no key")
+    for step in path[:-1]:
+        at: Any = int(step) if isinstance(tree, list) else step
+        below = tree[at] if isinstance(tree, list) else tree.get(at)
+        if not isinstance(below, dict | list):
+            below = tree[at] = {}
+        tree = below
+    last: Any = int(path[-1]) if isinstance(tree, list) else path[-1]
+    old = tree[last] if isinstance(tree, list) else tree.get(last)
+    tree[last] = _merged(old, new) if merge else new
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
 
 
 def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:
     """The recipe on these datasets: its own by label or by the option that names one, or others of the kind of its first."""
-    given = recipe.plain["dataset"]
+    stored, given = recipe.plain["dataset"], recipe.values["dataset"]
     own = given if isinstance(given, list) else [given]
+    kept = stored if isinstance(stored, list) else [stored]
 
     def named_by(plain: Mapping[str, Any]) -> str | None:
         return getattr(registry.find("datasets", plain["name"]).resolve(), "named_by", None)
 
     chosen = []
     for name in names:
-        found = [d for d in own if name in (d.get("label"), d["name"]) or name == str(d.get(named_by(d) or "", ""))]
+        found = [
+            plain
+            for d, plain in zip(own, kept)
+            if name in (d.get("label"), d["name"]) or name == str(d.get(named_by(d) or "", ""))
+        ]
         key = named_by(own[0])
         if not found and key is None:
             raise unknown("dataset", name, [str(d.get("label", d["name"])) for d in own], where="--datasets")
-        chosen += found or [{k: v for k, v in own[0].items() if k != "label"} | {key: name}]
-    return parse({**recipe.plain, "dataset": chosen}, name=recipe.name, where=recipe.name)
+        chosen += found or [{k: v for k, v in kept[0].items() if k != "label"} | {key: name}]
+    return parse(
+        {**recipe.plain, "dataset": chosen}, name=recipe.name, where=recipe.name, environment=recipe.environment
+    )
 
 
 def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Spec, ...]:
@@ -204,15 +262,18 @@ def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Sp
     return tuple(out)
 
 
-def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
-    """A Recipe from plain data; the door for tests and notebooks."""
+def parse(
+    given: Mapping[str, Any], *, name: str, where: str, environment: Mapping[str, str | None] = MappingProxyType({})
+) -> Recipe:
+    """A Recipe from plain data; the door for tests and notebooks. `environment` holds the variables it may refer to."""
     for key in given:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where=where)
     for key in ("dataset", "strategy"):
         if key not in given:
             raise UserError(f"{key!r} is missing", where=where, mend=f"add {key}: {{name: ...}}")
-    plain = {**DEFAULTS, **given}
+    stored = references.expand({**DEFAULTS, **given}, where=where)
+    plain = references.fill(stored, environment, where=where)
 
     def spec(value: Any, key: str) -> Spec:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -282,5 +343,7 @@ def parse(given: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         controls=plain["controls"],
         seeds=tuple(dict.fromkeys(seeds)),
         search=search,
-        plain=plain,
+        plain=stored,
+        values=plain,
+        environment=environment,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.files import slug
 from mergekit_vl.model import Classes, Single
+from mergekit_vl.reading import user_path
 from mergekit_vl.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -34,11 +36,19 @@ class Used:
     recipe: Recipe | None = None
 
 
-def open_model(given: str, registry: Registry, *, row: str | None, device: str, checkpoint: Path | None = None) -> Used:
+def open_model(
+    given: str,
+    registry: Registry,
+    *,
+    row: str | None,
+    device: str,
+    checkpoint: Path | None = None,
+    allow_env: Sequence[str] = (),
+) -> Used:
     """A row of a finished run, or a backbone as it is, or that backbone with a tuned checkpoint on it."""
-    folder = Path(given).expanduser()
+    folder = user_path(given)
     if (folder / "recipe.yaml").is_file() and (folder / "state").is_dir():
-        return _of_run(folder, registry, row, device)
+        return _of_run(folder, registry, row, device, allow_env)
     if row is not None:
         raise UserError("--row is for runs", where=given, mend="give a run folder")
     backbone = _backbone(given, registry, device)
@@ -53,8 +63,8 @@ def open_model(given: str, registry: Registry, *, row: str | None, device: str, 
     return Used(Single(backbone, head), backbone.spec)
 
 
-def _of_run(folder: Path, registry: Registry, row: str | None, device: str) -> Used:
-    recipe = load_recipe(str(folder / "recipe.yaml"))
+def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> Used:
+    recipe = load_recipe(str(folder / "recipe.yaml"), allow_env=allow_env)
     report = folder / "report.json"
     if not report.is_file():
         raise UserError(

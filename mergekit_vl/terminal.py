@@ -10,12 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.plugins import Registry, load_plugins
 from mergekit_vl.printable import printable
 
+AllowEnv = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="an environment variable that the recipe may read as ${oc.env:NAME}; once for each", metavar="NAME"
+    ),
+]
 ALL_CELLS = "all cells"
 MARK = ".recipe-hash"
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")

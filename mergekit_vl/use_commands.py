@@ -40,6 +40,7 @@ def evaluate_model(
     checkpoint: Path | None,
     device: str,
     progress: Progress,
+    allow_env: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of a model on a split of a dataset, as CLIP_benchmark writes them, with ours beside."""
     from mergekit_vl.evaluate import evaluate
@@ -48,7 +49,7 @@ def evaluate_model(
     from mergekit_vl.runs import open_model
 
     progress(0, 0, "loading the model")
-    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint)
+    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
     data = _dataset(used, dataset, words, registry).load(progress)
     parts = {"test": data.test, "val": data.val, "train": data.train, **data.shifts}
     if split not in parts:
@@ -100,6 +101,7 @@ def predict_images(
     device: str,
     progress: Progress,
     max_megapixels: float | None = None,
+    allow_env: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The `top` classes of each image with their probabilities."""
     import torch
@@ -113,7 +115,7 @@ def predict_images(
     check_megapixels(megapixels)
     files = _files(images)
     progress(0, 0, "loading the model")
-    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint)
+    used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
     known = _classes(used, classes)
     head = used.model.bind(known)
     out: list[dict[str, Any]] = []

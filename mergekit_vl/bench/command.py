@@ -10,8 +10,19 @@ import typer
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.interrupts import noted
-from mergekit_vl.recipe import load_recipe, with_datasets
-from mergekit_vl.terminal import Column, TerminalProgress, claim, device_of, registry, say, say_table, tidied, warn
+from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
+from mergekit_vl.terminal import (
+    AllowEnv,
+    Column,
+    TerminalProgress,
+    claim,
+    device_of,
+    registry,
+    say,
+    say_table,
+    tidied,
+    warn,
+)
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.plan import Plan
@@ -33,6 +44,7 @@ def bench(
     ] = "",
     seeds: Annotated[str, typer.Option(help="1,2,3")] = "",
     shots: Annotated[str, typer.Option(help="images a class, a table each: 1,4,16")] = "",
+    allow_env: AllowEnv = None,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/bench-<recipe>-<hash>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="forget what is done already")] = False,
@@ -49,11 +61,15 @@ def bench(
 
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
-    made = load_recipe(recipe, [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])])
-    if datasets:
-        made = with_datasets(made, _list(datasets), registry())
     numbers = [_whole(n, "--shots") for n in _list(shots)]
-    plan = plans.build(made, registry(), strategies=_list(strategies), shots=numbers)
+
+    def build(made: Recipe) -> Plan:
+        made = with_datasets(made, _list(datasets), registry()) if datasets else made
+        return plans.build(made, registry(), strategies=_list(strategies), shots=numbers)
+
+    changes = [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])]
+    made = load_recipe(recipe, changes, allow_env=allow_env or (), check=build)
+    plan = build(made)
     folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
     show = not quiet and not as_json
     if show or dry_run:

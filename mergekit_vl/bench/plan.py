@@ -52,16 +52,16 @@ class Plan:
     @property
     def place(self) -> str:
         """Hash of what all cells share: a bench with other strategies, datasets, seeds or shots goes on in the same folder."""
-        shared = {key: self.recipe.plain[key] for key in ("backbone", "tuned")}
-        shared["protocol"] = {k: v for k, v in self.recipe.plain["protocol"].items() if k != "shots"}
+        shared = {key: self.recipe.values[key] for key in ("backbone", "tuned")}
+        shared["protocol"] = {k: v for k, v in self.recipe.values["protocol"].items() if k != "shots"}
         if self.experiment.joint:
-            shared["dataset"] = self.recipe.plain["dataset"]
+            shared["dataset"] = self.recipe.values["dataset"]
         return _hash([shared, __version__])[:8]
 
     @property
     def hash(self) -> str:
         """Of the whole request."""
-        return _hash([self.recipe.plain, self.shots, [_source(cls) for _, cls in self.strategies], __version__])
+        return _hash([self.recipe.values, self.shots, [_source(cls) for _, cls in self.strategies], __version__])
 
     def cells(self) -> int:
         return len(self.recipe.seeds) * len(self.shots) * (1 if self.experiment.joint else len(self.recipe.datasets))
@@ -106,8 +106,14 @@ def _hash(value: Any) -> str:
 def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (), shots: Sequence[int] = ()) -> Plan:
     """Check a bench. `strategies` are names or labels, or `all`; with + in front of each they come to the recipe's own."""
     chosen = _chosen(recipe, registry, strategies)
-    plain = {**recipe.plain, "strategy": [_plain(spec) for spec, _ in chosen]}
-    recipe = dataclasses.replace(recipe, strategies=tuple(spec for spec, _ in chosen), every=False, plain=plain)
+    strategy = [_plain(spec) for spec, _ in chosen]
+    recipe = dataclasses.replace(
+        recipe,
+        strategies=tuple(spec for spec, _ in chosen),
+        every=False,
+        plain={**recipe.plain, "strategy": strategy},
+        values={**recipe.values, "strategy": strategy},
+    )
     experiment = build_experiment(dataclasses.replace(recipe, strategies=()), registry, of_bench=True)
     taken = [slug(label) for label in experiment.rows]
     for spec, _ in chosen:

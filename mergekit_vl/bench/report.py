@@ -101,7 +101,7 @@ def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict
             by_strategy.setdefault(json.dumps(chain), []).append(cell)
     out = []
     for strategy, of in by_strategy.items():
-        words = ["mergekit-vl", "run", recipe, f"strategy={strategy}", "controls=false"]
+        words = ["mergekit-vl", "run", recipe, *bench.plan.recipe.allowing, f"strategy={strategy}", "controls=false"]
         if len(by_strategy) == 1 and len(of) == len(cells) and not several:
             return [{"cells": "all", "command": shlex.join(words)}]
         for cell in of:

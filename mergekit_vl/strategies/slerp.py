@@ -71,6 +71,8 @@ def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[
     angle = math.acos(cosine)
     if abs(cosine) > line_above or angle < FLAT or math.pi - angle < FLAT:
         return 1 - t, t
+    if not math.isfinite(t * angle):
+        raise UserError(f"t={t:g}", where="strategy slerp", mend="0 is the first model, 1 the second")
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 

@@ -1,0 +1,186 @@
+"""`${...}` in recipes: another value of the recipe, or an environment variable that the user allows by name.
+
+    dataset: {name: folder, path: "${oc.env:PHOTOGRAPHS}/pets"}      with --allow-env PHOTOGRAPHS
+    strategy: [{name: ties, density: "${strategy.1.density}"}, ...]
+
+A recipe may come from anywhere, and what a run writes may go anywhere: so an environment variable's value stands only in paths
+(`PLACES`), which no report holds, and what is stored is the reference. Names are OmegaConf's; nothing else of its language is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_vl.errors import UserError
+
+REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+ENVIRONMENT = re.compile(r"\s*oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:,(.*))?", re.S)
+KEYS = re.compile(r"[^.\[\]]+")
+MOST_LETTERS, MOST_VALUES, MOST_STEPS = 2**20, 5_000, 50
+PLACES = ("path", "root", "classes_file", "shifts", "checkpoint")
+"""Options that are paths, of data sets and of tuned models, and that nothing written holds."""
+NAMED_BY = ("path", "checkpoint")
+"""Those of them whose last part names a row or a data set where no label does."""
+
+Place = tuple[str | int, ...]
+
+
+def expand(tree: Any, *, where: str) -> Any:
+    """A copy with the recipe's own values in place of `${key}`; `${oc.env:NAME}` stays. Raises UserError for any other `${`."""
+    return _Expansion(tree, where).of(tree, (), ())
+
+
+def fill(tree: Any, environment: Mapping[str, str | None], *, where: str) -> Any:
+    """A copy with values in place of `${oc.env:NAME}`, for the names in `environment`, None where a variable is not set.
+
+    Raises UserError for others, and where the value would stand in what is stored.
+    """
+    return _filled(tree, environment, (), where)
+
+
+def names(tree: Any) -> tuple[str, ...]:
+    """The environment variables that are referred to, in order."""
+    found: dict[str, None] = {}
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            found |= {match[1]: None for inner in REFERENCE.findall(value) if (match := ENVIRONMENT.fullmatch(inner))}
+    return tuple(sorted(found))
+
+
+def check_none(tree: Any, *, where: str) -> None:
+    """Raise UserError for a `${`: it is read in recipes alone."""
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{value} is read in recipes alone", where=where, mend="write the value")
+
+
+class _Expansion:
+    def __init__(self, tree: Any, where: str) -> None:
+        self.tree, self.where = tree, where
+        self.letters = self.values = 0
+
+    def of(self, value: Any, at: Place, through: tuple[Place, ...]) -> Any:
+        """The value that stands at a place, reached through references that stand elsewhere."""
+        self.values += 1
+        self._bound(at)
+        if isinstance(value, dict):
+            return {key: self.of(each, (*at, key), through) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.of(each, (*at, i), through) for i, each in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        if "${" in REFERENCE.sub("", value):
+            raise self._refused(at, f"`${{` without its `}}` in {value!r}", "write ${key} or ${oc.env:NAME}")
+        parts: list[Any] = []
+        end = 0
+        for found in REFERENCE.finditer(value):
+            parts += [value[end : found.start()], self._referred(found, at, through)]
+            end = found.end()
+        parts = [part for part in [*parts, value[end:]] if part != ""]
+        if len(parts) == 1:
+            new = parts[0]
+        elif any(isinstance(part, dict | list) for part in parts):
+            raise self._refused(at, f"a mapping or list within the text {value!r}", "refer to one value of it")
+        else:
+            new = "".join(map(str, parts))
+        self.letters += len(new) if isinstance(new, str) else 0
+        self._bound(at)
+        return new
+
+    def _referred(self, found: re.Match[str], at: Place, through: tuple[Place, ...]) -> Any:
+        if ENVIRONMENT.fullmatch(found[1]):
+            return found[0]
+        if ":" in found[1]:
+            raise self._refused(at, f"{found[0]} is not read", "write ${key} or ${oc.env:NAME}")
+        if at in through or len(through) > MOST_STEPS:
+            raise self._refused(at, f"{found[0]} leads back to itself", "write the value")
+        there, value = self._find(found[1], at)
+        if there is None:
+            raise self._refused(at, f"{found[0]} is no value of the recipe", "write its whole key: ${dataset.path}")
+        if at[: len(there)] == there:
+            raise self._refused(at, f"{found[0]} holds this very text", "write the value")
+        return self.of(value, there, (*through, at))
+
+    def _find(self, key: str, at: Place) -> tuple[Place | None, Any]:
+        """Where a key leads, and what is there; dots before it count the levels from here, the first being this one."""
+        up = len(key) - len(key.lstrip("."))
+        place: list[str | int] = list(at[: max(0, len(at) - up)]) if up else []
+        value = self.tree
+        for step in place:
+            value = value[step]
+        for word in KEYS.findall(key):
+            if isinstance(value, dict) and word in value:
+                place.append(word)
+            elif isinstance(value, list) and word.isdecimal() and len(word) < 9 and int(word) < len(value):
+                place.append(int(word))
+            else:
+                return None, None
+            value = value[place[-1]]
+        return tuple(place), value
+
+    def _bound(self, at: Place) -> None:
+        if self.values > MOST_VALUES or self.letters > MOST_LETTERS:
+            raise self._refused(at, "references multiply it beyond all bounds", "write the values")
+
+    def _refused(self, at: Place, what: str, mend: str) -> UserError:
+        return UserError(what, where=f"{self.where}: {_told(at)}", mend=mend)
+
+
+def _told(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+def _filled(value: Any, environment: Mapping[str, str | None], at: Place, where: str) -> Any:
+    if isinstance(value, dict):
+        new = {key: _filled(each, environment, (*at, key), where) for key, each in value.items()}
+        label = next((found for key in NAMED_BY if (found := _label(value.get(key)))), None)
+        return new if label is None or "label" in new else {**new, "label": label}
+    if isinstance(value, list):
+        return [_filled(each, environment, (*at, i), where) for i, each in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    here = f"{where}: {_told(at)}"
+    key = next((step for step in reversed(at) if isinstance(step, str)), "")
+    if at[:1] not in (("dataset",), ("tuned",)) and at[:2] != ("search", "development") or key not in PLACES:
+        raise UserError(
+            f"{value} would be stored with what is made of it",
+            where=here,
+            mend=f"environment variables are for paths: {', '.join(PLACES)} of a data set or tuned model",
+        )
+    if key == "shifts" and _label(value):
+        raise UserError(f"{value} names a shift", where=here, mend="end the path in a folder's name")
+    return REFERENCE.sub(lambda found: _of_environment(found, environment, here), value)
+
+
+def _label(path: Any) -> str | None:
+    """What a path is called whose last part is the environment's: by the variable's name instead of its value."""
+    if not isinstance(path, str) or "${" not in path:
+        return None
+    last = REFERENCE.sub(lambda found: "\0" + ENVIRONMENT.fullmatch(found[1])[1], path).rstrip("/").rpartition("/")[2]  # type: ignore[index]
+    return last.replace("\0", "") if "\0" in last else None
+
+
+def _of_environment(found: re.Match[str], environment: Mapping[str, str | None], where: str) -> str:
+    match = ENVIRONMENT.fullmatch(found[1])
+    assert match is not None  # `expand` refuses others
+    name, default = match[1], match[2]
+    if name not in environment:
+        raise UserError(
+            f"{found[0]} reads the environment variable {name}",
+            where=where,
+            mend=f"if you trust the recipe with it, add --allow-env {name}",
+        )
+    value = environment[name]
+    if value is None and default is None:
+        raise UserError(f"the environment variable {name} is not set", where=where, mend=f"set {name}")
+    return value if value is not None else str(default).strip().strip("\"'")

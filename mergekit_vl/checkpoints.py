@@ -10,7 +10,6 @@ import math
 import os
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,11 @@ from mergekit_vl.dtypes import FLOATS, STORED, Array, check_supported, widen
 from mergekit_vl.errors import UserError
 from mergekit_vl.output import METADATA_KEY
 from mergekit_vl.reading import check_regular, parse_json, read_regular, user_path
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # a processor that it is not built for
+    from zlib import crc32
 
 INDEX_FILES = ("model.safetensors.index.json", "open_clip_model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = (
@@ -177,48 +181,44 @@ class Checkpoint:
         """
         from blake3 import blake3
 
-        digest = blake3()
+        digest, buffer, at = blake3(), _buffer(), 0
         if not self.files:
             for name, array in sorted(self.arrays.items()):
                 digest.update(f"{name} {self.tensors[name].code} {self.tensors[name].shape}".encode())
                 digest.update(array.tobytes())
             return digest.hexdigest()
-        at = 0
         for each in sorted((r for r in self.recorded if r.file == file), key=lambda each: each.start):
-            for block in self._blocks(file, at, each.start):
+            for block in self._blocks(file, buffer, at, each.start):
                 digest.update(block)
-            self._check_crc(each, digest.update)
+            self._check_crc(each, buffer, digest.update)
             at = each.start + each.size
-        for block in self._blocks(file, at):
+        for block in self._blocks(file, buffer, at):
             digest.update(block)
         return digest.hexdigest()
 
     def check_recorded(self) -> None:
         """Raise UserError where a CRC that a file recorded is not that of its bytes."""
+        buffer = _buffer()
         for each in self.recorded:
-            self._check_crc(each)
+            self._check_crc(each, buffer)
 
-    def _check_crc(self, recorded: Recorded, tell: Callable[[memoryview], object] = lambda block: None) -> None:
-        crc = 0
-        for block in self._blocks(recorded.file, recorded.start, recorded.start + recorded.size):
-            crc = zlib.crc32(block, crc)
+    def _check_crc(
+        self, recorded: Recorded, buffer: memoryview, tell: Callable[[memoryview], object] = lambda block: None
+    ) -> None:
+        crc, start, stop = 0, recorded.start, recorded.start + recorded.size
+        for block in self._blocks(recorded.file, buffer, start, stop):
+            crc = crc32(block, crc)
             tell(block)
         if crc != recorded.crc:
-            where = next(
-                (
-                    n
-                    for n, t in self.tensors.items()
-                    if recorded.start <= t.offset < recorded.start + recorded.size and t.file == recorded.file
-                ),
-                "",
-            )
+            inside = (n for n, t in self.tensors.items() if start <= t.offset < stop and t.file == recorded.file)
             raise UserError(
-                f"damaged checkpoint: the CRC of {where} differs", where=str(recorded.file), mend="copy the file again"
+                f"damaged checkpoint: the CRC of {next(inside, 'a tensor')} differs",
+                where=str(recorded.file),
+                mend="copy the file again",
             )
 
-    def _blocks(self, file: Path, start: int, stop: int | None = None) -> Iterator[memoryview]:
-        """The bytes start..stop of a file, to its end without `stop`; one after another in the same memory."""
-        buffer = memoryview(bytearray(1 << 20))
+    def _blocks(self, file: Path, buffer: memoryview, start: int, stop: int | None = None) -> Iterator[memoryview]:
+        """The bytes start..stop of a file, to its end without `stop`; one after another in `buffer`."""
         while stop is None or start < stop:
             wanted = len(buffer) if stop is None else min(len(buffer), stop - start)
             got = self._read_into(file, buffer[:wanted], start)
@@ -261,6 +261,10 @@ def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{what}: {key}: {first['msg']}", where=where, mend=AGAIN) from None
+
+
+def _buffer() -> memoryview:
+    return memoryview(bytearray(1 << 20))
 
 
 def _stamp(file: Path) -> tuple[int, int]:

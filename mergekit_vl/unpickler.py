@@ -322,8 +322,11 @@ def _table() -> list[Callable[[_Reader], Any] | None]:
 
     def tuple_of(count: int) -> Callable[[_Reader], None]:
         def operation(r: _Reader) -> None:
-            values = [r.pop() for _ in range(count)]
-            r.keep(tuple(reversed(values)))
+            values = tuple(r.stack[-count:])
+            if len(values) < count or any(value is _MARK for value in values):
+                raise IndexError
+            del r.stack[-count:]
+            r.keep(values)
 
         return operation
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test fuzz bench lint clean
 
 $(READY): pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: install Python 3.11 or newer"; exit 2; }
@@ -18,6 +18,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+# 10,000 headers and indexes, 5,000 pickles and zips ...: the counts stand in tests/fuzz
+fuzz: $(READY)
+	MERGEKIT_VL_FUZZ=1 $(VENV)/bin/python -m pytest tests/fuzz
 
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -146,6 +146,8 @@ def _widened(extra: bytes, numbers: tuple[int, ...]) -> tuple[int, ...]:
 def _located(descriptor: int, entries: list[_Entry], end: int) -> Archive:
     if not entries:
         raise Damaged("a zip with nothing in it")
+    if b"/" not in entries[0].name:
+        raise Damaged("a zip whose members are in no folder, as torch.save puts them")
     root = entries[0].name.split(b"/")[0] + b"/"
     members: dict[bytes, Member] = {}
     expected, described = 0, False

@@ -1,0 +1,71 @@
+"""What every fuzz test asserts: whatever a file holds, a command ends with 0 or with one line and 2, soon, and in little memory.
+
+`make test` tries a few inputs of each kind, `make fuzz` as many as a test's `counted` says.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import resource
+import sys
+import time
+
+import typer
+from hypothesis import HealthCheck, settings
+
+from mergekit_vl.errors import UserError
+
+FUZZ = "MERGEKIT_VL_FUZZ" in os.environ
+SECONDS, BYTES = 1.0, 64 << 20
+"""What a file may take beyond a good one of its size; the files here are of a few kB."""
+
+
+def counted(many: int, few: int = 25) -> settings:
+    """A decorator: how many inputs are tried, by `make fuzz` and by `make test`; the latter tries the same ones each time."""
+    return settings(
+        max_examples=many if FUZZ else few,
+        derandomize=not FUZZ,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@functools.cache
+def _commands() -> typer.core.TyperGroup:
+    from mergekit_vl import cli
+
+    return typer.main.get_command(cli.app)
+
+
+def answer(*words: object) -> int:
+    """Run a command in this process: its exit code, 0 or 2. Any other exception than a UserError of one line fails the test."""
+    began = time.process_time()
+    code, told = 0, ""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            _commands().main([str(word) for word in words], "mergekit-vl")
+        except SystemExit as end:
+            code, told = end.code or 0, errors.getvalue()
+        except UserError as error:
+            code, told = 2, str(error)
+            assert told.isprintable() and len(told) < 4000, told
+    took = time.process_time() - began
+    assert code in (0, 2), (code, told)
+    assert took < SECONDS, f"{took:.1f} s: {told}"
+    return code
+
+
+@contextlib.contextmanager
+def little_memory():
+    """Fail where the process' peak grows by more than BYTES within the block."""
+    before = _peak()
+    yield
+    grown = _peak() - before
+    assert grown < BYTES, f"the peak grew by {grown >> 20} MB"
+
+
+def _peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

@@ -43,6 +43,7 @@ CONFIGS = ("open_clip_config.json", "config.json")
 
 MOST_HEADER = 16 << 20
 MOST_DIMENSIONS = 64
+LONGEST_NAME = 4096
 MOST_TENSORS = 100_000
 """Tensors of one file: none has a tenth, and what is more costs more than its bytes."""
 
@@ -251,18 +252,6 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
-    """Raise UserError with the first key that is not as the typed dictionary `shape` has it."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        TypeAdapter(shape).validate_python(found, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{what}: {key}: {first['msg']}", where=where, mend=AGAIN) from None
-
-
 def _buffer() -> memoryview:
     return memoryview(bytearray(1 << 20))
 
@@ -363,6 +352,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise damaged(f"{len(header):,} tensors, and {MOST_TENSORS:,} are the most")
     entries = []
     for name, entry in header.items():
+        if len(name.encode()) > LONGEST_NAME:
+            raise damaged(f"{name[:40]} ... is a name of more than {LONGEST_NAME} bytes")
         try:
             entries.append((*_place_of(entry), name))
         except ValueError as error:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_vl.archives import Archive, Member, read_archive
-from mergekit_vl.checkpoints import MOST_DIMENSIONS, MOST_TENSORS, Checkpoint, Recorded, Stored
+from mergekit_vl.checkpoints import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, Checkpoint, Recorded, Stored
 from mergekit_vl.dtypes import STORED, check_supported
 from mergekit_vl.errors import UserError
-from mergekit_vl.unpickler import LONGEST, MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
+from mergekit_vl.unpickler import MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -241,7 +241,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], 
     if isinstance(content, Pairs) and any(
         isinstance(value, Tensor | Foreign) for key, value in content.items if not isinstance(key, str | int)
     ):
-        raise Damaged(f"a tensor has no name, or one of more than {LONGEST} bytes")
+        raise Damaged(f"a tensor has no name, or one of more than {LONGEST_NAME} bytes")
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor | Foreign)}
     if not tensors:
         raise UserError(
@@ -270,8 +270,10 @@ def _script_tensors(module: Script) -> Pairs:
         inner = []
         for name, value in each.state.items if each.state else ():
             seen += 1
-            if seen > MOST_TENSORS or len(prefix) > LONGEST:
-                raise Damaged(f"its modules have more than {MOST_TENSORS:,} attributes, or names above {LONGEST} bytes")
+            if seen > MOST_TENSORS or len(prefix) > LONGEST_NAME:
+                raise Damaged(
+                    f"its modules have more than {MOST_TENSORS:,} attributes, or names above {LONGEST_NAME} bytes"
+                )
             if not isinstance(name, str):
                 continue
             if isinstance(value, Script):

@@ -11,11 +11,12 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from mergekit_vl import __version__, options
-from mergekit_vl.checkpoints import Checkpoint, check_shape, facts, open_checkpoint, read_header
+from mergekit_vl.checkpoints import Checkpoint, facts, open_checkpoint, read_header
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_plan import Opened
 from mergekit_vl.output import METADATA_KEY
 from mergekit_vl.printable import in_code, in_markdown
+from mergekit_vl.reading import check_shape
 
 NO_HASH = "0" * 64
 ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")

@@ -114,3 +114,15 @@ def parse_json(raw: bytes | str, *, where: str, what: str = "not JSON", mend: st
     except ValueError as error:
         raise UserError(f"{what}: {str(error)[:200]}", where=where, mend=mend) from None
     return found
+
+
+def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
+    """Raise UserError with the first key that is not as the typed dictionary `shape` has it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(shape).validate_python(found, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{what}: {key}: {first['msg']}", where=where, mend="copy the file again") from None

@@ -23,6 +23,7 @@ from mergekit_vl.merge_plan import MergePlan, Opened, open_plan, surprises
 from mergekit_vl.output import Output, claimed
 from mergekit_vl.pieces import Piece, Source
 from mergekit_vl.provenance import NO_HASH, canonical, describe, model_card
+from mergekit_vl.reading import read_text
 
 
 def align(opened: Opened, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -179,7 +180,7 @@ def _companions(opened: Opened) -> tuple[dict[str, str], str]:
     for name in CONFIGS:
         for checkpoint in opened.all:
             if checkpoint.config and (checkpoint.config / name).is_file():
-                texts.setdefault(name, (checkpoint.config / name).read_text(encoding="utf-8"))
+                texts.setdefault(name, read_text(checkpoint.config / name))
     return texts, "open_clip_model" if "open_clip_config.json" in texts else "model"
 
 

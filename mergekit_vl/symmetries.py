@@ -7,7 +7,6 @@ tables of `families.py`. Every residual stream of a checkpoint that has an unkno
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -21,6 +20,7 @@ from mergekit_vl.coefficients import VISUAL
 from mergekit_vl.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.families import KNOWN, Roles, Shapes, few, roles_of
+from mergekit_vl.reading import MOST_TEXT, parse_json, read_regular
 
 HEAD_WIDTH, USUAL = 64, range(192, 1025)
 """Where nothing tells the heads they are taken to be 64 wide, in towers of these widths; wider ones have 80, 88, 96, 104 as well."""
@@ -175,16 +175,13 @@ def heads_told(config: Path | None) -> dict[str, int]:
     """The number of heads by tower, as the open_clip_config.json or config.json in this folder tells or implies it."""
     for file in ("open_clip_config.json", "config.json") if config else ():
         try:
-            told = json.loads((config / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            told = parse_json(read_regular(config / file, most=MOST_TEXT), where=str(config / file))
+            if isinstance(told, Mapping):
+                ours = isinstance(told.get("model_cfg"), Mapping)
+                found = _open_clip_heads(told["model_cfg"]) if ours else _other_heads(told)
+                return {tower: n for tower, n in found.items() if type(n) is int and n > 0}
+        except (UserError, AttributeError, TypeError, ZeroDivisionError):  # no such file, or not one of theirs
             continue
-        if isinstance(told, Mapping):
-            found = (
-                _open_clip_heads(told["model_cfg"])
-                if isinstance(told.get("model_cfg"), Mapping)
-                else _other_heads(told)
-            )
-            return {tower: n for tower, n in found.items() if isinstance(n, int) and n > 0}
     return {}
 
 

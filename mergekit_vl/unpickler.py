@@ -17,7 +17,7 @@ MOST_OPERATIONS = 2_000_000
 MOST_VALUES = 500_000
 """Values that are kept or remembered. A tensor takes about 18, so this is a checkpoint of 27,000 tensors."""
 LONGEST = 4096
-"""Bytes of a string that may be a name; longer ones are skipped."""
+"""Bytes of a string that may be a tensor's name; longer ones are skipped."""
 LARGEST_INTEGER = 16
 """Bytes of an integer that may be a size, or the magic number of a file; longer ones are skipped."""
 

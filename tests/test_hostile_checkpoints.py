@@ -289,6 +289,13 @@ def test_one_file_does_not_change_how_the_next_is_read(tmp_path):
         assert loading.read(tmp_path / name)["w"].tolist() == [1, 2, 3, 4]
 
 
+def test_an_ordered_dictionary_as_python_2_pickled_it(tmp_path):
+    """OrderedDict([["w", tensor]]), names as bytes."""
+    pair = b"](U\x01w" + tensor() + b"e"
+    path = archive(tmp_path / "a.pt", called(named("collections", "OrderedDict"), b"](" + pair + b"e"))
+    assert loading.read(path)["w"].tolist() == [1, 2, 3, 4]
+
+
 def test_what_is_no_state_dict(tmp_path):
     v3 = called(named("torch._utils", "_rebuild_tensor_v3"), *[b"N"] * 6, named("torch", "float32"))
     cases = [
@@ -413,3 +420,40 @@ def test_names_are_data(tmp_path):
     for name in ("", " ", "a\\nb", "a\\u0000b", "\\u001b]0;x\\u0007", "\\u00e9\\ud83d\\ude00", "x" * 3000):
         path = safetensors(tmp_path / "a.safetensors", b'{"%s":%s}' % (name.encode(), ENTRY), FOUR)
         assert [*loading.read(path).values()][0].tolist() == [1, 2, 3, 4]
+
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+GOOD_CONFIG = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 8, "patch_size": 16, "head_width": 4},
+    "text_cfg": TEXT,
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"model_cfg": []}',
+        *(
+            json.dumps({"model_cfg": {**GOOD_CONFIG, key: value}})
+            for key in GOOD_CONFIG
+            for value in (None, [], "x", -1)
+        ),
+        json.dumps({"model_cfg": {**GOOD_CONFIG, "text_cfg": {**TEXT, "width": "x"}}}),
+        json.dumps({"model_cfg": {**GOOD_CONFIG, "text_cfg": {**TEXT, "width": 7}}}),
+        json.dumps({"model_cfg": {**GOOD_CONFIG, "text_cfg": {**TEXT, "surprise": 1}}}),
+        json.dumps({"model_cfg": {**GOOD_CONFIG, "surprise": 1}}),
+        json.dumps({"model_cfg": GOOD_CONFIG, "preprocess_cfg": [1]}),
+    ],
+)
+def test_a_config_of_open_clip_that_is_none(tmp_path, content):
+    from mergekit_vl.backbones.clip import Clip
+
+    (tmp_path / "open_clip_config.json").write_text(content)
+    torch.save({"w": torch.ones(2)}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError):
+        Clip(arch=f"local-dir:{tmp_path}").build("cpu")

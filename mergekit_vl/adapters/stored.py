@@ -13,6 +13,7 @@ from mergekit_vl import checkpoints, loading
 from mergekit_vl.checkpoints import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.output import METADATA_KEY
+from mergekit_vl.reading import check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Facts(TypedDict, total=False):
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `write` told; nothing of a file that it did not write. Raises UserError for what no adapter tells."""
     found = checkpoints.facts(checkpoint)
-    checkpoints.check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
+    check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
     return found
 
 

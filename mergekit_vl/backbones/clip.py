@@ -15,10 +15,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
+from mergekit_vl.reading import MOST_TEXT, check_shape, parse_json, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -154,6 +157,19 @@ class Clip:
         return named, ()
 
 
+class ModelConfig(TypedDict):
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class Config(TypedDict):
+    """What open_clip_config.json must hold; what else is there goes to open_clip as it is."""
+
+    model_cfg: ModelConfig
+    preprocess_cfg: NotRequired[dict[str, Any] | None]
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where a model comes from: open_clip's config, preprocessing, weights on disk and what is known of their activation."""
@@ -168,16 +184,14 @@ class _Source:
 
 def _from_folder(folder: Path, where: str) -> _Source:
     file = folder / CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        config = content["model_cfg"]
-        return _Source(
-            config, content.get("preprocess_cfg", {}), quick_gelu=bool(config.get("quick_gelu")), folder=folder
-        )
-    except FileNotFoundError:
-        raise UserError(f"no {CONFIG}", where=str(folder), mend="give a folder that open_clip wrote") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"cannot be read: {error!r}", where=str(file), mend="it needs a model_cfg") from None
+    if not file.exists():
+        raise UserError(f"no {CONFIG}", where=str(folder), mend="give a folder that open_clip wrote")
+    content = parse_json(read_regular(file, most=MOST_TEXT), where=str(file))
+    check_shape(content, Config, what="is no config of open_clip", where=str(file))
+    config = content["model_cfg"]
+    return _Source(
+        config, content.get("preprocess_cfg") or {}, quick_gelu=bool(config.get("quick_gelu")), folder=folder
+    )
 
 
 def _usual_preprocessing(arch: str) -> dict[str, Any]:
@@ -220,7 +234,11 @@ def construct(config: Mapping[str, Any], where: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if not hugging_face:
-            return kind(**config)
+            try:
+                return kind(**config)
+            except Exception as error:  # a config from elsewhere may fail anywhere in open_clip, timm or torch
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"open_clip cannot build it: {first}", where=where, mend="correct its config") from None
         mend = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
         return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(mend), where)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mergekit_vl.errors import UserError
+from mergekit_vl.reading import MOST_TEXT, parse_json, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,9 +58,9 @@ def from_clip_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def has_quick_gelu(folder: Path) -> bool | None:
     """What a CLIPModel's config.json says of its activation, "quick_gelu" being the library's default; None where it is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json(read_regular(folder / "config.json", most=MOST_TEXT), where=str(folder))
         if config.get("model_type") != "clip":
             return None
         return (config.get("vision_config") or {}).get("hidden_act", "quick_gelu") == "quick_gelu"
-    except (OSError, ValueError, AttributeError):
+    except (UserError, AttributeError):
         return None

@@ -15,6 +15,7 @@ import typer
 from hypothesis import HealthCheck, settings
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.printable import shown
 
 FUZZ = "MERGEKIT_VL_FUZZ" in os.environ
 SECONDS, BYTES = 1.0, 64 << 20
@@ -50,7 +51,7 @@ def answer(*words: object) -> int:
             code, told = end.code or 0, errors.getvalue()
         except UserError as error:
             code, told = 2, str(error)
-            assert told.isprintable() and len(told) < 4000, told
+            assert told == shown(told, 4000), told
     took = time.process_time() - began
     assert code in (0, 2), (code, told)
     assert took < SECONDS, f"{took:.1f} s: {told}"

@@ -1,6 +1,7 @@
 """Headers, indexes, pickles and zips that hypothesis makes up: every reader of tensors answers with tensors or one UserError."""
 
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outcomes import answer, counted, little_memory
 
-from mergekit_vl import loading
+from mergekit_vl import loading, saved
+from mergekit_vl.adapters import tuned
+from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.errors import UserError
+from mergekit_vl.terminal import registry
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
@@ -22,7 +26,12 @@ DATA = struct.pack("<4f", 1, 2, 3, 4) + bytes(8)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def micro():
+    return Micro().build("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, micro):
     folder = tmp_path_factory.mktemp("fuzz")
     hostile.safetensors(folder / "good.safetensors", json.dumps(GOOD).encode(), DATA)
     for words in (["check", folder / "good.safetensors"], *_commands(folder / "good.safetensors", folder / "out")):
@@ -49,12 +58,18 @@ def answered(folder, path):
             answer(*verify)
 
 
+def nested(values, extend, depth):
+    for _ in range(depth):
+        values = values | extend(values)
+    return values
+
+
 numbers = st.one_of(
     st.integers(-3, 70),
     st.sampled_from([2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, -(2**63)]),
     st.integers(),
 )
-junk = st.recursive(
+junk = nested(
     st.one_of(
         st.none(),
         st.booleans(),
@@ -64,7 +79,7 @@ junk = st.recursive(
         st.sampled_from(["F32", "BF16", "U8", "F8_E4M3", "mergekit_vl", "\ud800"]),
     ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
-    max_leaves=8,
+    depth=3,
 )
 
 
@@ -192,7 +207,7 @@ fitting = st.builds(
     st.integers(0, 5),
     st.integers(0, 2),
 )
-values = st.recursive(
+values = nested(
     described | fitting | scalars | functions,
     lambda inner: st.one_of(
         st.builds(lambda f, arguments: hostile.called(f, *arguments), functions, st.lists(inner, max_size=8)),
@@ -207,7 +222,7 @@ values = st.recursive(
         inner.map(lambda each: each + b"q\x00"),
         inner.map(lambda each: each + b"2s"),
     ),
-    max_leaves=10,
+    depth=3,
 )
 OPCODES = [bytes([n]) for n in pickle.__dict__["_Unpickler"].dispatch]
 soup = st.lists(st.sampled_from(OPCODES) | scalars | fitting | st.binary(max_size=3), max_size=30).map(b"".join)
@@ -268,3 +283,44 @@ def test_zips(folder, members, good, comment, edit):
     raw = _zip(folder, (start if good else []) + members, comment)
     (folder / "b.pt").write_bytes(edit.draw(edited_bytes(st.just(raw))))
     answered(folder, folder / "b.pt")
+
+
+PROMPT = {"adapter": "prompt", "backbone": "micro", "init": "a photo of a", "names": []}
+HEAD = {"names": ["a", "b"], "normalise": True, "unseen": "refuse", "chosen": {"l2": 1.0}}
+TOWER = {"adapter": "tower", "backbone": "micro", "head": HEAD, "chosen": {}}
+SHAPES = st.lists(st.integers(0, 3) | st.just(128), max_size=3)
+PARTS = [
+    "ctx",
+    "token_prefix",
+    "weight",
+    "bias",
+    "start.weight",
+    "start.bias",
+    "head.weight",
+    "head.bias",
+    "visual.proj",
+    "w",
+]
+
+
+@counted(1_000)
+@given(
+    told=edited_json(PROMPT)
+    | edited_json({"adapter": "linear_head", **HEAD})
+    | edited_json(TOWER)
+    | junk.map(json.dumps),
+    shapes=st.dictionaries(st.sampled_from(PARTS), SHAPES, max_size=5),
+)
+def test_adapters(folder, micro, told, shapes):
+    """Files of a run as somebody else may have changed them."""
+    header, place = {"__metadata__": {"mergekit_vl": told if isinstance(told, str) else told.decode()}}, 0
+    for name, shape in shapes.items():
+        end = place + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
+        place = end
+    path = hostile.safetensors(folder / "adapter.safetensors", json.dumps(header).encode(), bytes(place))
+    for load in (saved.load_adapter, tuned.load_tuned):
+        try:
+            load(path, micro, registry().adapter)
+        except UserError:
+            pass

@@ -240,16 +240,19 @@ def check(
 
 
 def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> None:
-    from mergekit_vl.bench import plan as plans
-    from mergekit_vl.experiment import build as build_experiment
+    def build(plan: Recipe) -> Any:
+        if plan.every:  # a bench
+            from mergekit_vl.bench import plan as module
+        else:
+            from mergekit_vl import experiment as module
+        return module.build(plan, registry())
 
-    build = lambda plan: (plans.build if plan.every else build_experiment)(plan, registry())  # noqa: E731
     plan = load_recipe(recipe, overrides, allow_env=allow_env, check=build)
-    if plan.every:  # a bench
-        for line in bench_command.described(plans.build(plan, registry())):
+    experiment = build(plan)
+    if plan.every:
+        for line in bench_command.described(experiment):
             say(line)
         return
-    experiment = build_experiment(plan, registry())
     say(f"recipe    {plan.name} ({plan.hash})")
     say(f"backbone  {experiment.backbone}")
     for dataset in experiment.datasets:

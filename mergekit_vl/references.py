@@ -53,6 +53,20 @@ def names(tree: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
+    """A record whose reasons, errors that may tell of a path, hold references in place of the environment's values."""
+    if isinstance(record, list):
+        return [hide(each, environment) for each in record]
+    if not isinstance(record, dict):
+        return record
+    out = {key: hide(value, environment) for key, value in record.items()}
+    if isinstance(reason := record.get("reason"), str):
+        for name, value in sorted(environment.items(), key=lambda item: -len(item[1] or "")):
+            reason = reason.replace(value, f"${{oc.env:{name}}}") if value else reason
+        out["reason"] = reason
+    return out
+
+
 def check_none(tree: Any, *, where: str) -> None:
     """Raise UserError for a `${`: it is read in recipes alone."""
     waiting = [tree]

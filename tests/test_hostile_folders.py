@@ -83,7 +83,9 @@ def test_class_names_and_checkpoints_are_regular_files(tmp_path, make):
     make(file)
     refused(Folder(str(single(tmp_path / "images")), classes_file=str(file)))
     for given in (file, tmp_path):  # and the only one of a folder
-        with pytest.raises(UserError, match="is a FIFO|is a socket|is a device|damaged|empty|which weights|cannot be read"):
+        with pytest.raises(
+            UserError, match="is a FIFO|is a socket|is a device|damaged|empty|which weights|cannot be read"
+        ):
             open_checkpoint(str(given))
 
 

@@ -194,6 +194,16 @@ def test_what_the_environment_names_goes_by_the_variables_name():
     assert with_more.plain["dataset"] == [{"name": "folder", "path": "${oc.env:SECRET}"}]
 
 
+def test_reasons_hold_references():
+    record = {"reason": f"/x/{SECRET}/a.png: damaged", "right": SECRET, "trials": [{"reason": SECRET}]}
+    hidden = {
+        "reason": "/x/${oc.env:SECRET}/a.png: damaged",
+        "right": SECRET,
+        "trials": [{"reason": "${oc.env:SECRET}"}],
+    }
+    assert references.hide(record, {"SECRET": SECRET, "UNSET": None, "EMPTY": ""}) == hidden
+
+
 def _registry():
     from mergekit_vl.plugins import load_plugins
 

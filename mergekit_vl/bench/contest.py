@@ -23,6 +23,7 @@ from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
 from mergekit_vl.model import image_paths, size_in_bytes
+from mergekit_vl.references import hide
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategy import MergeInputs, trains
 
@@ -76,6 +77,7 @@ class Contest:
     def _record(self, entry: Entry, record: Record) -> None:
         name = entry.spec.name if entry.spec is not None else None
         told = {"row": entry.label, "kind": entry.kind, "strategy": name, **record}
+        told = hide(told, self.bench.plan.recipe.environment)
         write_json(self.cell.folder / "records" / entry.file, told)
 
     def _made(self, entry: Entry) -> Record:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_vl.closed_form import BATCH_NORM
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed
 from mergekit_vl.model import ImagePath, Single
 from mergekit_vl.views import prefetched, test_view
 
@@ -53,7 +53,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
     found = {name: state[name] for name in tower.tensors if BATCH_NORM.search(name)}
     for name, tensor in found.items():
         if not tensor.isfinite().all():
-            raise UserError(
+            raise Failed(
                 f"the merged model's activations are not finite at {name}",
                 where="BatchNorm statistics",
                 mend="use smaller weights",

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 
 Coefficient = float | tuple[float, ...] | dict[str, float | tuple[float, ...]]
 
@@ -95,7 +95,7 @@ def check_filters(coefficient: Coefficient, names: Iterable[str], *, where: str)
     names = list(names)
     for key in coefficient:
         if key != "*" and not any(matches(name, key) for name in names):
-            raise UserError(
+            raise Unsuitable(
                 f"the filter {key!r} covers no tensor",
                 where=where,
                 mend=f"use a part of a tensor's name or one of {', '.join(('text', *GROUPS))}",

@@ -20,6 +20,11 @@ class UserError(Exception):
         super().__init__(shown(place + what + (f" ({mend})" if mend else ""), LONGEST))
 
 
+class Unsuitable(UserError):
+    """A method or its options do not fit the models and data at hand: one of another kind would. `bench` leaves such a row out, and
+    takes every other error for a failure."""
+
+
 class Failed(UserError):
     """The input is sound, and its computation came to nothing: a loss that is not finite, memory that ends."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl import options
 from mergekit_vl.cell import Cell
 from mergekit_vl.data import Progress
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.files import slug
 from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
@@ -73,7 +73,7 @@ class Experiment:
         """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
         one_each = len(self.tuners) == 1 or any(isinstance(tuner, TunedSpec) for tuner in self.tuners)
         if getattr(strategy, "by_task", False) and not (self.joint and one_each):
-            raise UserError(
+            raise Unsuitable(
                 "makes a model for each task, of one tuned model each",
                 where=f"{self.recipe.name}: {label}",
                 mend="use the protocol multi_task with one tuner, or set its option task",

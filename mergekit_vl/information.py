@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import ImagePath
 from mergekit_vl.tuners.context import encoder
 from mergekit_vl.tuners.head import inputs_of, matrix
@@ -82,7 +82,7 @@ def predictors(
     """
     make = {"ctx": _of_contexts, "head": _of_heads, "tower": _of_towers}.get(model.adapter.space)
     if make is None:
-        raise UserError(
+        raise Unsuitable(
             f"answers of the space {model.adapter.space} do not depend on weights",
             mend="tune a prompt, a head or a tower",
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ class Single:
     def text_features(self, classes: Classes) -> Tensor:
         """Raw text features [K, D]; raises UserError for a model that has none."""
         if not self.makes_texts:
-            raise UserError(
+            raise Unsuitable(
                 f"a model of the space {self.adapter.space} has no text features",
                 mend="merge its tensors (space=own), or ensemble its outputs",
             )

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import Unsuitable, UserError, unknown
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -47,7 +47,7 @@ def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> N
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
         if field.name in names and value != field.default:
-            raise UserError(f"{key_of(field)}={value} has no effect {why}", where=where, mend="leave it out")
+            raise Unsuitable(f"{key_of(field)}={value} has no effect {why}", where=where, mend="leave it out")
 
 
 def describe(cls: type) -> list[tuple[str, str, str, str]]:

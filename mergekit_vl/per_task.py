@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 
 if TYPE_CHECKING:
     from mergekit_vl.model import Classes, Head, ImagePath, Model
@@ -35,10 +35,10 @@ class ByTask:
             if len(found) == 1:
                 return found[0]
             if found:
-                raise UserError(
+                raise Unsuitable(
                     f"{_some(classes.names)} are classes of {len(found)} tasks", mend="name all classes of one task"
                 )
-        raise UserError(
+        raise Unsuitable(
             f"{_some(classes.names)} are the classes of no task that was merged",
             mend="name those of one: " + "; ".join(_some(task.names) for task in self.tasks),
         )
@@ -64,7 +64,7 @@ def check_tasks(tasks: Sequence[Classes]) -> None:
     """Raise UserError for two tasks that their class names and templates do not tell apart."""
     for i, task in enumerate(tasks):
         if task in tasks[:i]:
-            raise UserError(
+            raise Unsuitable(
                 f"the tasks {tasks.index(task)} and {i} have the same classes and templates",
                 mend="give one of them other templates, or merge for one task: task=0",
             )

@@ -17,7 +17,7 @@ import numpy as np
 
 from mergekit_vl.coefficients import Coefficient, check_filters, value_at
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 
 CHUNK = 1 << 17
 """Elements of a piece where nothing asks for fewer: 512 KiB of float32, which stays in a core's cache."""
@@ -109,11 +109,13 @@ class Models:
         """Raise UserError for too few or too many tuned models, or a missing base."""
         n = len(self.tuned)
         if base and self.base is None:
-            raise UserError("needs the model that the others were tuned from", where=method, mend="give it with --base")
+            raise Unsuitable(
+                "needs the model that the others were tuned from", where=method, mend="give it with --base"
+            )
         if n < at_least or (at_most is not None and n > at_most):
             wanted = f"{at_least}" if at_least == at_most else f"at least {at_least}" if n < at_least else f"{at_most}"
             one = " tuned model" if wanted == "1" else " tuned models"
-            raise UserError(
+            raise Unsuitable(
                 f"{wanted}{one}, not {n}",
                 where=method,
                 mend="use linear for several" if at_most is not None and n > at_most else "name more models",
@@ -122,7 +124,7 @@ class Models:
     def check_weights(self, method: str, weights: tuple[Coefficient, ...], labels: tuple[str, ...], what: str) -> None:
         """Raise UserError unless there is none or one coefficient per label, and each filter covers a tensor."""
         if weights and len(weights) != len(labels):
-            raise UserError(
+            raise Unsuitable(
                 f"{len(weights)} {what} for {len(labels)} tuned models",
                 where=method,
                 mend=f"one each: {', '.join(labels)}",

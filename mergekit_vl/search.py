@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl import options
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.options import option
 from mergekit_vl.protocol import Metric, Task
 from mergekit_vl.strategy import TaskData, trains
@@ -91,7 +91,7 @@ def by_validation(task: Task) -> Task:
     tests = []
     for i, data in enumerate(task.data):
         if data.val is None or not len(data.val):
-            raise UserError("there are no validation images", mend="give the dataset a val split")
+            raise Unsuitable("there are no validation images", mend="give the dataset a val split")
         tests.append((f"validation {i}", data.classes, data.val))
     return Task(task.data, tuple(tests), Metric("accuracy", {name: (name,) for name, _, _ in tests}))
 
@@ -103,11 +103,11 @@ def by_held_out(task: Task, seed: int) -> Task:
     data = task.data[0]
     n = len(data.classes.names)
     if len(task.data) > 1 or list(task.metric.columns) != ["base", "novel"]:
-        raise UserError("classes can be held out of base_to_novel alone", where="search.by", mend="use validation")
+        raise Unsuitable("classes can be held out of base_to_novel alone", where="search.by", mend="use validation")
     if n < 4:
-        raise UserError(f"{n} classes are too few to hold some out", mend="use by: development")
+        raise Unsuitable(f"{n} classes are too few to hold some out", mend="use by: development")
     if data.val is None or not len(data.val):
-        raise UserError("there are no validation images", mend="give the dataset a val split")
+        raise Unsuitable("there are no validation images", mend="give the dataset a val split")
     order = list(range(n))
     random.Random(f"held-out:{seed}").shuffle(order)
     half = (n + 1) // 2

@@ -18,7 +18,7 @@ import numpy as np
 
 from mergekit_vl.coefficients import check_filters, matches
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed
 from mergekit_vl.pieces import Models, Piece, Tensor
 from mergekit_vl.task_vectors import weighted_sum
 
@@ -113,7 +113,7 @@ def svd(piece: Piece, matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     try:
         u, s, vt = xp.linalg.svd(matrix, full_matrices=False)
     except xp.linalg.LinAlgError:
-        raise UserError(
+        raise Failed(
             f"the SVD of {piece.tensor.name} does not converge", mend=f"average it: averaged=[{piece.tensor.name}]"
         ) from None
     rank = int((s > NULL * s[0]).sum())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mergekit_vl.data import Progress, silent
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,11 +46,11 @@ class MergeInputs:
         """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
         tasks = {id(task) for task in self.data}
         if len(tasks) != 1:
-            raise UserError(
+            raise Unsuitable(
                 f"nothing can be chosen on validation images of {len(tasks)} tasks at once", where=where, mend=mend
             )
         if self.data[0].val is None or not len(self.data[0].val):
-            raise UserError(
+            raise Unsuitable(
                 "there are no validation images", where=where, mend=f"give the dataset a val split, or {mend}"
             )
         return self.data[0]

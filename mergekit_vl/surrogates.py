@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ def mean_one(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Divided by its mean over all elements; raises UserError where that is zero."""
     mean = float(sum(t.double().sum() for t in fisher.values()) / sum(t.numel() for t in fisher.values()))
     if not mean > 0:
-        raise UserError(
+        raise Unsuitable(
             "the Fisher information is zero: the model before fine-tuning is certain of every image",
             where="surrogate fisher",
             mend="use surrogate=l2 or cosine",

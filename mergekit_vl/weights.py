@@ -11,7 +11,7 @@ import numpy as np
 from mergekit_vl.closed_form import BATCH_NORM, SERIAL, ClosedForm, apply, workers
 from mergekit_vl.coefficients import Coefficient, depths
 from mergekit_vl.dtypes import Array, Narrowing
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.memory import threads_available
 from mergekit_vl.pieces import CHUNK, Arrays, Models, Piece, Tensor
 
@@ -37,7 +37,7 @@ def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
             if shapes[0] != shapes[1]:
                 differing.append(f"{key}: {shapes[0]} against {shapes[1]}")
         if differing:
-            raise UserError(
+            raise Unsuitable(
                 f"{names[0]} and {name} differ in {'; '.join(differing[:3])}",
                 mend="merge models of one architecture and one adapter",
             )
@@ -108,7 +108,7 @@ def _array(tensor: TorchTensor) -> tuple[Array, str]:
 
     codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     if tensor.dtype not in codes:
-        raise UserError(f"an adapter of {tensor.dtype} cannot be merged", mend="convert it to float32")
+        raise Unsuitable(f"an adapter of {tensor.dtype} cannot be merged", mend="convert it to float32")
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), codes[tensor.dtype]
 
@@ -126,15 +126,15 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
 
     tuned = inputs.tuned
     if not tuned:
-        raise UserError("there is no fine-tuned model to merge", mend="name at least one under `tuned`")
+        raise Unsuitable("there is no fine-tuned model to merge", mend="name at least one under `tuned`")
     for model in tuned:
         if not isinstance(model, Single):
-            raise UserError(
+            raise Unsuitable(
                 f"a {type(model).__name__.lower()} has no tensors of its own to merge", mend="merge its members"
             )
     spaces = [m.adapter.space for m in tuned]  # type: ignore[attr-defined]
     if len(set(spaces)) > 1:
-        raise UserError(
+        raise Unsuitable(
             f"models of different spaces cannot be merged: {', '.join(spaces)}",
             mend="merge in the space `features`, or ensemble them",
         )
@@ -163,7 +163,7 @@ def _by_class_name(tuned: tuple[Single, ...]) -> tuple[Single, ...]:
             for m, head in zip(tuned, found)
         )
     if len(set(names)) > 1 and all(names):
-        raise UserError(
+        raise Unsuitable(
             "class-specific prompts of different classes, or of another order, cannot be merged",
             where=f"classes of the first: {', '.join(names[0][:5])}",
             mend="tune them on the same classes, or with class_specific=false",

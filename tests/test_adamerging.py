@@ -17,7 +17,7 @@ from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.data import Split
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.features import FeatureStore
 from mergekit_vl.model import Classes, Single
 from mergekit_vl.strategies import adamerging
@@ -198,5 +198,5 @@ def test_memory_that_ends_is_told_with_half_the_batch(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(information, "predictors", lambda model, tasks, inputs: (model.adapter.tensors, [predict] * 2))
-    with pytest.raises(UserError, match="strategy adamerging: out of memory with 4 images at once .set batch=2"):
+    with pytest.raises(Failed, match="strategy adamerging: out of memory with 4 images at once .set batch=2"):
         AdaMerging().merge(one_sided())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.calibration import golden_section
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import AffineHead, ImagePath
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class LinearHead:
     def anchor(self, backbone: Backbone) -> LinearHead:
         """The head that tuning started from; raises UserError where the file does not tell."""
         if self.start is None:
-            raise UserError(
+            raise Unsuitable(
                 "nothing tells the head that this one was tuned from",
                 where=f"linear head of {len(self.weight)} classes",
                 mend="tune it with linear_probe or full, or ensemble its outputs instead of merging",
@@ -82,7 +82,7 @@ class LinearHead:
         index = {name: i for i, name in enumerate(self.names)}
         unknown = [name for name in classes.names if name not in index]
         if unknown and (self.unseen == "refuse" or backbone.text is None):
-            raise UserError(
+            raise Unsuitable(
                 f"the linear head knows no class {unknown[0]!r}"
                 + (f" (nor {len(unknown) - 1} more)" * (len(unknown) > 1)),
                 where=f"its classes: {', '.join(self.names[:5])}{', ...' * (len(self.names) > 5)}",
@@ -160,7 +160,7 @@ def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:
     import torch
 
     if len({head.normalise for head in heads}) > 1:
-        raise UserError(
+        raise Unsuitable(
             "one linear head reads normalised features, another one raw ones",
             mend="tune both heads from one start (init), or ensemble them",
         )

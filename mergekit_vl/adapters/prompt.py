@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters import stored
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import ImagePath, cosine_head
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Prompt:
     def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
         if self.names and self.names != classes.names:
             novel = [name for name in classes.names if name not in self.names]
-            raise UserError(
+            raise Unsuitable(
                 f"a class-specific prompt knows nothing of {novel[0] if novel else 'this order of classes'!r}",
                 mend="tune with class_specific=false",
             )
@@ -96,13 +96,13 @@ class Prompt:
     def anchor(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""
         if not self.init:
-            raise UserError(
+            raise Unsuitable(
                 "a prompt that started at random has no zero-shot point in context space",
                 mend="tune with init: a photo of a; for a checkpoint, add its words: {checkpoint: FILE, init: a photo of a}",
             )
         ctx = backbone.embed(self.init)
         if ctx.shape[0] != self.ctx.shape[-2]:
-            raise UserError(
+            raise Unsuitable(
                 f"{self.init!r} is {ctx.shape[0]} tokens, the prompt has {self.ctx.shape[-2]}",
                 mend="give the words it started from as init",
             )

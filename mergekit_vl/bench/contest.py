@@ -10,19 +10,18 @@ import hashlib
 import json
 import shutil
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import landscape, search
 from mergekit_vl.bench.plan import BEST, Entry
-from mergekit_vl.errors import Failed, UserError
+from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
 from mergekit_vl.model import image_paths, size_in_bytes
+from mergekit_vl.plugin_calls import told
 from mergekit_vl.references import hide
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategy import MergeInputs, trains
@@ -43,6 +42,8 @@ class Contest:
     cell: Cell
     chosen: dict[str, Any] = field(default_factory=dict)
     """The strategy with the options that were chosen, by label."""
+    unselected: str | None = None
+    """Why making the selection tasks failed."""
 
     def make(self, entries: list[Entry]) -> None:
         """Make and record these rows, in the order of the table."""
@@ -52,7 +53,7 @@ class Contest:
             if isinstance(error, UserError) and not isinstance(error, Failed):
                 raise  # the recipe does not fit: no cell will go better
             for entry in entries:
-                self._record(entry, {"status": "failed", "reason": f"its anchors failed: {_told(error)}"})
+                self._record(entry, {"status": "failed", "reason": f"its anchors failed: {told(error)}"})
             return
         for number, entry in enumerate(entries):
             self.bench.progress(number, len(entries), f"{self.key.name}: rows")
@@ -66,13 +67,17 @@ class Contest:
 
     @cached_property
     def selection(self) -> list[tuple[Cell, MergeInputs]] | str:
-        """The selection tasks; or why there are none."""
+        """The selection tasks; or why there are none. Raises Failed, each time, where making them failed."""
         if self.bench.plan.search.by == "none":
             return "the search is off"
-        try:
-            return self.bench.select(self.key, self.cell, self.anchors[1])
-        except Exception as error:
-            return _told(error)
+        if self.unselected is None:
+            try:
+                return self.bench.select(self.key, self.cell, self.anchors[1])
+            except Unsuitable as error:
+                return str(error)
+            except (Exception, SystemExit) as error:
+                self.unselected = told(error)
+        raise Failed(f"nothing to choose on: {self.unselected}")
 
     def _record(self, entry: Entry, record: Record) -> None:
         name = entry.spec.name if entry.spec is not None else None
@@ -89,12 +94,10 @@ class Contest:
             if isinstance(entry.cls, UserError):
                 raise entry.cls
             return self._strategy(entry)
-        except Failed as error:
-            return {"status": "failed", "reason": str(error)}
-        except UserError as error:
+        except Unsuitable as error:
             return {"status": "inapplicable", "reason": str(error)}
         except (Exception, SystemExit) as error:  # a plugin's code may raise anything; the others go on
-            return {"status": "failed", "reason": _told(error)}
+            return {"status": "failed", "reason": told(error)}
 
     def _anchor(self, entry: Entry) -> Record:
         rows, inputs = self.anchors
@@ -106,7 +109,7 @@ class Contest:
         """The base or the tuned model that does best on the selection tasks."""
         rows, inputs = self.anchors
         if isinstance(self.selection, str):
-            raise UserError(f"no model can be chosen: {self.selection}", where=BEST)
+            raise Unsuitable(f"no model can be chosen: {self.selection}", where=BEST)
         found = []
         for i, row in enumerate(rows):
             scores = [cell.scores((given.base, *given.tuned)[i]) for cell, given in self.selection]
@@ -118,7 +121,8 @@ class Contest:
         assert entry.spec is not None
         tries = self._configurations(entry.spec, entry.cls)
         self.bench.plan.experiment.check_by_task(entry.label, tries[0][1])
-        self.selection  # noqa: B018  # its anchors are no strategy's cost
+        if len(tries) > 1:
+            self.selection  # noqa: B018  # its anchors are no strategy's cost
         encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
         strategy, table, how = self._choose(entry.spec, tries)
         search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
@@ -266,12 +270,3 @@ class Contest:
 
 def _digest(strategy: Any) -> str:
     return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]
-
-
-def _told(error: BaseException) -> str:
-    """An error on one line, with the place where code that is not ours raised it."""
-    if isinstance(error, UserError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"

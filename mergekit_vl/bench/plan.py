@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_vl import __version__, options
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiment import Experiment
 from mergekit_vl.experiment import build as build_experiment
 from mergekit_vl.files import slug
@@ -170,11 +170,16 @@ def _class(spec: Spec, registry: Registry, how: Search, *, lenient: bool) -> Any
     """The strategy's class, or why it cannot be used."""
     try:
         cls = registry.find("strategies", spec.name, where=spec.where).resolve()
-        configurations(cls, spec, 1, how)
     except UserError as error:
         if not lenient:
             raise
         return error
+    try:
+        configurations(cls, spec, 1, how)
+    except UserError as error:  # an option that it cannot do without
+        if not lenient:
+            raise
+        return Unsuitable(error.what, where=error.where, mend=error.mend)
     return cls
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl import information
 from mergekit_vl.adapters import stored
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.loading import check_finite
 from mergekit_vl.memory import out_of_memory
 from mergekit_vl.model import Model, Single
@@ -112,7 +112,7 @@ class AdaMerging:
         tasks = {id(task): task for task in inputs.data}.values()
         found = [(task.classes, task.train if self.images == "train" else task.val) for task in tasks]
         if not found or not all(images for _, images in found):
-            raise UserError(
+            raise Unsuitable(
                 f"there are no {self.images} images",
                 where=WHERE,
                 mend="set images=train" if self.images == "validation" else "give a dataset with images to train on",
@@ -152,7 +152,7 @@ class AdaMerging:
                     if not out_of_memory(error):
                         raise
                     mend = f"set batch={max(1, len(rows) // 2)}"
-                    raise UserError(f"out of memory with {len(rows)} images at once", where=WHERE, mend=mend) from None
+                    raise Failed(f"out of memory with {len(rows)} images at once", where=WHERE, mend=mend) from None
             moved = [name for name, leaf in leaves.items() if leaf.grad is not None]
             optimizer.zero_grad()
             torch.autograd.backward([merged[name] for name in moved], [leaves[name].grad for name in moved])
@@ -166,7 +166,7 @@ class AdaMerging:
         if file is not None:
             file.unlink(missing_ok=True)
         if not raw.isfinite().all():
-            raise UserError("the coefficients are not finite", where=WHERE, mend=f"lower lr (now {self.lr})")
+            raise Failed("the coefficients are not finite", where=WHERE, mend=f"lower lr (now {self.lr})")
         return raw.detach().expand(-1, len(base))
 
 

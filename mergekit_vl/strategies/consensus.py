@@ -11,7 +11,7 @@ import numpy as np
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.options import check_effect, option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.ties import Ties, trimmed
@@ -54,7 +54,7 @@ class Consensus:
     def check(self, models: Models) -> None:
         check_masks(WHERE, self, models)
         if not 0 <= self.k <= len(models.tuned):
-            raise UserError(f"k={self.k} of {len(models.tuned)} tasks", where=WHERE, mend="from 0 to their number")
+            raise Unsuitable(f"k={self.k} of {len(models.tuned)} tasks", where=WHERE, mend="from 0 to their number")
 
     merge = merge_adapters
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_vl.calibration import temperature
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Ensemble, Model
 from mergekit_vl.options import option
@@ -43,12 +43,12 @@ class OutputEnsemble:
     def merge(self, inputs: MergeInputs) -> Model:
         members = (inputs.base, *inputs.tuned)
         if not inputs.tuned:
-            raise UserError(
+            raise Unsuitable(
                 "there is nothing to ensemble zero-shot with", where=WHERE, mend="name a model under `tuned`"
             )
         if isinstance(self.weights, str):
             if len(members) not in STEPS:
-                raise UserError(
+                raise Unsuitable(
                     f"weights of {len(members)} models are not searched for",
                     where=WHERE,
                     mend=f"give {len(members)} weights, or ensemble at most {max(STEPS) - 1} tuned models",
@@ -57,7 +57,7 @@ class OutputEnsemble:
         else:
             candidates = (self._normalised(self.weights or (1.0,) * len(members)),)
             if len(candidates[0]) != len(members):
-                raise UserError(
+                raise Unsuitable(
                     f"{len(candidates[0])} weights for {len(members)} models",
                     where=WHERE,
                     mend="zero-shot first, then one per tuned model",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl import information
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.loading import cast, check_finite
 from mergekit_vl.model import Model
 from mergekit_vl.options import check_effect, option
@@ -61,10 +61,10 @@ class Fisher:
             check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         models = (zero_shot, *tuned) if self.base else tuned
         if len(models) < 2:
-            raise UserError("one model alone", where=WHERE, mend="name another under `tuned`, or set base=true")
+            raise Unsuitable("one model alone", where=WHERE, mend="name another under `tuned`, or set base=true")
         weights = self.weights or (1.0,) * len(models)
         if len(weights) != len(models):
-            raise UserError(
+            raise Unsuitable(
                 f"{len(weights)} weights for {len(models)} models",
                 where=WHERE,
                 mend=f"one per tuned model{', zero-shot first' * self.base}",
@@ -91,7 +91,8 @@ class Fisher:
             fishers = [{name: t / norm for name, t in f.items()} for f, norm in zip(fishers, norms) if norm > 0]
         total = sum(float(t.double().sum()) for f in fishers for t in f.values())
         if len(fishers) < len(thetas) or not 0 < total < float("inf"):
-            raise UserError(
+            kind = Failed if not total < float("inf") else Unsuitable
+            raise kind(
                 "the Fisher information is zero or not finite: a model is certain of every one of its images",
                 where=WHERE,
                 mend="give more images, or use linear",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.evaluate import evaluate
 from mergekit_vl.model import Model
 from mergekit_vl.strategies.uniform_soup import UniformSoup
@@ -25,7 +25,7 @@ class GreedySoup:
     def merge(self, inputs: MergeInputs) -> Model:
         tasks = list({id(task): task for task in inputs.data}.values())
         if not tasks or any(task.val is None or not len(task.val) for task in tasks):
-            raise UserError("there are no validation images", where=WHERE, mend="give the dataset a val split")
+            raise Unsuitable("there are no validation images", where=WHERE, mend="give the dataset a val split")
 
         def soup(models: Sequence[Model]) -> Model:
             return UniformSoup().merge(replace(inputs, tuned=tuple(models)))

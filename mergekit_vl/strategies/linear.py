@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece
@@ -44,7 +44,7 @@ class Linear:
         models.check_count("strategy linear")
         n = len(models.members)
         if self.weights and len(self.weights) != n:
-            raise UserError(
+            raise Unsuitable(
                 f"{len(self.weights)} weights for {n} models",
                 where="strategy linear",
                 mend=f"one each: {', '.join(models.member_labels)}",
@@ -63,7 +63,7 @@ class Linear:
         _, tuned = anchors(inputs)
         weights = check_numbers("strategy linear", self.weights, "a weight") or (1.0,) * (1 + len(tuned))
         if len(weights) != 1 + len(tuned):
-            raise UserError(
+            raise Unsuitable(
                 f"{len(weights)} weights for {1 + len(tuned)} models",
                 where="strategy linear",
                 mend="zero-shot first, then one per tuned model",

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl import information, surrogates
 from mergekit_vl.data import Augment
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import ImagePath, Model, Single
 from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.wise_ft import WiseFT
@@ -119,14 +119,14 @@ class MergeTune:
 
     def _space(self, inputs: MergeInputs) -> str:
         if len(inputs.tuned) != 1:
-            raise UserError(
+            raise Unsuitable(
                 f"one tuned model, not {len(inputs.tuned)}",
                 where="strategy mergetune",
                 mend="merge several with linear or task_arithmetic first",
             )
         space = anchors(inputs)[1][0].adapter.space
         if space not in LR:
-            raise UserError(
+            raise Unsuitable(
                 f"a model of the space {space}", where="strategy mergetune", mend="tune a prompt, a head or a tower"
             )
         for names, read, why in self._readers(space):
@@ -256,7 +256,9 @@ class MergeTune:
         from mergekit_vl.tuners.tower import TowerSchedule, fit_tower
 
         if self.surrogate == "cosine":
-            raise UserError("surrogate=cosine is not there for towers", where="strategy mergetune", mend="l2 or fisher")
+            raise Unsuitable(
+                "surrogate=cosine is not there for towers", where="strategy mergetune", mend="l2 or fisher"
+            )
         start = WiseFT(self.tau).merge(inputs)
         assert isinstance(start, Single)
         schedule = TowerSchedule(self.epochs, self.batch, self._lr("tower"), accumulate=self.accumulate)

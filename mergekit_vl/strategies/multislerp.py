@@ -10,7 +10,7 @@ import numpy as np
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.surveys import products
@@ -76,5 +76,5 @@ def coefficients(gram: Array, weights: Array, name: str) -> list[float]:
     if length < 1e-8:
         if len(weights) == 2 or not norms.any():
             return [float(w) for w in weights]  # opposite vectors, or all zero: the straight line
-        raise UserError(f"the models' directions cancel in {name}", where=WHERE, mend="change the weights")
+        raise Unsuitable(f"the models' directions cancel in {name}", where=WHERE, mend="change the weights")
     return [float(c) for c in directions / length * (weights @ norms)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters.tower import HEAD
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.information import some
 from mergekit_vl.loading import check_finite
 from mergekit_vl.model import Model, Single
@@ -61,11 +61,11 @@ class RegMean:
         space = zero_shot.adapter.space
         if space not in ("head", "tower"):
             what = "a prompt has no linear map of image features" if space == "ctx" else f"a model of the space {space}"
-            raise UserError(what, where=WHERE, mend="tune heads or towers, or use linear or fisher")
+            raise Unsuitable(what, where=WHERE, mend="tune heads or towers, or use linear or fisher")
         if space == "head":
             check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         if len(tuned) < 2:
-            raise UserError("one model alone", where=WHERE, mend="name another under `tuned`")
+            raise Unsuitable("one model alone", where=WHERE, mend="name another under `tuned`")
         tensors = [m.adapter.tensors for m in tuned]
         merged = {n: torch.stack([t[n].double() for t in tensors]).mean(0).to(t) for n, t in tensors[0].items()}
         measure = self._of_head if space == "head" else self._of_tower

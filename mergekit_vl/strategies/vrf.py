@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.calibration import temperature
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Model
 from mergekit_vl.options import option
@@ -58,7 +58,7 @@ class Vrf:
         import torch
 
         if len(inputs.tuned) != 1:
-            raise UserError(
+            raise Unsuitable(
                 f"one tuned model, not {len(inputs.tuned)}", where=WHERE, mend="merge or ensemble several first"
             )
         near = self.failures(inputs)
@@ -66,7 +66,7 @@ class Vrf:
             return inputs.base
         k = max(1, round(SHARE * len(near))) if self.k is None else self.k
         if k > len(near):
-            raise UserError(
+            raise Unsuitable(
                 f"k={k}, and zero-shot fails on {len(near)} training images only", where=WHERE, mend=f"k={len(near)}"
             )
         members = (inputs.base, inputs.tuned[0])

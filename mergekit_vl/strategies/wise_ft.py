@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece
@@ -42,7 +42,9 @@ class WiseFT:
             return merge_adapters(self, inputs)
         _, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(f"1 tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several")
+            raise Unsuitable(
+                f"1 tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several"
+            )
         (alpha,) = check_numbers("strategy wise_ft", (self.alpha,), "alpha")
         return Mixture((inputs.base, tuned[0]), (1 - alpha, alpha))
 

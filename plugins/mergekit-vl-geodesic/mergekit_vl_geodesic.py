@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.hookspecs import Register, hookimpl
 from mergekit_vl.model import Model
 from mergekit_vl.options import option
@@ -25,7 +25,7 @@ class Geodesic:
 
         base, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise UserError(
+            raise Unsuitable(
                 f"one tuned model, not {len(tuned)}", where="strategy geodesic", mend="use linear for several"
             )
         merged = {}

@@ -129,8 +129,15 @@ def test_every_closed_form_is_tested():
         (UniformSoup(), [9, 9], [[0, 1], [4, 5]], [2, 3]),
         (Ema(0.5), None, [[0], [4], [8]], [5]),  # (0 + 4) / 2 = 2, (2 + 8) / 2
         (Ema(0.0), None, [[0], [4], [8]], [8]),
+        (Ema(0.25), None, [[4], [8], [0]], [1.75]),  # 1 + 6 = 7, then a quarter of it
         (Slerp(1 / 3), None, [[1, 0], [0, 1]], [0.8660254, 0.5]),
         (Slerp(0.5), [2, 0], [[0, 4]], [1.4142136, 2.8284271]),
+        (
+            Slerp(0.25),
+            None,
+            [[2, 0], [-1.5, 2.5980762]],
+            [1.4433757, 1.5],
+        ),  # 120 degrees: (2 sin 90 + 3 sin 30) / sin 120
         (Slerp(0.5), None, [[1, 1], [2, 2]], [1.5, 1.5]),  # parallel: the line
         (Slerp(0.25), None, [[1, 0], [-3, 0]], [0, 0]),  # opposite: the line
         (Slerp(0.5, line_above=0.5), None, [[1, 0], [0.6, 0.8]], [0.8, 0.4]),  # cosine 0.6
@@ -150,28 +157,57 @@ def test_every_closed_form_is_tested():
             [[[1, 2], [0, 0]], [[-0.5, 1], [0.8660254, 1.7320508]]],
             [[0.8660254, 1.9318517], [0.5, 0.5176381]],
         ),
+        (
+            NuSlerp(along="last"),
+            None,
+            [[[1, 0], [0, 0]], [[-3, 0], [2, 4]]],
+            [[-1, 0], [1, 2]],
+        ),  # opposite, and zero: the line
         (NuSlerp(task_vectors=True), [1, 1], [[2, 1], [1, 2]], [1.7071068, 1.7071068]),
+        (
+            NuSlerp((3.0, 1.0), along="last", task_vectors=True),
+            [[1, 2]],
+            [[[2, 2]], [[0.5, 2.8660254]]],
+            [[1.8660254, 2.5]],
+        ),
         (MultiSlerp(), None, [[2, 0], [0, 4]], [2.1213203, 2.1213203]),  # length 3 at 45 degrees
         (MultiSlerp((3.0, 1.0)), None, [[1, 0], [0, 1]], [0.9486833, 0.3162278]),  # (3, 1) / sqrt(10)
+        (MultiSlerp((3.0, 1.0), normalise=False), None, [[1, 0], [0, 1]], [3.7947332, 1.2649111]),  # four times as long
+        (MultiSlerp(), None, [[2, 0], [2, 3.4641016]], [2.5980762, 1.5]),  # 2 at 0 and 4 at 60 degrees: 3 at 30
+        (MultiSlerp(task_vectors=True), [1, 1], [[4, 1], [1, 4]], [3.1213203, 3.1213203]),
+        (MultiSlerp(), None, [[1, 0], [-3, 0]], [-1, 0]),  # opposite: the line
         (Karcher(), None, [[1, 0], [0.8660254, 0.5], [0.5, 0.8660254]], [0.8660254, 0.5]),  # 0, 30, 60 degrees
         (Karcher((1.0, 3.0)), None, [[1, 0], [0.1736482, 0.9848078]], [0.5, 0.8660254]),  # 0 and 80: at 60
         (Karcher(), None, [[1, 0], [0, 3]], [1.4142136, 1.4142136]),  # length 2 at 45 degrees
+        (Karcher((3.0, 1.0)), None, [[0, 0], [6, 8]], [1.5, 2]),  # a quarter of 10 long; zero has no direction
+        (Karcher(), None, [[1, 0], [-3, 0]], [-1, 0]),  # opposite: the mean
         (ModelStock(), [0, 0], [[1, 0], [0, 1]], [0, 0]),  # a right angle: the base
         (ModelStock(), [0, 0], [[1, 0], [1, 1]], [0.8284271, 0.4142136]),  # t = 2 c / (1 + c), c = cos 45
         (ModelStock(), [1, 1], [[2, 1], [2, 1], [2, 1]], [2, 1]),  # no angle: the mean
+        # three of 60 degrees: t = 3/2 / (1 + 2/2), of a mean of 2/3
+        (ModelStock(), [1, 1, 1], [[2, 2, 1], [2, 1, 2], [1, 2, 2]], [1.5, 1.5, 1.5]),
+        (ModelStock("row"), [[1, 1, 1]], [[[2, 2, 1]], [[2, 1, 2]], [[1, 2, 2]]], [[1.5, 1.5, 1.5]]),
         (ModelStock("row"), [[0, 0], [0, 0]], [[[1, 0], [1, 0]], [[0, 1], [1, 1]]], [[0, 0], [0.8284271, 0.4142136]]),
         (Ties(2 / 3), [1, 1, 1], [[5, 2, -1], [-2, 3, 1.5]], [5, 3, -1]),  # trimmed (4, 0, -2) and (-3, 2, 0)
         (Ties(2 / 3, weights=(1.0, 2.0)), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [4, 2, -2]),
         (Ties(2 / 3, weights=(1.0, 2.0), elect="weighted"), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [-3, 2, -2]),
         (Ties(2 / 3, weights=(1.0, 2.0), mean=False), [0] * 3, [[4, 1, -2], [-3, 2, 0.5]], [4, 4, -2]),
+        (Ties(1.0, weights=(1.0, 2.0)), [0, 1], [[1, 1], [4, 2]], [3, 2]),  # (1 + 2 * 4) / 3; zero has no part
+        (Ties(1.0, trim="tensor", scale=0.5), [2, 2], [[3, 2], [5, 4]], [3, 3]),
+        (Ties(0.0), [1, 2], [[3, 5]], [1, 2]),
         (Ties(1.0, scale=0.5), [0, 0], [[1, 2], [3, -4]], [1, -2]),  # mean of 1 and 3; -4 outweighs 2
         (Ties(1.0), [0, 0], [[1, 2], [-1, 4]], [0, 3]),  # a sum of zero elects nobody
         (Ties(densities=(0.5, 1.0)), [0, 0], [[1, 4], [2, 2]], [2, 3]),
         (Ties(0.5), [0] * 4, [[1, -1, 1, 0]], [1, -1, 1, 0]),  # equal magnitudes stay together
         (DareLinear(1.0, scale=0.5), [1, 0], [[2, 0], [1, 4]], [1.5, 2]),
+        (DareLinear(1 - 1e-11, scale=1.0, weights=(1.0, 2.0)), [1], [[2], [4]], [8]),
         (DareTies(1.0), [0, 0], [[1, 2], [3, -4]], [2, -4]),
+        (DareTies(1.0, weights=(1.0, 2.0), scale=0.5), [2, 2], [[3, 3], [6, 0]], [3.5, 1]),  # 9 / 3; -2 outweighs 1
         (DareTies(1.0, weights=(1.0, 3.0), elect="weighted", mean=False), [0], [[-2], [1]], [3]),
         (Breadcrumbs(0.5, gamma=0.2, scale=1.0), [0] * 10, [range(1, 11)], [0, 0, 0, 4, 5, 6, 7, 8, 0, 0]),
+        (Breadcrumbs(1.0, gamma=0.0, weights=(1.0, 2.0), scale=0.5), [2], [[3], [6]], [6.5]),
+        (Breadcrumbs(0.5, gamma=0.25, scale=1.0), [2] * 4, [[3, 4, -1, 6]], [2, 4, -1, 2]),
+        (BreadcrumbsTies(1.0, gamma=0.0, weights=(1.0, 2.0), scale=0.5), [2], [[3], [6]], [3.5]),
         (BreadcrumbsTies(0.5, gamma=0.25), [0] * 4, [[1, 2, 3, 4], [4, -3, 2, 1]], [0, -3, 2.5, 0]),
         (Lines(0.25), [4, 8], [[0, 4]], [3, 7]),  # in no block: alpha
         (Lines(), [0, 0], [[2, 0], [4, 2]], [3, 1]),  # half of the sum
@@ -236,6 +272,9 @@ def test_every_closed_form_is_tested():
         (IsoC(0.5), [[0] * 3] * 2, [[[3, 0, 0], [4, 5, 0]]], [[2, -1, 0], [1, 2, 0]]),
         (IsoC(), [[0, 0], [0, 0]], [[[3, 4], [0, 0]]], [[3, 4], [0, 0]]),  # one singular value, which is its own mean
         (IsoC(0.5), [0, 0], [[2, 4], [4, 8]], [1.5, 3]),  # no matrix: half of the mean
+        (IsoC(0.5), [1, 1], [[2, 4], [4, 8]], [2, 3.5]),
+        (TsvM(0.5), [1, 1], [[2, 4], [4, 8]], [2, 3.5]),
+        (IsoCTS(scale=0.5), [1, 1], [[2, 4], [4, 8]], [2, 3.5]),
         (IsoC(averaged=("w",)), [[0, 0], [0, 0]], [[[3, 0], [4, 5]]], [[3, 0], [4, 5]]),
         (IsoC(), [[[0]] * 2] * 2, [[[[3], [0]], [[4], [5]]]], [[[3], [0]], [[4], [5]]]),  # three axes
         (TsvM(), np.zeros((2, 2)), [np.diag([3, 1]), np.diag([1, 2])], np.diag([3, 2])),
@@ -362,6 +401,8 @@ def test_coefficients_over_depth_and_by_name():
     given = models(ones, base={name: [0.0] for name in names})
     out = merged(WiseFT((0.0, 0.5, 1.0)), given)
     assert [float(out[n][0]) for n in names] == [0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0]
+    out = merged(WiseFT((0.0, 1.0, 4.0, 16.0)), given)  # the middle block lies halfway from 1 to 4
+    assert [float(out[n][0]) for n in names] == [0.0, 2.5, 16.0, 0.0, 16.0, 0.0, 0.0]
     out = merged(WiseFT({"attn": (0.2, 0.4), "visual": 0.5, "text": 1.0}), given)
     assert [float(out[n][0]) for n in names] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.5, 1.0, 1.0])
     out = merged(WiseFT({"*.resblocks.0.*": 0.25, "*": 0.75}), given)
@@ -626,6 +667,10 @@ def test_della_keeps_large_magnitudes_more_often(monkeypatch):
     monkeypatch.setattr(della, "draw", lambda piece, i: np.full(piece.size, round(0.4 * 2**32), np.uint32))
     out = merged(DellaLinear(0.5, epsilon=0.4, scale=1.0, rescale="none"), given)
     np.testing.assert_allclose(out, [[0, -3, 2], [6, 6, 0]])
+    # the L1 norm of the whole tensor is 23, of what is kept 17
+    for method in (DellaLinear, Della):
+        out = merged(method(0.5, epsilon=0.4, scale=1.0, rescale="l1"), given)
+        np.testing.assert_allclose(out, 23 / 17 * np.array([[0, -3, 2], [6, 6, 0]]), rtol=1e-6)
 
 
 def test_batch_norm_statistics_take_the_mean_where_a_method_is_no_average():

@@ -13,10 +13,11 @@ import typer
 
 from mergekit_vl import __version__, cache_command, merge_command, options, path_command, plugins, use_commands
 from mergekit_vl.bench import command as bench_command
-from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.exits import exit_code
+from mergekit_vl.errors import Failed, UserError, unknown
+from mergekit_vl.exits import USAGE, exit_code
 from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import is_merge
+from mergekit_vl.plugin_calls import blamed, told
 from mergekit_vl.printable import shortened
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 from mergekit_vl.terminal import (
@@ -25,6 +26,7 @@ from mergekit_vl.terminal import (
     TerminalProgress,
     claim,
     device_of,
+    ours_alone,
     registry,
     say,
     say_table,
@@ -351,6 +353,12 @@ def _load_plugins(words: list[str]) -> None:
     for i, word in enumerate(words):
         if word.split("=")[0] == "--plugins-dir":
             os.environ["MERGEKIT_VL_PLUGINS"] = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
+    named = [w for i, w in enumerate(words) if not w.startswith("-") and words[max(0, i - 1)] != "--plugins-dir"]
+    command, asks = "".join(named[:1]), not {"--help", "--version"}.isdisjoint(words)
+    if asks and command in OURS:
+        return
+    if asks or command in ("", "list", "show"):  # a glance does not wait for a plugin as a merge does
+        os.environ.setdefault(plugins.PATIENCE, "10")
     registry().add_commands(app)
     for owner, reason in registry().failures.items():
         warn(f"plugin {owner} was not loaded: {reason}")
@@ -359,7 +367,20 @@ def _load_plugins(words: list[str]) -> None:
 def _call(words: list[str]) -> None:
     command = typer.main.get_command(app)
     with command.make_context("mergekit-vl", words) as context:  # `app()` would end the process itself
-        command.invoke(context)
+        try:
+            command.invoke(context)
+        except (UserError, USAGE, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, SystemExit) as error:
+            if (plugin := blamed(error, registry().modules())) is None:
+                raise
+            raise Failed(told(error), where=f"plugin {plugin}") from error
+
+
+for _command in app.registered_commands:
+    assert _command.callback is not None
+    _command.callback = ours_alone()(_command.callback)
+OURS = tuple(plugins.command_name(_command) for _command in app.registered_commands)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Registry:
     def add_commands(self, app: Any) -> None:
         """Let plugins add commands to the Typer application; one that raises is named in `failures`."""
         for owner, plugin in self.manager.list_name_plugin():
-            taken = {_command_name(c): c for c in app.registered_commands}
+            taken = {command_name(c): c for c in app.registered_commands}
             others = [p for p in self.manager.get_plugins() if p is not plugin]
             try:
                 with to_stderr():
@@ -82,7 +82,7 @@ class Registry:
             except (Exception, SystemExit) as error:
                 self.failures[owner] = f"{type(error).__name__}: {error}"
             added = [c for c in app.registered_commands if c not in taken.values()]
-            if clash := [name for c in added if (name := _command_name(c)) in taken]:
+            if clash := [name for c in added if (name := command_name(c)) in taken]:
                 raise UserError(f"plugin {owner} brings a command {clash[0]!r}, which is taken", mend="rename it")
 
     def owners(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Registry:
         return {getattr(plugin, "__name__", type(plugin).__module__): owner for owner, plugin in loaded}
 
 
-def _command_name(command: Any) -> str:
+def command_name(command: Any) -> str:
     return command.name or command.callback.__name__.replace("_", "-")
 
 

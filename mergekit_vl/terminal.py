@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.plugin_calls import to_stderr
 from mergekit_vl.plugins import Registry, load_plugins
 from mergekit_vl.printable import printable
 
@@ -36,9 +37,25 @@ def registry() -> Registry:
     return load_plugins()
 
 
+@contextmanager
+def ours_alone() -> Iterator[None]:
+    """Inside, nothing but `say` writes to stdout: what plugins and libraries print goes to stderr."""
+    global _stdout
+    before, _stdout = _stdout, _stdout or sys.stdout
+    try:
+        with to_stderr():
+            yield
+    finally:
+        _stdout = before
+
+
+_stdout: TextIO | None = None
+"""The real one, while sys.stdout is not."""
+
+
 def say(*lines: str, err: bool = False) -> None:
     """Print lines; what a label brings along - line ends, escapes of a terminal - is spelt out."""
-    _write("".join(f"{printable(line)}\n" for line in lines), sys.stderr if err else sys.stdout)
+    _write("".join(f"{printable(line)}\n" for line in lines), sys.stderr if err else _stdout or sys.stdout)
 
 
 def warn(text: str) -> None:
@@ -75,10 +92,10 @@ def say_table(
         table.add_column(printable(column.header), justify=justify, no_wrap=not column.folds, overflow="fold")
     for i, row in enumerate(rows):
         table.add_row(*map(printable, row), style="bold" if i in strong else "")
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = Console(file=_stdout or sys.stdout, markup=False, emoji=False, highlight=False)
     with console.capture() as drawn:
         console.print(table)
-    _write(drawn.get(), sys.stdout)
+    _write(drawn.get(), _stdout or sys.stdout)
 
 
 def _write(text: str, stream: TextIO | None) -> None:

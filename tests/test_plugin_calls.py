@@ -185,3 +185,90 @@ def test_a_plugin_that_does_not_load_holds_nothing_up(top, told, monkeypatch):
 def test_what_a_plugin_prints_while_it_loads_goes_to_stderr(capsys):
     load(top="print('hello')")
     assert capsys.readouterr() == ("", "hello\n")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The console script in this process, with the plugin that was written last: exit code, stdout, stderr."""
+    from mergekit_vl import cli, terminal
+
+    before = list(cli.app.registered_commands)
+    for name, value in (("MERGEKIT_VL_PLUGINS", "plug"), (PATIENCE, "60")):  # the command writes there too
+        monkeypatch.setenv(name, value)
+
+    def call(*words):
+        sys.modules.pop("mergekit_vl_plugin_mine", None)
+        terminal.registry.cache_clear()
+        cli.app.registered_commands[:] = before
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mergekit-vl", "--plugins-dir", "plug", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    yield call
+    terminal.registry.cache_clear()
+    cli.app.registered_commands[:] = before
+
+
+COMMANDS = """
+@hookimpl
+def register_commands(app):
+    @app.command()
+    def greet():
+        print("hello")
+        raise SystemExit(7)
+
+    @app.command()
+    def fall():
+        1 / 0
+"""
+
+
+def test_what_plugins_print_at_work_is_not_in_our_output(command):
+    save_file({"w": np.ones(3, np.float32)}, "A.safetensors")
+    load("print('noise'); return x", check="print('more')", top="print('at import')" + COMMANDS)
+    code, out, err = command("merge", "A.safetensors", "--strategy", "odd", "-o", "out", "--quiet")
+    assert (code, out) == (0, "") and {"noise", "more", "at import"} <= set(err.split("\n"))
+    code, out, err = command("check", "A.safetensors", "--strategy", "odd")
+    assert code == 0 and out.endswith("ok        the models can be merged\n") and "more" not in out and "more" in err
+    assert command("greet")[:2] == (7, "hello\n")  # a plugin's own command has its own output, and its own exit
+    assert command("fall")[::2] == (
+        2,
+        "at import\nerror: plugin mine: ZeroDivisionError: division by zero (mine.py:18)\n",
+    )
+
+
+def test_a_plugin_that_waits_stops_neither_list_nor_help(command, monkeypatch):
+    monkeypatch.setenv(PATIENCE, "0.1")
+    load(top="import time; time.sleep(600)")
+    warning = "warning: plugin mine was not loaded: TimeoutError: not done after 0.1 s\n"
+    code, out, err = command("list", "strategies")
+    assert code == 0 and "linear" in out and err == warning
+    assert command("--help")[::2] == (0, warning)
+    assert command("merge", "--help")[::2] == (0, "")  # nothing to wait for
+
+
+def test_exceptions_in_a_plugins_code_are_its_own(tmp_path):
+    from mergekit_vl.plugin_calls import blamed, told
+
+    registry = load("raise SystemExit(3)")
+    method = registry.find("strategies", "odd").resolve()()
+
+    class Ones:
+        def tuned(self, i):
+            return np.ones(2)
+
+    modules = registry.modules()
+    assert modules == {"mergekit_vl_plugin_mine": "mine"}
+    with pytest.raises(SystemExit) as left:
+        method.merge_piece(Ones(), None)
+    assert blamed(left.value, modules) is None  # nothing of ours called it: the exit of a plugin's own command
+    with pytest.raises(TypeError) as failed:
+        method.merge_piece(None, None, None)
+    assert blamed(failed.value, modules) is None  # not in its code
+    with pytest.raises(AttributeError) as failed:
+        method.merge_piece(None, None)
+    assert blamed(failed.value, modules) == "mine"
+    assert told(failed.value) == f"AttributeError: 'NoneType' object has no attribute 'tuned' (mine.py:{LINE - 1})"

@@ -110,7 +110,8 @@ def within(seconds: float) -> Iterator[None]:
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    own, ends = handler is signal.default_int_handler, handler is interrupts.end
+    own = handler is signal.default_int_handler
+    silent = handler in (interrupts.end, signal.SIG_IGN, signal.SIG_DFL)
     before = signal.signal(signal.SIGALRM, late)
     if own:
         signal.signal(signal.SIGINT, pressed)
@@ -120,7 +121,7 @@ def within(seconds: float) -> Iterator[None]:
     except _Late:
         raise TimeoutError(f"not done after {seconds:g} s") from None
     except KeyboardInterrupt:
-        if state["pressed"] or not (own or ends):
+        if state["pressed"] or not (own or silent):
             raise
         raise RuntimeError("it raised KeyboardInterrupt") from None
     finally:

@@ -182,6 +182,16 @@ def test_a_plugin_that_does_not_load_holds_nothing_up(top, told, monkeypatch):
     assert "mergekit_vl_plugin_mine" not in sys.modules
 
 
+def test_a_keyboard_interrupt_is_the_plugins_where_nobody_can_press(monkeypatch):
+    import signal
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in the background
+    try:
+        assert load(top="raise KeyboardInterrupt").failures == {"mine": "RuntimeError: it raised KeyboardInterrupt"}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_a_plugin_prints_while_it_loads_goes_to_stderr(capsys):
     load(top="print('hello')")
     assert capsys.readouterr() == ("", "hello\n")

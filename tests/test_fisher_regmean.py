@@ -65,6 +65,10 @@ def test_a_fisher_average_by_hand():
     torch.testing.assert_close(merged["w"], torch.tensor([2.0, 2.0]))  # (3 + 9) / 6; (3 + 5) / 4
     merged = Fisher(normalise=True).average(thetas, fishers, (1.0, 1.0))
     torch.testing.assert_close(merged["w"], torch.tensor([2.0, 3.0]))
+    # their mean is 2 and a quarter of it the least: 0.5 and 8 of the first element, 0.5 twice of the second
+    given = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([8.0, 0.0])}]
+    merged = Fisher(floor=0.25).average(thetas, given, (1.0, 1.0))
+    torch.testing.assert_close(merged["w"], torch.tensor([24.5 / 8.5, 3.0]))
     with pytest.raises(UserError, match="the Fisher information is zero or not finite"):
         Fisher().average(thetas, [{"w": torch.zeros(2)}] * 2, (1.0, 1.0))
 

@@ -184,6 +184,7 @@ def test_every_closed_form_is_tested():
         (ModelStock(), [0, 0], [[1, 0], [0, 1]], [0, 0]),  # a right angle: the base
         (ModelStock(), [0, 0], [[1, 0], [1, 1]], [0.8284271, 0.4142136]),  # t = 2 c / (1 + c), c = cos 45
         (ModelStock(), [1, 1], [[2, 1], [2, 1], [2, 1]], [2, 1]),  # no angle: the mean
+        (ModelStock(), [1, 2], [[3, 2], [0, 2]], [1, 2]),  # opposite: the base
         # three of 60 degrees: t = 3/2 / (1 + 2/2), of a mean of 2/3
         (ModelStock(), [1, 1, 1], [[2, 2, 1], [2, 1, 2], [1, 2, 2]], [1.5, 1.5, 1.5]),
         (ModelStock("row"), [[1, 1, 1]], [[[2, 2, 1]], [[2, 1, 2]], [[1, 2, 2]]], [[1.5, 1.5, 1.5]]),

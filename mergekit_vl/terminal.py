@@ -40,22 +40,25 @@ def registry() -> Registry:
 @contextmanager
 def ours_alone() -> Iterator[None]:
     """Inside, nothing but `say` writes to stdout: what plugins and libraries print goes to stderr."""
-    global _stdout
-    before, _stdout = _stdout, _stdout or sys.stdout
+    _real.append(_stdout())
     try:
         with to_stderr():
             yield
     finally:
-        _stdout = before
+        _real.pop()
 
 
-_stdout: TextIO | None = None
-"""The real one, while sys.stdout is not."""
+_real: list[TextIO | None] = []
+"""The real stdout, while sys.stdout is another; None where whoever started us closed it."""
+
+
+def _stdout() -> TextIO | None:
+    return _real[-1] if _real else sys.stdout
 
 
 def say(*lines: str, err: bool = False) -> None:
     """Print lines; what a label brings along - line ends, escapes of a terminal - is spelt out."""
-    _write("".join(f"{printable(line)}\n" for line in lines), sys.stderr if err else _stdout or sys.stdout)
+    _write("".join(f"{printable(line)}\n" for line in lines), sys.stderr if err else _stdout())
 
 
 def warn(text: str) -> None:
@@ -92,10 +95,10 @@ def say_table(
         table.add_column(printable(column.header), justify=justify, no_wrap=not column.folds, overflow="fold")
     for i, row in enumerate(rows):
         table.add_row(*map(printable, row), style="bold" if i in strong else "")
-    console = Console(file=_stdout or sys.stdout, markup=False, emoji=False, highlight=False)
+    console = Console(file=_stdout(), markup=False, emoji=False, highlight=False)
     with console.capture() as drawn:
         console.print(table)
-    _write(drawn.get(), _stdout or sys.stdout)
+    _write(drawn.get(), _stdout())
 
 
 def _write(text: str, stream: TextIO | None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def graphed(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -15,6 +17,8 @@ def graphed(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     What it gives lies where the next call writes: a step has to end with its backward before the next one begins. Without
     gradients `work` itself runs.
     """
+    import torch
+
     captured: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
 
     def call(x: Tensor) -> Tensor:

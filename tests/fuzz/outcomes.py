@@ -42,9 +42,8 @@ def _commands() -> typer.core.TyperGroup:
 
 def answer(*words: object) -> int:
     """Run a command in this process: its exit code, 0 or 2. Any other exception than a UserError of one line fails the test."""
-    began = time.process_time()
     code, told = 0, ""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+    with bounded(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             _commands().main([str(word) for word in words], "mergekit-vl")
         except SystemExit as end:
@@ -52,19 +51,17 @@ def answer(*words: object) -> int:
         except UserError as error:
             code, told = 2, str(error)
             assert told == shown(told, 4000), told
-    took = time.process_time() - began
     assert code in (0, 2), (code, told)
-    assert took < SECONDS, f"{took:.1f} s: {told}"
     return code
 
 
 @contextlib.contextmanager
-def little_memory():
-    """Fail where the process' peak grows by more than BYTES within the block."""
-    before = _peak()
+def bounded():
+    """Fail where the block takes more than SECONDS, or raises the process' peak by more than BYTES."""
+    peak, began = _peak(), time.process_time()
     yield
-    grown = _peak() - before
-    assert grown < BYTES, f"the peak grew by {grown >> 20} MB"
+    took, grown = time.process_time() - began, _peak() - peak
+    assert took < SECONDS and grown < BYTES, f"{took:.1f} s, {grown >> 20} MB"
 
 
 def _peak() -> int:

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mergekit_vl.errors import UserError
 
@@ -21,6 +22,9 @@ KINDS = (
 MOST_TEXT = 16 * 2**20
 MOST_JSON_VALUES = 250_000
 """As many take about 60 MB once they are read."""
+MOST_OF_RUN = 256 * 2**20
+"""Bytes of a JSON file of a run folder: it can list a million images."""
+T = TypeVar("T")
 
 
 def user_path(given: str) -> Path:
@@ -126,3 +130,14 @@ def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{what}: {key}: {first['msg']}", where=where, mend="copy the file again") from None
+
+
+def read_json(path: Path, shape: Callable[[Any], T]) -> T:
+    """What `shape` makes of a run's JSON file; raises UserError for what is no JSON, and where `shape` finds what it does not expect."""
+    again = "copy the run's folder again, or run it again with --force"
+    try:
+        return shape(json.loads(read_text(path, most=MOST_OF_RUN)))
+    except RecursionError:
+        raise UserError("JSON of too many levels", where=str(path), mend=again) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"not what a run writes there: {error!r}", where=str(path), mend=again) from None

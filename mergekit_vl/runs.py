@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options, saved
 from mergekit_vl.adapters.linear_head import LinearHead
@@ -15,7 +14,7 @@ from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.files import slug
 from mergekit_vl.model import Classes, Single
-from mergekit_vl.reading import user_path
+from mergekit_vl.reading import read_json, user_path
 from mergekit_vl.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -70,14 +69,13 @@ def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allo
         raise UserError(
             "this run is not finished", where=str(folder), mend="finish it with the command that started it"
         )
-    told = json.loads(report.read_text())
-    rows = [r["row"] for r in told["cells"][0]["rows"]]
-    label = row or told["main"]
+    main, rows, dataset, seed = read_json(report, _first_cell)
+    label = row or main
     if label not in rows:
         raise unknown("row", label, rows, where=str(folder))
     from mergekit_vl.report import cell_name
 
-    state = folder / "state" / cell_name(told["cells"][0]["dataset"], told["cells"][0]["seed"])
+    state = folder / "state" / cell_name(dataset, seed)
     backbone = _built(registry, recipe.backbone.name, recipe.backbone.options, device)
     model = saved.load(state, slug(label), backbone, registry.adapter)
     if model is None:
@@ -86,8 +84,23 @@ def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allo
             where=str(state),
             mend="towers of closed forms are kept for the main strategy alone: put it first in the recipe and run again",
         )
-    shots = json.loads((state / "shots.json").read_text())
-    return Used(model, label, Classes(tuple(shots["classes"]), tuple(shots["templates"])), recipe)
+    return Used(model, label, read_json(state / "shots.json", _classes), recipe)
+
+
+def _first_cell(report: Any) -> tuple[str, list[str], str, int]:
+    """The main row, the rows, the data set and the seed."""
+    cell = report["cells"][0]
+    rows, seed = [row["row"] for row in cell["rows"]], cell["seed"]
+    if not all(isinstance(text, str) for text in (report["main"], cell["dataset"], *rows)) or not isinstance(seed, int):
+        raise ValueError("labels are text, a seed is a number")
+    return report["main"], rows, cell["dataset"], seed
+
+
+def _classes(shots: Any) -> Classes:
+    names, templates = tuple(shots["classes"]), tuple(shots["templates"])
+    if not names or not templates or not all(isinstance(text, str) for text in (*names, *templates)):
+        raise ValueError("classes and templates are texts")
+    return Classes(names, templates)
 
 
 def _backbone(given: str, registry: Registry, device: str) -> Backbone:

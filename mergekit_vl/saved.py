@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from mergekit_vl.files import write_json
 from mergekit_vl.model import Classes, Ensemble, Mixture, Single
 from mergekit_vl.per_sample import ByDistance
 from mergekit_vl.per_task import ByTask
+from mergekit_vl.reading import read_json
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
@@ -68,7 +68,7 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     told = folder / f"{name}.model.json"
     if not told.exists():
         return None
-    facts = json.loads(told.read_text())
+    facts = read_json(told, _checked)
     if facts["kind"] == "zero_shot":
         return Single(backbone, ZeroShot())
     n = 2 if facts["kind"] == "by_distance" else len(facts["tasks" if facts["kind"] == "by_task" else "weights"])
@@ -83,6 +83,38 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
         return ByTask(members, tuple(Classes(tuple(names), tuple(templates)) for names, templates in facts["tasks"]))
     near = stored.read(folder / f"{name}.near.safetensors", NEAR, backbone.device)[0]["near"]
     return ByDistance(members, near, facts["k"], facts["a"], facts["b"], tuple(facts["temperatures"]))
+
+
+FACTS = {
+    "zero_shot": (),
+    "mixture": ("weights",),
+    "ensemble": ("weights", "temperatures"),
+    "by_task": (),
+    "by_distance": ("temperatures",),
+}
+"""Of each kind that `save` writes, what is a list of numbers, one a member."""
+
+
+def _checked(facts: Any) -> dict[str, Any]:
+    """Facts as `save` writes them; raises ValueError, KeyError or TypeError for others."""
+    kind = facts["kind"]
+    for key in FACTS[kind]:
+        if not all(isinstance(number, int | float) for number in facts[key]):
+            raise ValueError(f"{key} are numbers")
+    if kind in ("mixture", "ensemble") and not facts["weights"]:
+        raise ValueError("no weights")
+    if kind == "ensemble" and len(facts["temperatures"]) not in (0, len(facts["weights"])):
+        raise ValueError("not a temperature for each weight")
+    if kind == "ensemble" and not isinstance(facts["of"], str):
+        raise ValueError("of is text")
+    if kind == "by_distance" and not (isinstance(facts["k"], int) and len(facts["temperatures"]) == 2):
+        raise ValueError("k is a number, and there are two temperatures")
+    if kind == "by_distance" and not all(isinstance(facts[key], int | float) for key in "ab"):
+        raise ValueError("a and b are numbers")
+    for names, templates in facts["tasks"] if kind == "by_task" else ():
+        if not all(isinstance(text, str) for text in (*names, *templates)):
+            raise ValueError("classes and templates are texts")
+    return facts
 
 
 def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:

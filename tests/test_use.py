@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -118,3 +119,19 @@ def test_what_cannot_be_used(run, monkeypatch, capsys, tmp_path):
         assert code == 2 and not out and message in err and err.strip().count("\n") == 0, err
     with pytest.raises(UserError, match="--row is for runs"):
         open_model("micro", plugins.load_plugins(), row="ensemble", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", "null", "[" * 100_000, '{"cells": [{"rows": [1]}], "main": 2}', "\x00"]
+)
+@pytest.mark.parametrize("name", ["report.json", "shots.json", "ensemble.model.json"])
+def test_a_damaged_run_is_one_line(run, monkeypatch, capsys, tmp_path, name, text):
+    place = tmp_path / "run"
+    shutil.copytree(run[0], place)
+    file = next(place.rglob(name))
+    file.write_text(text)
+    code, out, err = call(monkeypatch, capsys, "eval", place)
+    assert code == 2 and not out and f"{file}: " in err and err.strip().count("\n") == 0, err
+    file.unlink()
+    code, out, err = call(monkeypatch, capsys, "eval", place)
+    assert code == 2 and not out and err.strip().count("\n") == 0, err

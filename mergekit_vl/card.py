@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import __version__
+from mergekit_vl import __version__, choices
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
@@ -57,17 +57,21 @@ def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, model: 
     """Markdown; `backbone` is the recipe's mapping, `model` the main one of the first cell."""
     columns = report["metric"]["columns"]
     headline = [report["metric"]["headline"]] * (len(columns) > 1)
+    chosen = ["chosen"] * any(r["chosen"] for r in report["summary"])
     lines = [
         f"# {in_markdown(report['recipe'])}: {in_markdown(report['main'])}",
         "",
         f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
         "",
-        "| row | " + " | ".join(map(in_markdown, [*columns, *headline])) + " | heads a sample |",
-        "|---" * (2 + len(columns) + len(headline)) + "|",
+        "| row | " + " | ".join(map(in_markdown, [*columns, *headline, "heads a sample", *chosen])) + " |",
+        "|---" * (2 + len(columns) + len(headline) + len(chosen)) + "|",
     ]
     for r in report["summary"]:
         cells = [f"{c['acc1']:.1f}" for c in r["columns"].values()] + [f"{r['score']:.1f}"] * len(headline)
-        lines.append(f"| {in_markdown(r['row'])} | {' | '.join(cells)} | {r['forwards']} |")
+        cells += [str(r["forwards"]), *([in_markdown(choices.told(r["chosen"]))] * len(chosen))]
+        lines.append(f"| {in_markdown(r['row'])} | {' | '.join(cells)} |")
+    selection = report["selection"][0].upper() + report["selection"][1:]
+    lines += ["", f"{in_markdown(selection)}."]
     return "\n".join([*lines, "", f"{in_markdown(gain)}.", "", *_use(report["main"], backbone, model)]) + "\n"
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl.choices import Choice
 from mergekit_vl.files import slug, write_json
-from mergekit_vl.model import Classes
+from mergekit_vl.model import Classes, Ensemble, Mixture, Single
 from mergekit_vl.strategy import MergeInputs, trains
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Cell:
 
     def claim(self, tuners: tuple[Any, ...], warn: Callable[[str], None]) -> None:
         """Forget stored rows that were made with other images, weights or checkpoints than these."""
-        splits = [data.train for data in self.task.data] + [split for _, _, split in self.task.tests]
+        tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
+        chosen_on = [data.val for data in tasks if data.val is not None]
+        splits = [data.train for data in self.task.data] + chosen_on + [split for _, _, split in self.task.tests]
         key = {
             "backbone": self.inputs.base.backbone.digest,
             "images": [split.key for split in splits],
@@ -74,7 +77,8 @@ class Cell:
             tuned.append(model)
             data.append(self.task.data[i])
             rows.append(row)
-        return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data))
+        labels = tuple(row["row"] for row in rows[1:])
+        return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data), labels=labels)
 
     def _to_tune(self, tuners: tuple[tuple[str, Any], ...], joint: bool) -> list[tuple[str, Any, int]]:
         """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""
@@ -106,8 +110,7 @@ class Cell:
             saved.save(model, self.folder, name)
         row = {"row": label, "kind": kind, **self.scores(model)}
         row["cost"]["seconds"] = seconds
-        told = dict(getattr(getattr(model, "adapter", None), "chosen", {}))
-        row |= {"chosen": told if kind == "tuned" else {}, "learnt": told if kind == "merged" else {}}
+        row |= choice_of(model, kind)
         write_json(file, row)
         return model, row
 
@@ -137,9 +140,11 @@ class Cell:
 
     def facts(self, name: str, seed: int) -> dict[str, Any]:
         """What a report tells of the cell beside its rows."""
+        backbone = self.inputs.base.backbone
         return {
             "dataset": name,
             "seed": seed,
+            "backbone": {"spec": backbone.spec, "pretrained": backbone.pretrained, "digest": backbone.digest},
             "note": self.task.note,
             "metric": dataclasses.asdict(self.task.metric),
             "counts": {
@@ -148,6 +153,27 @@ class Cell:
                 **{name: len(split) for name, _, split in self.task.tests},
             },
         }
+
+
+def choice_of(model: Model, kind: str) -> dict[str, Any]:
+    """What was chosen while a row's model was made and on which images, and what was learnt: as its record tells it."""
+    from mergekit_vl.adapters.linear_head import LinearHead
+    from mergekit_vl.adapters.tower import Tower
+    from mergekit_vl.per_sample import ByDistance
+
+    choice = model.choice if isinstance(model, (Single, Mixture, Ensemble, ByDistance)) else None
+    if choice is None and kind == "tuned" and isinstance(model, Single):
+        adapter = model.adapter
+        if isinstance(adapter, (LinearHead, Tower)) and adapter.chosen:  # tuners choose on validation images
+            choice = Choice(adapter.chosen)
+    if choice is None or not choice.values:
+        return {"chosen": {}, "learnt": {}, "chosen_on": None}
+    values = dict(choice.values)
+    return {
+        "chosen": {} if choice.learnt else values,
+        "learnt": values if choice.learnt else {},
+        "chosen_on": choice.split,
+    }
 
 
 def _keeps(kind: str, model: Model, strategy: Any, main: bool) -> bool:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import is_merge
 from mergekit_vl.plugin_calls import blamed, told
 from mergekit_vl.printable import shortened
-from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+from mergekit_vl.recipe import installed_recipes, load_recipe
 from mergekit_vl.terminal import (
     AllowEnv,
     Column,
@@ -33,6 +33,10 @@ from mergekit_vl.terminal import (
     tidied,
     warn,
 )
+
+if TYPE_CHECKING:
+    from mergekit_vl.experiment import Experiment
+    from mergekit_vl.recipe import Recipe
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -100,22 +104,32 @@ def run(
         say(json.dumps(made))
     elif not quiet:
         _print_report(
-            made, folder, plan, [recipe, *plan.allowing, *(o for o in overrides or [] if not o.startswith("seed="))]
+            made,
+            folder,
+            experiment,
+            [recipe, *plan.allowing, *(o for o in overrides or [] if not o.startswith("seed="))],
         )
 
 
-def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: list[str]) -> None:
+def _print_report(report: dict[str, Any], folder: Path, made: Experiment, words: list[str]) -> None:
     import shlex
 
+    from mergekit_vl import choices, suite
     from mergekit_vl.page import sizes
     from mergekit_vl.report import gain
+    from mergekit_vl.statistics import NO_INTERVAL
 
     cells = report["cells"]
     title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
     metric = report["metric"]
     several, few = len(metric["columns"]) > 1, len(metric["columns"]) < 3
     minus = {d["minus"]: d for d in report["differences"]}
-    texts = {name: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for name, d in minus.items()}
+    texts = {
+        name: f"{d['mean']:+.1f}" + ("" if d["low"] is None else f" [{d['low']:+.1f}, {d['high']:+.1f}]")
+        for name, d in minus.items()
+    }
+    across = report["summary"][0]["columns"][next(iter(metric["columns"]))]["interval"] is not None
+    intervals = [NO_INTERVAL] if not across else ["± half of the 95% interval"] * few
     headers = [*metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
     # what is folded where the terminal is narrow: labels, or the headers of many columns
     columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
@@ -125,35 +139,25 @@ def _print_report(report: dict[str, Any], folder: Path, plan: Recipe, words: lis
     for row in report["summary"]:
         told = []
         for column in row["columns"].values():
-            low, high = column["interval"]
-            told.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few else ""))
+            low, high = column["interval"] or (0, 0)
+            told.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few and across else ""))
         told += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
         rows.append([row["row"], *told, *([texts.get(row["row"], "")] * few), str(row["forwards"])])
     say_table(
         f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
         [*columns, Column("heads")],
         rows,
-        caption=("± half of the 95% interval; " if few else "") + f"n = {sizes(report)}",
+        caption="; ".join([*intervals, f"n = {sizes(report)}"]),
         strong=[i for i, row in enumerate(report["summary"]) if row["row"] not in minus],
     )
-    for line in _recorded_suite(plan):
-        say(line)
+    for row in report["summary"]:
+        for what, values in row["chosen"].items():
+            say(f"{row['row']}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0]['split']]}")
+    if recorded := suite.beside(made, registry()):
+        say(recorded)
     say(gain(report))
     say(f"report: {folder / 'report.html'}")
-    say(f"next: mergekit-vl run {shlex.join(words)} seed={max(plan.seeds) + 1}    # another seed")
-
-
-def _recorded_suite(plan: Recipe) -> list[str]:
-    """The suite's means as measured with the recipe mergetune_suite, beside a run on one microworld task."""
-    file = Path(__file__).parent / "assets" / "suite.json"
-    one_task = len(plan.datasets) == 1 and plan.datasets[0].name == "microworld"
-    if not one_task or plan.protocol.name != "base_to_novel" or not file.exists():
-        return []
-    suite = json.loads(file.read_text())
-    means = ", ".join(f"{row['row']} {row['score']:.1f}" for row in suite["summary"])
-    return [
-        f"recorded mean HM of the whole suite ({suite['tasks']} tasks, {suite['seeds']} seeds; run mergetune_suite repeats it): {means}"
-    ]
+    say(f"next: mergekit-vl run {shlex.join(words)} seed={max(made.recipe.seeds) + 1}    # another seed")
 
 
 app.command()(bench_command.bench)

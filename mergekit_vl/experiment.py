@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from mergekit_vl.files import slug
 from mergekit_vl.model import Classes
 from mergekit_vl.plugins import Registry
 from mergekit_vl.recipe import Recipe, Spec, TunedSpec
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.strategy import MergeInputs, TaskData
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
@@ -166,10 +166,26 @@ class Ready:
             self.backbone.require_text()
         return out
 
-    def cell(self, task: Task, seed: int, folder: Path, store: FeatureStore, progress: Progress) -> Cell:
+    def everywhere(self, tasks: Sequence[tuple[str, int, Task]], seed: int) -> tuple[TaskData, ...]:
+        """What one model is chosen on for all data sets: their tasks of a seed, where checkpoints are tested on each of them."""
+        checkpoints = all(tuned.checkpoint is not None for tuned in self.experiment.recipe.tuned)
+        if self.experiment.joint or not checkpoints:
+            return ()
+        return tuple(task.data[0] for _, of, task in tasks if of == seed)
+
+    def cell(
+        self,
+        task: Task,
+        seed: int,
+        folder: Path,
+        store: FeatureStore,
+        progress: Progress,
+        everywhere: tuple[TaskData, ...] = (),
+    ) -> Cell:
         inputs = MergeInputs(
             _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, progress, folder / "scratch"
         )
+        inputs = dataclasses.replace(inputs, everywhere=everywhere)
         return Cell(task, inputs, folder, self.experiment.registry)
 
     def anchors(self, cell: Cell) -> tuple[list[dict[str, Any]], MergeInputs]:
@@ -227,7 +243,8 @@ def run(
         where = f"[{number}/{len(tasks)}] {name} seed {seed}"
         told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
         store.report = told
-        cell = ready.cell(task, seed, out / "state" / report.cell_name(name, seed), store, told)
+        folder = out / "state" / report.cell_name(name, seed)
+        cell = ready.cell(task, seed, folder, store, told, ready.everywhere(tasks, seed))
         main, facts = _run_cell(ready, cell, name, seed, warn)
         first = main if number == 1 else first
         cells.append(facts)
@@ -306,7 +323,7 @@ def _run_cell(
         given = dataclasses.replace(inputs, batch_norm=spec.batch_norm)
         if spec.of is not None:
             model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
-            given = dataclasses.replace(given, tuned=(model,), data=(data,))
+            given = dataclasses.replace(given, tuned=(model,), data=(data,), labels=(spec.of,))
         make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
         merged[label], row = cell.row(label, "merged", make, strategy=strategy, main=not merged)
         rows.append(row)

@@ -145,3 +145,8 @@ def made_parents(path: Path, *, mend: str) -> Iterator[None]:
                 folder.rmdir()
             except OSError:
                 break
+
+
+def is_a_path(text: str) -> bool:
+    """Whether a word that may also be a tag is written as a file or folder: it has a suffix, or folders."""
+    return bool(Path(text).suffix) or len(Path(text).parts) > 1

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Unsuitable, UserError
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ class Single:
 
     backbone: Backbone
     adapter: Adapter
+    choice: Choice | None = None
+    """What was chosen while it was made; it is told in reports and is no part of the model."""
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:
@@ -196,6 +199,7 @@ class Mixture:
 
     members: tuple[Single, ...]
     weights: tuple[float, ...]
+    choice: Choice | None = None
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:
@@ -224,6 +228,7 @@ class Ensemble:
     of: Literal["probabilities", "logits"] = "probabilities"
     temperatures: tuple[float, ...] = ()
     """What each member's logits are divided by; empty: they stay as they are."""
+    choice: Choice | None = None
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mergekit_vl import choices
 from mergekit_vl.printable import in_html, shown
 from mergekit_vl.protocol import Metric
+from mergekit_vl.statistics import LEAST, NO_INTERVAL
 
 
 def plot(report: dict[str, Any]) -> tuple[str, bytes]:
@@ -129,13 +132,15 @@ def _bars(axis, report: dict[str, Any]) -> None:
     axis.barh(range(len(rows)), scores, color=[STYLES[r["kind"]][0] for r in rows], height=0.6)
     axis.set_yticks(range(len(rows)), [drawn(r["row"]) for r in rows])
     if len(columns_of(report)) == 1:
-        low, high = zip(*(next(iter(r["columns"].values()))["interval"] for r in rows))
-        errors = np.abs(np.array([low, high]) - scores)
-        axis.errorbar(scores, range(len(rows)), xerr=errors, fmt="none", ecolor="#333333", lw=1)
+        spans = [next(iter(r["columns"].values()))["interval"] for r in rows]
+        known = [i for i, span in enumerate(spans) if span is not None]
+        errors = [[abs(spans[i][end] - scores[i]) for i in known] for end in (0, 1)]
+        axis.errorbar([scores[i] for i in known], known, xerr=errors, fmt="none", ecolor="#333333", lw=1)
     for y, score in enumerate(scores):
         axis.text(score + 1, y + 0.32, f"{score:.1f}", va="center", fontsize=8)
     axis.set(xlabel=f"{drawn(report['metric']['headline'])} (%)", xlim=(0, 105))
-    axis.set_title("Each row" + (" with its 95% interval" if len(columns_of(report)) == 1 else ""))
+    spans = [column["interval"] for r in rows for column in r["columns"].values()]
+    axis.set_title("Each row" + (" with its 95% interval" if len(columns_of(report)) == 1 and all(spans) else ""))
 
 
 COLOURS = ("#d9534f", "#2f78c4", "#2a9d6f", "#8e5bb5", "#e69f00", "#555555")
@@ -154,7 +159,7 @@ def _path(axis, report: dict[str, Any]) -> None:
             continue
         x, y = [2 * p["alpha"] for p in line], [_at(p, test) for p in line]
         axis.plot(x, y, "--", lw=1, color=colour, alpha=0.7, label=f"{drawn(test)}, straight (WiSE-FT)")
-        if not through:
+        if not through and all(p["columns"][test]["interval"] for p in line):
             low, high = zip(*(p["columns"][test]["interval"] for p in line))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     middle = f"{drawn(report['main'])} / halfway" if _leg(report, "merged -> tuned") else "halfway"
@@ -179,11 +184,10 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
     seeds = list(dict.fromkeys(c["seed"] for c in cells))
     counts = ", ".join(f"{k} {v}" for k, v in cells[0]["counts"].items())
     where = f"{tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    interval = (
-        "bootstrap over tasks"
-        if len(tasks) > 1
-        else "with the images of one seed (Wilson's; of a mean of tests the normal one)"
-    )
+    if len(tasks) == 1:
+        interval = "Intervals: 95%, with the images of one seed (Wilson's; of a mean of tests the normal one)."
+    else:
+        interval = "Intervals: 95%, bootstrap over tasks." if len(tasks) >= LEAST else f"{NO_INTERVAL.capitalize()}."
     parts = [
         f"<h1>{in_html(report['recipe'])}</h1>",
         f"<p class=lead>{in_html(gain)}.</p>",
@@ -191,11 +195,11 @@ def html(report: dict[str, Any], svg: str, gain: str) -> str:
         f"{' of the first cell' if len(cells) > 1 else ''}: {in_html(counts)}. {in_html(report['selection'])}.</p>",
         f"<figure>{svg}</figure>",
         "<h2>Accuracy</h2>",
-        f"<p>Percent, n = {sizes(report)} images. {_headline(report)} Intervals: 95%, {interval}.</p>",
+        f"<p>Percent, n = {sizes(report)} images. {_headline(report)} {interval}</p>",
         _accuracy(report["summary"], report),
+        _chosen(report),
         "<h2>Differences</h2>",
-        f"<p>Paired, with a bootstrap over {report['differences'][0]['over']}; “above” and “below” only where the interval "
-        "excludes 0.</p>",
+        f"<p>{_paired(report['differences'])}</p>",
         _differences(report["differences"], report),
         _forgetting(report),
         "<h2>Beyond top-1</h2>",
@@ -241,7 +245,10 @@ def _table(header: list[str], rows: list[list[str]], strong: str = "") -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _range(low: float, high: float, form: str = ".1f") -> str:
+def _range(interval: Sequence[float | None] | None, form: str = ".1f") -> str:
+    if interval is None or None in interval:
+        return ""
+    low, high = interval
     return f"<span class=range>{low:{form}} to {high:{form}}</span>"
 
 
@@ -265,21 +272,45 @@ def _accuracy(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     several = len(metric.columns) > 1
     heads = ["row", *(x for name in metric.columns for x in (name, "95%"))]
     heads += [metric.headline] * several + ["mean of HMs"] * metric.harmonic + ["normalised"] * metric.normalised
+    chosen = any(r["chosen"] for r in rows)
+    heads += ["chosen"] * chosen
     body = []
     for r in rows:
         cells = [in_html(r["row"])]
         for column in r["columns"].values():
-            cells += [f"{column['acc1']:.1f}", _range(*column["interval"])]
+            cells += [f"{column['acc1']:.1f}", _range(column["interval"])]
         cells += [f"{r['score']:.1f}"] * several + [f"{r['mean_of_scores']:.1f}"] * metric.harmonic
-        body.append(cells + [f"{r.get('normalised', 0):.1f}"] * metric.normalised)
+        cells += [f"{r.get('normalised', 0):.1f}"] * metric.normalised
+        body.append(cells + [in_html(choices.told(r["chosen"], most=choices.SHOWN))] * chosen)
     return _table(heads, body, report["main"])
+
+
+def _chosen(report: dict[str, Any]) -> str:
+    """Every choice with its values in the cells; the table has the most frequent ones."""
+    rows = [
+        [
+            in_html(r["row"]),
+            in_html(what),
+            in_html(choices.SPLITS[values[0]["split"]]),
+            in_html(choices.told({"": values})),
+        ]
+        for r in report["summary"]
+        for what, values in r["chosen"].items()
+    ]
+    return f"<h2>What was chosen</h2>{_table(['row', 'what', 'on', 'value'], rows, report['main'])}" if rows else ""
 
 
 def _differences(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     return _table(
         [f"{report['main']} minus", f"{report['metric']['headline']}, points", "95%", "verdict"],
-        [[in_html(d["minus"]), f"{d['mean']:+.2f}", _range(d["low"], d["high"], "+.2f"), d["verdict"]] for d in rows],
+        [[in_html(d["minus"]), f"{d['mean']:+.2f}", _range([d["low"], d["high"]], "+.2f"), d["verdict"]] for d in rows],
     )
+
+
+def _paired(rows: list[dict[str, Any]]) -> str:
+    if rows[0]["low"] is None:
+        return f"Paired, mean over {rows[0]['over']}; {NO_INTERVAL}."
+    return f"Paired, with a bootstrap over {rows[0]['over']}; “above” and “below” only where the interval excludes 0."
 
 
 def _forgetting(report: dict[str, Any]) -> str:
@@ -289,7 +320,7 @@ def _forgetting(report: dict[str, Any]) -> str:
     return (
         f"<h2>Where {in_html(report['anchor'])} forgets</h2><p>The tasks whose novel accuracy it lowers by 4 points or more: "
         f"{in_html(', '.join(part['tasks']))}. They are picked by {in_html(report['anchor'])}'s own result on test, which "
-        f"flatters every other row against it.</p>"
+        f"flatters every other row against it. {_paired(part['differences'])}</p>"
         + _accuracy(part["summary"], report)
         + _differences(part["differences"], report)
     )
@@ -317,7 +348,7 @@ def _coefficients(report: dict[str, Any]) -> str:
         [
             [
                 f"{ps[0]['alpha']:.1f}",
-                *(x for p in ps for t in columns for x in (f"{_at(p, t):.1f}", _range(*p["columns"][t]["interval"]))),
+                *(x for p in ps for t in columns for x in (f"{_at(p, t):.1f}", _range(p["columns"][t]["interval"]))),
             ]
             for ps in lines
         ],

@@ -82,7 +82,8 @@ def _measured(
     tasks = ready.tasks(made.protocol, plan.seeds)
     for number, (name, seed, task) in enumerate(tasks):
         progress(number, len(tasks), "all cells")
-        cell = ready.cell(task, seed, folder / "state" / cell_name(name, seed), store, progress)
+        state = folder / "state" / cell_name(name, seed)
+        cell = ready.cell(task, seed, state, store, progress, ready.everywhere(tasks, seed))
         cell.claim(ready.experiment.tuners, warn)
         cell.keep_shots(name, seed)
         _, inputs = ready.anchors(cell)

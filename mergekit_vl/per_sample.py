@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_vl.choices import Choice
     from mergekit_vl.model import Classes, Head, ImagePath, Model
 
 ROWS = 256
@@ -29,6 +30,7 @@ class ByDistance:
     a: float
     b: float
     temperatures: tuple[float, float] = (1.0, 1.0)
+    choice: Choice | None = None
 
     @property
     def paths(self) -> tuple[ImagePath, ...]:

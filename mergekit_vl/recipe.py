@@ -24,6 +24,8 @@ KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "see
 OF_STRATEGY = ("of", "grid", "batch_norm")
 """Keys that any strategy may have beside its own options."""
 TYPED = "command line"
+OWN_WEIGHTS = ("local-dir:", "hf-hub:")
+"""What a `backbone.arch` starts with that brings its weights: an override with it takes the recipe's `pretrained` away."""
 ALL = "all"
 """As `strategy`, or among them: every registered one, for `bench`."""
 DEFAULTS: dict[str, Any] = {
@@ -151,6 +153,9 @@ def load_recipe(
                     f"{word!r} is not an override", where=TYPED, mend="write key=value, for instance seed=2"
                 )
             _apply(plain, word, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
+            if key == "backbone.arch" and value.startswith(OWN_WEIGHTS):  # the recipe's tag is another architecture's
+                if not any(other.startswith("backbone.pretrained=") for other in words):
+                    plain["backbone"].pop("pretrained", None)
         recipe = parse(plain, name=path.stem, where=where, environment=environment)
         check(recipe)
         return recipe

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl import __version__
+from mergekit_vl import __version__, choices
 from mergekit_vl.card import card
 from mergekit_vl.evaluate import wilson
 from mergekit_vl.files import slug, write_bytes, write_json, write_text
 from mergekit_vl.page import html, plot
 from mergekit_vl.protocol import Metric
-from mergekit_vl.statistics import clustered, over_images
+from mergekit_vl.statistics import LEAST, NO_INTERVAL, clustered, over_images
 
 if TYPE_CHECKING:
     from mergekit_vl.experiment import Experiment
@@ -98,15 +98,30 @@ def environment(device: str) -> dict[str, Any]:
 
 def _selection(cells: list[dict[str, Any]]) -> str:
     """What was chosen, and on what."""
-    told = []
+    by_split: dict[str, list[str]] = {}
     for i, row in enumerate(cells[0]["rows"]):
-        for key in row.get("chosen", {}):
-            values = dict.fromkeys(
-                f"{cell['rows'][i]['chosen'][key]:g}" for cell in cells if cell["rows"][i].get("chosen")
-            )
-            told.append(f"{key} of {row['row']} on validation images ({', '.join(values)})")
-    rest = "nothing was chosen on test; hyperparameters are the recipe's"
-    return f"{rest}, but for {'; '.join(told)}" if told else rest
+        for what, values in choices.counted([choices.of_row(cell["rows"][i]) for cell in cells]).items():
+            by_split.setdefault(values[0]["split"], []).append(f"{what} of {row['row']}")
+    if not by_split:
+        return "nothing was chosen on test; hyperparameters are the recipe's"
+    told = [f"chosen on {choices.SPLITS[split]}: {', '.join(names)}" for split, names in by_split.items()]
+    return f"nothing was chosen on test; {'; '.join(told)}; other hyperparameters are the recipe's"
+
+
+def selection_split(rows: Sequence[dict[str, Any]], row: dict[str, Any], of: Mapping[str, str]) -> str | None:
+    """The split on which something of this row was chosen or learnt, be it by the models that it is made of; the training split is none.
+
+    `of` tells which rows are made of another one alone; the other merged rows and the controls are made of all tuned ones.
+    """
+    if row.get("chosen_on") not in (None, "train"):
+        return row["chosen_on"]
+    if "chosen_on" not in row and row.get("chosen"):  # of a run of an earlier version
+        return "val"
+    if row["kind"] in ("zero-shot", "tuned"):
+        return None
+    parent = of.get(row["row"])
+    parents = [r for r in rows if (r["row"] == parent if parent else r["kind"] == "tuned")]
+    return next((split for p in parents if (split := selection_split(rows, p, of))), None)
 
 
 def cell_name(dataset: str, seed: int) -> str:
@@ -145,6 +160,8 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "mean_of_scores": 100 * float(np.mean([r["score"] for r in rows])),
             "parameters": first["parameters"],
             "forwards": first["forwards"],
+            "datasets": _by_dataset(cells, rows),
+            "chosen": choices.counted([choices.of_row(row) for row in rows]),
             "seconds": float(np.mean([r["cost"]["seconds"] for r in rows])),
             "ms_per_sample": float(np.median([r["cost"]["ms_per_sample"] for r in rows])),
         }
@@ -162,21 +179,41 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def _by_dataset(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A row's columns and headline on each data set, in percent, with the intervals of one seed's images."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(cell["dataset"] for cell in cells):
+        own = [(cell, row) for cell, row in zip(cells, rows) if cell["dataset"] == name]
+        of, tests = [cell for cell, _ in own], [row["tests"] for _, row in own]
+        metric = metric_of(of[0])
+        columns = {c: {**_averaged(of, c, tests), "n": _images(metric, c, tests[0])} for c in metric.columns}
+        out[name] = {"columns": columns, "score": metric.score([column["acc1"] for column in columns.values()])}
+    return out
+
+
+def _images(metric: Metric, column: str, tests: dict[str, Any]) -> int:
+    return sum(tests[test]["n"] for test in metric.columns[column])
+
+
 def _column(cell: dict[str, Any], row: dict[str, Any], name: str, key: str) -> float:
     return metric_of(cell).column(name, {test: scores[key] for test, scores in row["tests"].items()})
 
 
 def _averaged(cells: list[dict[str, Any]], name: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
-    """acc1 of a column with its interval, in percent; tests[cell][test] holds acc1 and n."""
+    """acc1 of a column with its interval (None across a few tasks), in percent; tests[cell][test] holds acc1 and n."""
     rates = [{test: scores["acc1"] for test, scores in of_cell.items()} for of_cell in tests]
     values = [metric_of(cell).column(name, accuracies) for cell, accuracies in zip(cells, rates)]
     mean = float(np.mean(values))
     if len({cell["dataset"] for cell in cells}) > 1:
         d = clustered(values, [cell["dataset"] for cell in cells])
-        low, high = d.low, d.high
+        interval = _percent(d.low, d.high)
     else:
-        low, high = _of_one_seed(metric_of(cells[0]).columns[name], tests, mean)
-    return {"acc1": 100 * mean, "interval": [100 * low, 100 * high]}
+        interval = _percent(*_of_one_seed(metric_of(cells[0]).columns[name], tests, mean))
+    return {"acc1": 100 * mean, "interval": interval}
+
+
+def _percent(low: float | None, high: float | None) -> list[float] | None:
+    return None if low is None or high is None else [100 * low, 100 * high]
 
 
 def _of_one_seed(names: Sequence[str], tests: list[dict[str, Any]], mean: float) -> tuple[float, float]:
@@ -196,18 +233,21 @@ def differences(cells: list[dict[str, Any]], main: str) -> list[dict[str, Any]]:
 
 
 def paired(cells: list[dict[str, Any]], ours: str, theirs: str) -> dict[str, Any]:
-    """Headline of one row minus another's, in points, with a 95% interval: over tasks, or over the images of a single task."""
+    """Headline of one row minus another's, in points, with a 95% interval: over tasks, where there are enough, or over the images of a
+    single task.
+    """
     names = [row["row"] for row in cells[0]["rows"]]
     i, j = names.index(ours), names.index(theirs)
     tasks = [cell["dataset"] for cell in cells]
     if len(set(tasks)) > 1:
         d = clustered([cell["rows"][i]["score"] - cell["rows"][j]["score"] for cell in cells], tasks)
-        over = "tasks"
+        over = "tasks" if len(set(tasks)) >= LEAST else f"{len(set(tasks))} tasks"
     else:
         hits = [[_hits(cell["rows"][k]) for cell in cells] for k in (i, j)]
         d = over_images(hits, lambda rates: metric_of(cells[0]).of(dict(zip(cells[0]["rows"][0]["tests"], rates))))
         over = "test images"
-    return {"mean": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high, "verdict": d.verdict, "over": over}
+    low, high = _percent(d.low, d.high) or (None, None)
+    return {"mean": 100 * d.mean, "low": low, "high": high, "verdict": d.verdict, "over": over}
 
 
 def forgetting(cells: list[dict[str, Any]], main: str, anchor: str) -> dict[str, Any]:
@@ -251,12 +291,14 @@ def to_yaml(plain) -> str:
 def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """One result as `clip_benchmark build` reads it (accuracies as fractions, over all tests), our fields beside."""
     tests = row["tests"]
+    of = {spec.label: spec.of for spec in experiment.recipe.strategies if spec.of is not None}
     n = sum(t["n"] for t in tests.values())
     mean = {k: sum(t[k] * t["n"] for t in tests.values()) / n for k in ("acc1", "acc5", "mean_per_class_recall")}
     return {
         "dataset": cell["dataset"],
         "model": experiment.recipe.backbone.options.get("arch", experiment.recipe.backbone.name),
-        "pretrained": str(experiment.recipe.backbone.options.get("pretrained", "embedded")),
+        "pretrained": cell["backbone"]["pretrained"],
+        "backbone_digest": cell["backbone"]["digest"],
         "task": "zeroshot_classification",
         "language": "en",
         "metrics": mean,
@@ -264,7 +306,8 @@ def _clip_benchmark(experiment: Experiment, cell: dict[str, Any], row: dict[str,
         "strategy": row["row"],
         "recipe_hash": experiment.recipe.hash,
         "seed": cell["seed"],
-        "selection_split": "val" if row.get("chosen") else None,
+        "selection_split": selection_split(cell["rows"], row, of),
+        "chosen": row.get("chosen", {}),
         **{f"{test}_acc1": scores["acc1"] for test, scores in tests.items()},
         cell["metric"]["headline"].lower().replace(" ", "_"): row["score"],
         "n": n,
@@ -280,12 +323,12 @@ def points(report: dict[str, Any]) -> str:
 def gain(report: dict[str, Any]) -> str:
     """The last word of a run: the gain over the tuned anchor with its interval."""
     d = next(d for d in report["differences"] if d["minus"] == report["anchor"])
-    seen = (
-        ""
-        if d["verdict"] == "above"
-        else f" ({d['verdict']}: the interval {'lies below' if d['verdict'] == 'below' else 'contains'} 0)"
-    )
-    return f"{report['main']} against {report['anchor']}: {d['mean']:+.1f} {points(report)}, 95% interval {d['low']:+.1f} to {d['high']:+.1f} over {d['over']}{seen}"
+    told = f"{report['main']} against {report['anchor']}: {d['mean']:+.1f} {points(report)}"
+    if d["low"] is None:
+        return f"{told} over {d['over']} ({NO_INTERVAL})"
+    seen = {"above": "", "below": " (below: the interval lies below 0)"}
+    rest = seen.get(d["verdict"], f" ({d['verdict']}: the interval contains 0)")
+    return f"{told}, 95% interval {d['low']:+.1f} to {d['high']:+.1f} over {d['over']}{rest}"
 
 
 def load(out: Path) -> dict[str, Any] | None:

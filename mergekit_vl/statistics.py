@@ -8,26 +8,36 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 10_000
+LEAST = 5
+"""Clusters that an interval across them takes: a bootstrap of fewer shows little more than their range."""
+NO_INTERVAL = f"no interval is given across fewer than {LEAST} tasks"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95% interval, in the unit of what was given."""
+    """A mean difference with its 95% interval (none: `low` and `high` are None), in the unit of what was given."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def verdict(self) -> str:
         """ "above" and "below" only where the interval excludes 0."""
+        if self.low is None or self.high is None:
+            return "no interval"
         return "above" if self.low > 0 else "below" if self.high < 0 else "not shown"
 
 
 def clustered(differences: Sequence[float], clusters: Sequence[str], *, seed: int = 0) -> Difference:
-    """Bootstrap of the mean of paired differences that resamples whole clusters (tasks), so that seeds of a task count together."""
+    """Bootstrap of the mean of paired differences that resamples whole clusters (tasks), so that seeds of a task count together.
+
+    Fewer than `LEAST` clusters have no interval.
+    """
     names = list(dict.fromkeys(clusters))
     values = np.asarray(differences, dtype=np.float64)
+    if len(names) < LEAST:
+        return Difference(float(values.mean()), None, None)
     sums = np.array([values[[c == name for c in clusters]].sum() for name in names])
     counts = np.array([sum(c == name for c in clusters) for name in names])
     draws = np.random.default_rng(seed).integers(0, len(names), (DRAWS, len(names)))

@@ -39,8 +39,17 @@ class MergeInputs:
     scratch: Path | None = None
     """A folder for what a long training needs to go on after a kill; none: it starts again."""
 
+    everywhere: tuple[TaskData, ...] = ()
+    """The tasks of all data sets, where the same models are tested on each: what is chosen for them is chosen on all; empty: `data`."""
+    labels: tuple[str, ...] = ()
+    """What reports call the tuned models, aligned with `tuned`; empty: nothing."""
     batch_norm: Literal["images", "mean"] = "images"
     """Running statistics of a merged tower: estimated again on the training images, or as the strategy makes them of the models'."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tuned models: their labels, or tuned.0 and so on."""
+        return self.labels or tuple(f"tuned.{i}" for i in range(len(self.tuned)))
 
     def validated(self, where: str, mend: str) -> TaskData:
         """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
@@ -54,6 +63,13 @@ class MergeInputs:
                 "there are no validation images", where=where, mend=f"give the dataset a val split, or {mend}"
             )
         return self.data[0]
+
+    def to_choose_on(self, where: str, mend: str) -> tuple[TaskData, ...]:
+        """The tasks with validation images on which a single model is chosen; raises Unsuitable where one has none."""
+        tasks = self.everywhere or tuple({id(task): task for task in self.data}.values())
+        if not tasks or any(task.val is None or not len(task.val) for task in tasks):
+            raise Unsuitable("there are no validation images", where=where, mend=mend)
+        return tasks
 
 
 class Strategy(Protocol):

@@ -66,16 +66,27 @@ def tables(report: dict[str, Any], tasks: list[str]) -> str:
 
 def _both(summary: list[dict[str, Any]], differences: list[dict[str, Any]], main: str) -> list[str]:
     scores = [
-        [r["row"], *("{acc1:.1f} ({interval[0]:.1f} to {interval[1]:.1f})".format(**c) for c in r["columns"].values()), f"{r['score']:.1f}", f"{r['mean_of_scores']:.1f}"]
+        [r["row"], *(_with_interval(c) for c in r["columns"].values()), f"{r['score']:.1f}", f"{r['mean_of_scores']:.1f}"]
         for r in summary
     ]  # fmt: skip
     minus = [
-        [d["minus"], f"{d['mean']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}", d["verdict"]] for d in differences
+        [
+            d["minus"],
+            f"{d['mean']:+.2f}",
+            "" if d["low"] is None else f"{d['low']:+.2f} to {d['high']:+.2f}",
+            d["verdict"],
+        ]
+        for d in differences
     ]
     return [
         _table(["row", "base", "novel", "HM", "mean of HMs"], scores),
         _table([f"{main} minus", "HM points", "95% interval", "verdict"], minus),
     ]
+
+
+def _with_interval(column: dict[str, Any]) -> str:
+    span = column["interval"]
+    return f"{column['acc1']:.1f}" + (f" ({span[0]:.1f} to {span[1]:.1f})" if span else "")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -254,6 +254,18 @@ def test_a_timm_models_features_and_its_own_classifier(arch, width):
     assert float(backbone.scale) == 1 and float(backbone.bias) == 0
 
 
+def test_a_backbone_tells_which_weights_were_loaded(tmp_path, state, monkeypatch):
+    save_file(state, file := tmp_path / "w.safetensors")
+    tags = {"laion": {"url": "u"}}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda arch, tag: tags.get(tag, {}))
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(file))
+    assert Clip("small").build("cpu").pretrained == "random"
+    assert Clip("small", "laion").build("cpu").pretrained == "laion"
+    assert Clip("small", str(file)).build("cpu").pretrained == str(file)
+    assert Micro().build("cpu").pretrained == "embedded"
+    assert Vision("test_resnet").build("cpu").pretrained == "random"
+
+
 def test_a_local_timm_checkpoint_brings_its_classes(tmp_path):
     model = timm.create_model("mobilenetv3_small_050", num_classes=7).eval()
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "best.pth.tar")
@@ -313,7 +325,6 @@ def test_bad_input_is_one_line(tmp_path, state):
     cases = {
         Clip("smal"): "unknown arch 'smal' (did you mean 'small'?)",
         Clip("small", "laoin"): "unknown pretrained tag 'laoin'",
-        Clip("small", "gone/w.pt"): "gone/w.pt: no such checkpoint",
         Clip("small", str(tmp_path / "cut.safetensors")): "cut.safetensors: damaged or truncated safetensors",
         Clip("small", str(tmp_path / "nan.safetensors")): "nan.safetensors: logit_scale has values that are not finite",
         Clip("small", str(tmp_path / "empty")): "which weights? found none",
@@ -331,13 +342,27 @@ def test_bad_input_is_one_line(tmp_path, state):
         Clip("roberta-ViT-B-32"): "roberta-base is not on this machine",
         Vision("resnet1888"): "unknown arch 'resnet1888'",
         Vision("resnet18.a1_in2k"): "unknown pretrained tag 'a1_in2k' (did you mean 'a1_in1k'?)",
-        Vision("resnet18", "gone.pth"): "gone.pth: no such checkpoint",
         Vision("resnet18.a1_in1k"): "timm/resnet18.a1_in1k is not on this machine and cannot be fetched",
     }
     for given, message in cases.items():
         with pytest.raises(UserError) as error:
             given.build("cpu")
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_weights_that_are_not_there_are_told_before_anything_is_read(tmp_path):
+    """By `check` too, which builds no model; a tag beside a model that brings its own weights is another model's."""
+    for make, message in (
+        (lambda: Clip("small", "gone/w.pt"), "gone/w.pt: no such checkpoint"),
+        (lambda: Vision("resnet18", "gone.pth"), "gone.pth: no such checkpoint"),
+        (lambda: Clip("local-dir:here", "openai"), "the model has weights of its own (set pretrained=null)"),
+        (lambda: Clip("hf-hub:org/name", "openai"), "the model has weights of its own (set pretrained=null)"),
+    ):
+        with pytest.raises(UserError) as error:
+            make()
+        assert message in str(error.value)
+    (tmp_path / "w.pt").touch()
+    assert Clip("local-dir:here", str(tmp_path / "w.pt")).pretrained
 
 
 def test_bfloat16_encoders_are_another_key_and_near_the_same_features(tmp_path):

@@ -115,7 +115,10 @@ def test_the_rows(finished):
     # half is WiSE-FT at its default, which is the plain average of two: one row, one count
     assert "half" in equal and ("average" in equal) != ("average" in rows and "half" in rows["average"]["equal"])
     assert rows["zero-shot"]["minus_base"] is None and rows["coop"]["minus_tuned"] is None
-    assert rows["coop"]["minus_base"]["over"] == "tasks"
+    told = rows["coop"]["minus_base"]
+    assert (told["over"], told["low"], told["verdict"]) == ("2 tasks", None, "no interval")
+    assert rows["coop"]["columns"]["base"]["interval"] is None
+    assert "no interval is given across fewer than 5 tasks" in words.lead(made)
     assert (
         rows["mergetune"]["trains"] and rows["mergetune"]["seconds"] > 0 and rows["mergetune"]["bytes"] == 4 * 4 * 128
     )
@@ -145,7 +148,7 @@ def test_the_choice_and_the_default_beside_it(finished):
         assert record["options"] == best["options"]
         assert ("default" in record) == (record["options"] != {})
         # five base classes are tuned on and five held out, of 2 validation images and 4 shots a class
-        assert record["search"]["how"] == "10 base, 20 novel"
+        assert record["search"]["how"] == "10 base, 20 novel" and record["search"]["on"] == "held_out"
     assert len(records(out)["slerp"]["search"]["configurations"]) == 3  # the budget
     assert len(records(out)["mergetune"]["search"]["configurations"]) == 2
 
@@ -161,11 +164,16 @@ def test_files(finished):
     own = next(
         line for line in lines if (line["row"], line["dataset"], line["seed"]) == ("coop", "fantasy_thermal", "2")
     )
+    splits = {line["row"]: line["selection_split"] for line in lines if line["status"] == "done"}
+    assert splits["zero-shot"] == splits["coop"] == splits["continued"] == splits["average"] == ""
+    assert splits["wise_ft"] == splits["best single model"] == "held_out"
     assert float(own["base_acc1"]) == records(out, "fantasy_thermal-seed2-4shots")["coop"]["tests"]["base"]["acc1"]
     with (out / "table.csv").open() as file:
         shown = {line["row"]: line for line in csv.DictReader(file)}
     rows = {row["row"]: row for row in made["tables"][0]["rows"]}
     assert set(shown) == set(rows) and float(shown["coop"]["HM"]) == rows["coop"]["score"]
+    assert shown["wise_ft"]["chosen"].startswith("options ") and shown["coop"]["chosen"] == ""
+    assert {each["split"] for each in rows["wise_ft"]["chosen"]["options"]} == {"held_out"}
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 4 and "boom went off" in page and "class=sortable" in page
     assert "| mergetune |" in (out / "README.md").read_text()
@@ -280,6 +288,7 @@ def test_shots_are_a_table_each(registry, tmp_path):
     made = go(given, registry, tmp_path / "out", shots=(1, 2))
     assert [(table["shots"], table["counts"]["train"]) for table in made["tables"]] == [(1, 10), (2, 20)]
     assert made["tables"][0]["rows"][0]["minus_tuned"]["over"] == "test images"
+    assert made["tables"][0]["rows"][0]["minus_tuned"]["low"] is not None
     assert "By shots" in (tmp_path / "out" / "report.html").read_text()
 
 

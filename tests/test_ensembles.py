@@ -12,6 +12,7 @@ from mergekit_vl import saved
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.calibration import temperature
+from mergekit_vl.choices import Choice
 from mergekit_vl.errors import UserError
 from mergekit_vl.model import Classes, Ensemble, Single
 from mergekit_vl.per_sample import ByDistance, kth_distance
@@ -78,7 +79,7 @@ def test_calibrated_members_agree_whatever_their_scale():
     x = [[2.0, 20.0]] * 3 + [[2.0, 20.0]]
     out = OutputEnsemble(calibrated=True).merge(given(x, [0, 0, 0, 1]))
     assert out.temperatures == pytest.approx((2 / math.log(3), 20 / math.log(3)), rel=1e-6)
-    assert out.weights == (0.5, 0.5)
+    assert out.weights == (0.5, 0.5) and set(out.choice.values) == {"temperatures"}  # equal weights are the recipe's
     torch.testing.assert_close(out.bind(CLASSES)({"x": torch.tensor(x[:1])}).exp(), torch.tensor([[0.75, 0.25]]))
 
 
@@ -93,6 +94,7 @@ def test_weights_chosen_on_validation_images():
 
     best = min((i / 20 for i in range(10)), key=nll)
     assert out.weights == pytest.approx((best, 1 - best))
+    assert out.choice == Choice({"weights": list(out.weights)}) and out.choice.split == "val"
 
 
 def test_the_grid_of_weights():

@@ -19,6 +19,7 @@ LAYERS = (
         "interrupts",
         "printable",
     ),
+    ("choices",),
     (
         "options",
         "plugins",
@@ -55,7 +56,7 @@ LAYERS = (
     ("strategies",),
     ("saved", "export"),
     ("cell", "landscape", "search"),
-    ("experiment", "runs", "report", "page", "landscape_page", "card", "streaming"),
+    ("experiment", "suite", "runs", "report", "page", "landscape_page", "card", "streaming"),
     ("terminal", "exits"),
     ("bench",),
     ("path_command", "cache_command", "mergekit_yaml", "merge_words", "merge_command", "use_commands"),

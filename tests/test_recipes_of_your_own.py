@@ -147,16 +147,38 @@ def own_recipe(small_clip, **tuned):
 
 
 def test_wise_ft_own(small_clip, tmp_path):
-    """The merged folder loads in plain open_clip, and its tensors lie halfway between the two models'."""
+    """The merged folder loads in plain open_clip, and its tensors lie between the two models' at the alpha that is told."""
     import open_clip
 
     rows, _ = run(own_recipe(small_clip), "wise_ft_own", tmp_path)
-    assert list(rows) == ["zero-shot", "fine-tuned", "wise_ft", "wise_ft 0.3", "ensemble"]
+    assert list(rows) == ["zero-shot", "fine-tuned", "wise_ft", "wise_ft 0.5", "wise_ft 0.3", "ensemble"]
+    ((told,),) = rows["wise_ft"]["chosen"].values()
+    assert told["split"] == "val" and 0 <= told["value"] <= 1
+    results = [json.loads(file.read_text()) for file in (tmp_path / "run" / "results").glob("*.json")]
+    assert {(r["model"], r["pretrained"]) for r in results} == {(f"local-dir:{small_clip / 'zs'}",) * 2}
     merged, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'merged'}")
     start, _, _ = open_clip.create_model_and_transforms(f"local-dir:{small_clip / 'zs'}")
     assert preprocess.transforms[0].size == 16
     for (name, tensor), other in zip(merged.state_dict().items(), start.state_dict().values()):
-        torch.testing.assert_close(tensor, other + 0.005 * torch.sign(other), msg=name)
+        torch.testing.assert_close(tensor, other + told["value"] * 0.01 * torch.sign(other), msg=name)
+
+
+def test_the_alpha_of_the_model_that_is_deployed_is_chosen_over_all_data_sets(small_clip, tmp_path):
+    images(tmp_path / "flowers", 9)
+    plain = own_recipe(small_clip)
+    plain["dataset"] = [plain["dataset"], {"name": "folder", "path": str(tmp_path / "flowers")}]
+    rows, made = run(plain, "wise_ft_own", tmp_path)
+    ((told,),) = rows["wise_ft"]["chosen"].values()
+    assert told["cells"] == 2  # one alpha for both
+    for row in rows.values():
+        assert list(row["datasets"]) == ["pets", "flowers"]
+        both = [each["columns"]["test"] for each in row["datasets"].values()]
+        assert row["columns"]["test"]["acc1"] == pytest.approx(sum(each["acc1"] for each in both) / 2)
+        assert (
+            row["columns"]["test"]["interval"] is None
+        )  # across two data sets there is none; over their images there are
+        assert all(low <= each["acc1"] <= high for each in both for low, high in [each["interval"]])
+        assert row["columns"]["test"]["n"] == sum(each["n"] for each in both)
 
 
 def test_weights_of_another_architecture_are_named_before_anything_is_computed(small_clip, tmp_path):
@@ -181,6 +203,8 @@ def test_linear_head_timm(small_clip, tmp_path, tuner):
     plain["strategy"] = [plain["strategy"][0] | {"epochs": 1, "batch": 8}, *plain["strategy"][1:]]
     rows, _ = run(plain, "linear_head_timm", tmp_path)
     assert list(rows) == ["class means", tuner["name"], "mergetune", "wise_ft", "ensemble"]
+    result = json.loads(next((tmp_path / "run" / "results").glob("*.json")).read_text())
+    assert (result["model"], result["pretrained"]) == ("test_resnet", "random")
     if tuner["name"] == "linear_probe":
         assert load_file(tmp_path / "run" / "merged.safetensors")["weight"].shape[0] == len(NAMES)
         return

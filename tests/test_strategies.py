@@ -10,6 +10,7 @@ import torch
 
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.choices import Choice
 from mergekit_vl.data import Split, few_shot
 from mergekit_vl.errors import UserError
 from mergekit_vl.evaluate import score, wilson
@@ -97,8 +98,29 @@ def test_greedy_soup_takes_what_helps_on_validation_images(monkeypatch):
     given = replace(inputs((0.0, 0.0), (0.0, 4.0), (0.0, 2.0)), data=(task,) * 3)
     merged = greedy_soup.GreedySoup().merge(given)
     assert merged.adapter.ctx.tolist() == [[0.0, 3.0]] and set(map(tuple, read)) == {(1,)}
+    assert merged.choice == Choice({"ingredients": ["tuned.1", "tuned.2"]})
+    named = greedy_soup.GreedySoup().merge(replace(given, labels=("low", "best", "middle")))
+    assert named.choice.values == {"ingredients": ["best", "middle"]} and named.choice.split == "val"
     with pytest.raises(UserError, match="there are no validation images"):
         greedy_soup.GreedySoup().merge(replace(given, data=(TaskData(Classes(("a",)), "train"),)))
+
+
+@pytest.mark.parametrize(("everywhere", "best"), [("", 0.2), ("ab", 0.5), ("b", 0.8)])
+def test_wise_ft_chooses_alpha_on_all_data_sets_that_its_model_is_tested_on(monkeypatch, everywhere, best):
+    # accuracies 1 - (alpha - 0.2)^2 on a and 1 - (alpha - 0.8)^2 on b: their mean is highest halfway
+    peak = {"a": 0.2, "b": 0.8}
+
+    def evaluate(model, classes, split, features):
+        alpha = model.adapter.ctx[0, 1].item()
+        return SimpleNamespace(scores=SimpleNamespace(acc1=1 - (alpha - peak[split]) ** 2, nll=0.0))
+
+    monkeypatch.setattr("mergekit_vl.evaluate.evaluate", evaluate)
+    tasks = {name: TaskData(Classes(("x",)), "train", name) for name in "ab"}
+    given = replace(inputs((0.0, 1.0)), data=(tasks["a"],), everywhere=tuple(tasks[name] for name in everywhere))
+    merged = WiseFT(alpha="validation").merge(given)
+    assert merged.choice == Choice({"alpha": best}) and merged.adapter.ctx[0, 1].item() == pytest.approx(best)
+    with pytest.raises(UserError, match="there are no validation images"):
+        WiseFT(alpha="validation").merge(replace(given, data=(), everywhere=()))
 
 
 @dataclass
@@ -165,9 +187,20 @@ def test_the_schedule_is_one_constant_epoch_then_a_cosine():
 
 
 def test_intervals_resample_tasks_not_seeds():
-    d = clustered([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"])
-    assert d.mean == 2.0 and (d.low, d.high) == (1.0, 3.0) and d.verdict == "above"
-    assert clustered([-1.0, 2.0], ["a", "b"]).verdict == "not shown"
+    # four tasks at 1 and one at 6: the mean of a draw is 1 + k, k of Binomial(5, 1/5), whose quantiles are 0 and 3
+    tasks = [task for task in "abcde" for _ in range(2)]
+    d = clustered([1.0] * 8 + [6.0] * 2, tasks)
+    assert d.mean == 2.0 and (d.low, d.high) == (1.0, 4.0) and d.verdict == "above"
+    assert clustered([-1.0] * 8 + [4.0] * 2, tasks).verdict == "not shown"
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_across_fewer_than_five_tasks_there_is_no_interval(tasks):
+    d = clustered([1.0] * tasks, list("abcd")[:tasks])
+    assert (d.mean, d.low, d.high, d.verdict) == (1.0, None, None, "no interval")
+
+
+def test_intervals_over_images_stay():
     right, wrong = np.ones(50, dtype=int), np.zeros(50, dtype=int)
     right[0] = 0
     d = over_images([[[right, right]], [[right, right]]], METRIC.score)

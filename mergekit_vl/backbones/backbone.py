@@ -43,6 +43,8 @@ class Backbone:
     """image_size (a number or (height, width)), mean, std; optional interpolation (bicubic), resize_mode (shortest), crop_pct (1)."""
     spec: str
     """How messages call it."""
+    pretrained: str = ""
+    """Which weights were loaded, as results tell it: a tag, a file, a hub's name, `random`; empty where nothing tells."""
     width: int | None = None
     """Of the image features, D, where it is known."""
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.files import is_a_path
 from mergekit_vl.options import option
 from mergekit_vl.reading import MOST_TEXT, check_shape, parse_json, read_regular
 
@@ -56,6 +57,17 @@ class Clip:
         None, "arithmetic of the image tower; none: bfloat16 on a GPU, float32 elsewhere"
     )
 
+    def __post_init__(self) -> None:
+        if not self.pretrained or Path(self.pretrained).expanduser().exists():
+            return
+        where = f"backbone clip arch={self.arch} pretrained={self.pretrained}"
+        if self.arch.partition(":")[0] in ("local-dir", "hf-hub"):
+            raise UserError(
+                "no such file, and the model has weights of its own", where=where, mend="set pretrained=null"
+            )
+        if is_a_path(self.pretrained):
+            raise UserError("no such checkpoint", where=where, mend="give a file, a folder or a tag")
+
     def build(self, device: str) -> Backbone:
         from mergekit_vl import loading
 
@@ -84,6 +96,7 @@ class Clip:
             model,
             tokenizer,
             spec=f"clip:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
+            pretrained=self.pretrained or (self.arch if source.weights else "random"),
             config=told,
             preprocess=source.preprocess,
             settings=json.dumps([config["vision_cfg"], config["embed_dim"], quick_gelu], sort_keys=True),
@@ -122,8 +135,6 @@ class Clip:
                 told = _from_folder(given, where) if (given / CONFIG).is_file() else None
                 preprocess = told.preprocess if told else _usual_preprocessing(self.arch)
                 return _Source(config, preprocess, given, told.quick_gelu if told else has_quick_gelu(given))
-            if given.suffix or len(given.parts) > 1:
-                raise UserError("no such checkpoint", where=f"{where}: {given}", mend="give a file, a folder or a tag")
             raise unknown(
                 "pretrained tag", self.pretrained, open_clip.list_pretrained_tags_by_model(self.arch), where=where
             )
@@ -296,6 +307,7 @@ def backbone_of(
     tokenizer: Any,
     *,
     spec: str,
+    pretrained: str = "",
     preprocess: Mapping[str, Any],
     config: Mapping[str, Any] = {},
     settings: str = "",
@@ -324,6 +336,7 @@ def backbone_of(
         text=OpenClipText(model, tokenizer, spec),
         preprocess={"image_size": size, **full, "mean": list(full["mean"]), "std": list(full["std"])},
         spec=spec,
+        pretrained=pretrained,
         width=config.get("embed_dim"),
         config={"model_cfg": dict(config)} if config else {},
         read=lambda state: (convert(model, dict(state)), None),

@@ -130,6 +130,7 @@ class Micro:
             load(),
             tokenizer(),
             spec="micro",
+            pretrained="embedded",
             config=CONFIG,
             preprocess=preprocess,
             device=device,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.files import is_a_path
 from mergekit_vl.options import option
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ class Vision:
     base = "class means"
     """What stands in the place of zero-shot."""
 
+    def __post_init__(self) -> None:
+        given = self.pretrained
+        if given and is_a_path(given) and not Path(given).expanduser().exists():
+            where = f"backbone vision arch={self.arch} pretrained={given}"
+            raise UserError("no such checkpoint", where=where, mend="give a file, a folder or a tag")
+
     def build(self, device: str) -> Backbone:
         import torch
 
@@ -65,6 +72,7 @@ class Vision:
             text=None,
             preprocess=preprocess,
             spec=f"vision:{self.arch}" + (f":{self.pretrained}" if self.pretrained else ""),
+            pretrained=self.pretrained or self.arch.partition(".")[2] or "random",
             width=features(probe).shape[1],
             config={"architecture": arch, "classifier": names},
             read=lambda state: _split(state, names),
@@ -85,8 +93,6 @@ class Vision:
         given = Path(self.pretrained).expanduser() if self.pretrained else None
         if given and given.exists():
             return _from_checkpoint(arch, given)
-        if given and (given.suffix or len(given.parts) > 1):
-            raise UserError("no such checkpoint", where=f"{where}: {given}", mend="give a file, a folder or a tag")
         tag = self.pretrained or tag
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights, the same ones each time

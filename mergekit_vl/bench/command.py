@@ -11,6 +11,7 @@ import typer
 from mergekit_vl.errors import UserError
 from mergekit_vl.interrupts import noted
 from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
+from mergekit_vl.statistics import NO_INTERVAL
 from mergekit_vl.terminal import (
     AllowEnv,
     Column,
@@ -130,6 +131,13 @@ def described(plan: Plan) -> list[str]:
     ]
 
 
+def _stars(shown: dict[str, Any]) -> str:
+    """What a star at a difference means, or why there is none."""
+    differences = [d for row in shown["rows"] for d in (row["minus_base"], row["minus_tuned"]) if d is not None]
+    none = any(d["low"] is None for d in differences)
+    return NO_INTERVAL if none else "* the 95% interval excludes 0"
+
+
 def _print(report: dict[str, Any], folder: Path) -> None:
     from mergekit_vl.bench.words import headline, reasons
 
@@ -145,7 +153,7 @@ def _print(report: dict[str, Any], folder: Path) -> None:
             values = [f"{column['acc1']:.1f}" for column in row["columns"].values()] if few else []
             values += [f"{row['score']:.1f}"] * (several or not few)
             gains = [
-                "" if d is None else f"{d['mean']:+.1f}{' ' if d['verdict'] == 'not shown' else '*'}"
+                "" if d is None else f"{d['mean']:+.1f}{'*' if d['verdict'] in ('above', 'below') else ' '}"
                 for d in (row["minus_base"], row["minus_tuned"])
             ]
             default = "" if row["default"] is None else f"{row['default']:.1f}"
@@ -155,7 +163,7 @@ def _print(report: dict[str, Any], folder: Path) -> None:
             f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
             [Column("row", left=True), *map(Column, heads)],
             rows,
-            caption="* the 95% interval excludes 0; cost: towers + heads a sample",
+            caption=f"{_stars(shown)}; cost: towers + heads a sample",
         )
         for row in shown["rows"]:
             if row["equal"]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import landscape, search
 from mergekit_vl.bench.plan import BEST, Entry
+from mergekit_vl.cell import choice_of
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
@@ -115,7 +116,9 @@ class Contest:
             scores = [cell.scores((given.base, *given.tuned)[i]) for cell, given in self.selection]
             found.append((search.quality(scores), row["row"], (inputs.base, *inputs.tuned)[i], row))
         _, name, model, row = max(found, key=lambda each: each[0])
-        return self._done(model, row, options={"model": name})
+        table = [{"options": {"model": other}, "score": score, "nll": -nll} for (score, nll), other, _, _ in found]
+        how = {"how": self._images(), "on": self.bench.plan.split(), "configurations": table}
+        return self._done(model, row, options={"model": name}) | {"search": how}
 
     def _strategy(self, entry: Entry) -> Record:
         assert entry.spec is not None
@@ -124,14 +127,14 @@ class Contest:
         if len(tries) > 1:
             self.selection  # noqa: B018  # its anchors are no strategy's cost
         encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
-        strategy, table, how = self._choose(entry.spec, tries)
+        strategy, table, how, on = self._choose(entry.spec, tries)
         search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
         options = next(given for given, made in tries if made == strategy)
         self.chosen[entry.label] = strategy
         with Peak(self.bench.ready.device) as peak:
             model, row = self._scored(self.cell, entry.spec, strategy, self.anchors[1])
         done = self._done(model, row, options=options, peak=peak.bytes, search_seconds=search_seconds)
-        done |= {"trains": trains(strategy), "search": {"how": how, "configurations": table}}
+        done |= {"trains": trains(strategy), "search": {"how": how, "on": on, "configurations": table}}
         if strategy != tries[0][1]:
             done["default"] = self._default(entry.spec, *tries[0])
         return done
@@ -147,13 +150,15 @@ class Contest:
     def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
         return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
 
-    def _choose(self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]) -> tuple[Any, list[dict[str, Any]], str]:
-        """The best strategy of `tries`, what each scored on the selection tasks, and how it was chosen."""
+    def _choose(
+        self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]
+    ) -> tuple[Any, list[dict[str, Any]], str, str | None]:
+        """The best strategy of `tries`, what each scored on the selection tasks, how it was chosen, and on which split."""
         default = tries[0][1]
         if len(tries) == 1:
-            return default, [], "nothing to choose"
+            return default, [], "nothing to choose", None
         if isinstance(self.selection, str):
-            return default, [], f"defaults: {self.selection}"
+            return default, [], f"defaults: {self.selection}", None
         table, best = [], None
         for number, (given, strategy) in enumerate(tries):
             self.bench.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
@@ -166,12 +171,14 @@ class Contest:
             table.append({"options": given, "score": quality[0], "nll": -quality[1]})
             if best is None or quality > best[0]:
                 best = quality, strategy
-        task = self.selection[0][0].task
         if best is None:
-            return default, table, "defaults: none of the configurations could be used on the selection task"
-        images = ", ".join(f"{len(split)} {name}" for name, _, split in task.tests)
-        where = "development tasks: " if self.bench.plan.search.by == "development" else ""
-        return best[1], table, f"{where}{images}"
+            return default, table, "defaults: none of the configurations could be used on the selection task", None
+        return best[1], table, self._images(), self.bench.plan.split()
+
+    def _images(self) -> str:
+        """Of the first selection task."""
+        images = ", ".join(f"{len(split)} {name}" for name, _, split in self.selection[0][0].task.tests)  # type: ignore[union-attr]
+        return ("development tasks: " if self.bench.plan.search.by == "development" else "") + images
 
     def _scored(self, cell: Cell, spec: Spec, strategy: Any, inputs: MergeInputs) -> tuple[Model, Record]:
         """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
@@ -184,7 +191,7 @@ class Contest:
             )
         else:
             model, seconds = cell.timed(lambda: strategy.merge(given))
-            row = cell.scores(model)
+            row = cell.scores(model) | choice_of(model, "merged")
             row["cost"]["seconds"] = seconds
         for test, scores in row["tests"].items():
             if scores["nll"] != scores["nll"]:
@@ -234,6 +241,7 @@ class Contest:
             "ms_per_sample": towers * self.bench.image_ms + row["cost"]["ms_per_sample"],
         }
         kept = {key: row[key] for key in ("tests", "score", "right", "digest", "parameters", "forwards")}
+        kept |= {key: row[key] for key in ("chosen", "learnt", "chosen_on") if key in row}
         return {"status": "done", **kept, "options": dict(options), "cost": cost}
 
     def _path(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl import landscape_page
+from mergekit_vl import choices, landscape_page
 from mergekit_vl.bench import plots
 from mergekit_vl.bench.words import failed, headline, lead, reasons
 from mergekit_vl.page import document
@@ -88,7 +88,7 @@ def _legend(report: dict[str, Any], shown: dict[str, Any]) -> str:
             text.append(f"{name} is the mean of {', '.join(tests)}.")
     if metric["normalised"]:
         text.append("Normalised: each accuracy divided by that of the task's own tuned model, averaged.")
-    text.append("Click a column to sort. Green and red: the interval excludes 0.")
+    text.append("Click a column to sort. Green and red: the 95% interval excludes 0.")
     return f"<p>{in_html(' '.join(text))}</p>"
 
 
@@ -96,15 +96,15 @@ def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
     metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
     heads = ["row", *metric["columns"], *([metric["headline"]] * several), *(["mean of HMs"] * metric["harmonic"]),
              *(["normalised"] * metric["normalised"]), "sd", "rank", f"minus {report['base']}", f"minus {shown['anchor']}",
-             "default", "search s", "seconds", "towers", "heads", "ms a sample", "peak MB", "MB"]  # fmt: skip
+             "default", "chosen", "search s", "seconds", "towers", "heads", "ms a sample", "peak MB", "MB"]  # fmt: skip
     body = []
     best = max(row["score"] for row in shown["rows"])
     for row in sorted(shown["rows"], key=lambda r: -r["score"]):
         equal = f"<span class=equal>= {in_html(', '.join(row['equal']))}</span>" if row["equal"] else ""
         cells = [f"<td>{in_html(row['row'])}{equal}</td>"]
         for column in row["columns"].values():
-            low, high = column["interval"]
-            title = f"95% {low:.1f} to {high:.1f}, n = {column['n']}"
+            span = column["interval"]
+            title = (f"95% {span[0]:.1f} to {span[1]:.1f}, " if span else "") + f"n = {column['n']}"
             cells.append(f"<td data-value={column['acc1']:.6f} title='{title}'>{column['acc1']:.1f}</td>")
         if several:
             mark = " class=best" if row["score"] == best else ""
@@ -117,13 +117,13 @@ def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
             if d is None:
                 cells.append("<td data-value=''></td>")
                 continue
-            mark = f" class={d['verdict']}" if d["verdict"] != "not shown" else ""
-            cells.append(
-                f"<td{mark} data-value={d['mean']:.6f}>{d['mean']:+.1f} <span class=range>{d['low']:+.1f} to {d['high']:+.1f}</span></td>"
-            )
+            mark = f" class={d['verdict']}" if d["verdict"] in ("above", "below") else ""
+            span = "" if d["low"] is None else f" <span class=range>{d['low']:+.1f} to {d['high']:+.1f}</span>"
+            cells.append(f"<td{mark} data-value={d['mean']:.6f}>{d['mean']:+.1f}{span}</td>")
         mb = [None if row[key] is None else row[key] / 1e6 for key in ("peak_bytes", "bytes")]
         cells += [
-            _number(row["default"], ".1f"), _number(row["search_seconds"] if row["searched"] else None, ".1f"),
+            _number(row["default"], ".1f"), f"<td>{in_html(choices.told(row['chosen'], most=1))}</td>",
+            _number(row["search_seconds"] if row["searched"] else None, ".1f"),
             _number(row["seconds"], ".2f"), _number(row["towers"], ".0f"), _number(row["forwards"], ".0f"),
             _number(row["ms_per_sample"], ".3f"), _number(mb[0], ".0f"), _number(mb[1], ".3f"),
         ]  # fmt: skip
@@ -160,16 +160,6 @@ def _by_dataset(cells: list[dict[str, Any]], shown: dict[str, Any], report: dict
     return means
 
 
-def _options(given: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={_value(value)}" for key, value in given.items()) or "defaults"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _chosen(report: dict[str, Any]) -> str:
     if not report["chosen"]:
         return ""
@@ -177,17 +167,18 @@ def _chosen(report: dict[str, Any]) -> str:
     for each in report["chosen"]:
         counts: dict[str, int] = {}
         for cell in each["cells"]:
-            counts[_options(cell["options"])] = counts.get(_options(cell["options"]), 0) + 1
-        told = "; ".join(f"{text} ({n})" for text, n in sorted(counts.items(), key=lambda item: -item[1]))
+            counts[choices.text(cell["options"])] = counts.get(choices.text(cell["options"]), 0) + 1
+        told = "; ".join(f"{value} ({n})" for value, n in sorted(counts.items(), key=lambda item: -item[1]))
         lines = []
         for cell in each["cells"]:
             tried = ", ".join(
-                f"{_options(c['options'])}: {100 * c['score']:.1f}"
+                f"{choices.text(c['options'])}: {100 * c['score']:.1f}"
                 if "score" in c
-                else f"{_options(c['options'])}: left out, {c['reason']}"
+                else f"{choices.text(c['options'])}: left out, {c['reason']}"
                 for c in cell["configurations"] or []
             )
-            lines.append(f"{cell['cell']}: {_options(cell['options'])}" + (f"   [{tried}]" if tried else ""))
+            own = f"; {choices.text(cell['own'])}" if cell["own"] else ""
+            lines.append(f"{cell['cell']}: {choices.text(cell['options'])}{own}" + (f"   [{tried}]" if tried else ""))
         how = f" (chosen on {each['how']} images)" if each["how"] else ""
         parts.append(
             f"<details><summary><b>{in_html(each['row'])}</b>: {in_html(told)}</summary><p>{in_html(how)}</p><pre>{chr(10).join(map(in_html, lines))}</pre></details>"

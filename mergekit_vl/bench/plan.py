@@ -76,14 +76,15 @@ class Plan:
                 total += n + 2 if n > 1 else 1
         return total
 
+    def split(self) -> str:
+        """Where options are chosen, one of `choices.SPLITS`."""
+        own = {"held_out": "held_out", "validation": "val", "development": "development"}
+        return own.get(self.search.by, "held_out" if self.retunes() else "val")
+
     def how(self) -> str:
         """Where options are chosen, in words."""
-        words = {
-            "held_out": "held-out classes",
-            "validation": "validation images",
-            "development": "development datasets",
-        }
-        return words.get(self.search.by, "held-out classes" if self.retunes() else "validation images")
+        words = {"held_out": "held-out classes", "val": "validation images", "development": "development datasets"}
+        return words[self.split()]
 
     def time(self) -> str:
         """As measured for prompts of the micro CLIP on 2 cores; of anything else the first cell tells."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import landscape
-from mergekit_vl.bench.table import chosen, done, left_out, table
+from mergekit_vl import choices, landscape
+from mergekit_vl.bench.table import chosen, done, left_out, selection_split, table
 from mergekit_vl.bench.words import lead, reasons, span
 from mergekit_vl.files import write_json, write_text
 from mergekit_vl.printable import in_markdown
@@ -145,21 +145,32 @@ def results_csv(cells: list[dict[str, Any]]) -> str:
     costs = ("seconds", "search_seconds", "ms_per_sample", "peak_bytes", "bytes", "towers")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{t}_acc1" for t in tests), "default_score", "options", "forwards", *costs, "reason"])
+    writer.writerow(
+        [
+            *COLUMNS,
+            *(f"{t}_acc1" for t in tests),
+            "default_score",
+            "options",
+            "chosen",
+            "selection_split",
+            "forwards",
+            *costs,
+            "reason",
+        ]
+    )
     for cell in cells:
         for row in cell["rows"]:
             if row is None:
                 continue
             own = [cell["dataset"], cell["seed"], cell["shots"], row["row"], row["strategy"], row["status"]]
             if not done(row):
-                writer.writerow([*own, *[""] * (len(tests) + len(costs) + 4), row["reason"]])
+                writer.writerow([*own, *[""] * (len(tests) + len(costs) + 6), row["reason"]])
                 continue
             accuracies = [row["tests"].get(t, {}).get("acc1", "") for t in tests]
             default = row.get("default", row).get("score", "")
             cost = [row["cost"].get(key, "") for key in costs]
-            writer.writerow(
-                [*own, row["score"], *accuracies, default, json.dumps(row["options"]), row["forwards"], *cost, ""]
-            )
+            told = [json.dumps(row["options"]), json.dumps(row.get("chosen", {})), selection_split(cell, row) or ""]
+            writer.writerow([*own, row["score"], *accuracies, default, *told, row["forwards"], *cost, ""])
     return out.getvalue()
 
 
@@ -190,9 +201,10 @@ def cells_of(entry: dict[str, Any], shown: dict[str, Any]) -> list[Any]:
 def table_csv(shown: dict[str, Any]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*headers(shown), "equal to the bit"])
+    writer.writerow([*headers(shown), "chosen", "equal to the bit"])
     for entry in shown["rows"]:
-        writer.writerow([*("" if v is None else v for v in cells_of(entry, shown)), "; ".join(entry["equal"])])
+        values = ["" if v is None else v for v in cells_of(entry, shown)]
+        writer.writerow([*values, choices.told(entry["chosen"]), "; ".join(entry["equal"])])
     return out.getvalue()
 
 
@@ -208,7 +220,7 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
         heads = ["row", *metric["columns"], *([metric["headline"]] * several), "rank", "minus " + report["base"],
-                 f"minus {shown['anchor']}", "default", "towers, heads a sample"]  # fmt: skip
+                 f"minus {shown['anchor']}", "default", "chosen", "towers, heads a sample"]  # fmt: skip
         lines = ["| " + " | ".join(map(in_markdown, heads)) + " |", "|" + " --- |" * len(heads)]
         for entry in sorted(shown["rows"], key=lambda e: -e["score"]):
             spans = [span(entry[key]) for key in ("minus_base", "minus_tuned")]
@@ -221,6 +233,7 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{entry['rank']:.1f}",
                 *spans,
                 default,
+                in_markdown(choices.told(entry["chosen"], most=choices.SHOWN)),
             ]
             lines.append("| " + " | ".join([*cells, f"{entry['towers']:.0f}, {entry['forwards']}"]) + " |")
         parts.append("\n".join(lines))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl.bench.plan import BEST
+from mergekit_vl import choices
 from mergekit_vl.report import metric_of, paired, summary
 from mergekit_vl.statistics import ranks
 
@@ -43,6 +43,7 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
         defaults = [record.get("default", record) for record in records]
         entry |= {
             "equal": equal[i],
+            "chosen": choices.counted([own_choices(record) for record in records]),
             "strategy": records[0]["strategy"],
             "rank": float(places[:, n].mean()),
             "sd": _sd(cells, [record["score"] for record in records]),
@@ -68,6 +69,22 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
         "anchor": anchor,
         "rows": out,
     }
+
+
+def own_choices(record: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """(value, split) by what was chosen for a row in one cell: its options by the bench, the rest by the strategy itself."""
+    on = record.get("search", {}).get("on")
+    return ({"options": (record["options"], on)} if on else {}) | choices.of_row(record)
+
+
+def selection_split(cell: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """The split that a row of a cell owes something to, be it by its tuned models."""
+    own = [split for _, split in own_choices(record).values()]
+    own += [record["chosen_on"]] if record.get("learnt") else []
+    if record["kind"] in ("merged", "control"):
+        tuned = [r for r in cell["rows"] if done(r) and r["kind"] == "tuned"]
+        own += [split for r in tuned for _, split in own_choices(r).values()]
+    return next((split for split in own if split != "train"), None)
 
 
 def done(record: dict[str, Any] | None) -> bool:
@@ -121,18 +138,24 @@ def left_out(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def chosen(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was chosen for each row that was searched: its options by cell, with the headline that every configuration had there."""
+    """What was chosen for each row: its options by cell with the headline that every configuration had there, and its own choices."""
     out = []
     for i, entry in enumerate(bench.entries):
         records = [(cell["name"], cell["rows"][i]) for cell in cells if done(cell["rows"][i])]
         searched = [(name, r) for name, r in records if r.get("search", {}).get("configurations")]
-        if entry.label == BEST or searched:
+        own = [(name, r) for name, r in records if r.get("chosen")]
+        if searched or own:
             out.append({
                 "row": entry.label,
                 "how": searched[0][1]["search"]["how"] if searched else "",
                 "cells": [
-                    {"cell": name, "options": r["options"], "configurations": r.get("search", {}).get("configurations")}
-                    for name, r in (searched or records)
+                    {
+                        "cell": name,
+                        "options": r["options"],
+                        "own": r.get("chosen", {}),
+                        "configurations": r.get("search", {}).get("configurations"),
+                    }
+                    for name, r in (searched or own)
                 ],
             })  # fmt: skip
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mergekit_vl.statistics import NO_INTERVAL
+
 MOST = 3
 """Reasons that are told of a row."""
 
@@ -19,8 +21,9 @@ def headline(report: dict[str, Any]) -> str:
     told = []
     for key, other in (("minus_base", report["base"]), ("minus_tuned", shown["anchor"])):
         if d := best[key]:
-            verdict = {"above": "", "below": "", "not shown": ", not shown"}[d["verdict"]]
-            told.append(f"{d['mean']:+.1f} against {other} ({d['low']:+.1f} to {d['high']:+.1f}{verdict})")
+            verdict = ", not shown" if d["verdict"] == "not shown" else ""
+            rest = "" if d["low"] is None else f" ({d['low']:+.1f} to {d['high']:+.1f}{verdict})"
+            told.append(f"{d['mean']:+.1f} against {other}{rest}")
     return f"{text}; {', '.join(told)}." if told else f"{text}."
 
 
@@ -44,12 +47,14 @@ def lead(report: dict[str, Any]) -> str:
             f"Options were chosen cell by cell {how}, never on test, among at most {search['budget']} configurations a strategy"
             f" ({search['training_budget']} where it trains); “default” is the row without that choice."
         )
-    few = " With so few datasets an interval is little more than the range." if 1 < len(grid["datasets"]) < 5 else ""
-    over = next((d["over"] for shown in report["tables"] for e in shown["rows"] if (d := e["minus_base"])), "tasks")
+    first = next((d for shown in report["tables"] for e in shown["rows"] if (d := e["minus_base"])), None)
+    paired = "Differences are paired, with 95% intervals from a bootstrap over " + (first["over"] if first else "tasks")
+    if first and first["low"] is None:
+        paired = f"Differences are paired, means over {first['over']}: {NO_INTERVAL}"
     return (
         f"{len(grid['datasets'])} datasets, seeds {', '.join(map(str, grid['seeds']))}"
         + (f", {', '.join(map(str, shots))} shots" if shots else "")
-        + f": {cells} cells{f' ({note})' if note else ''}. {how} Differences are paired, with 95% intervals from a bootstrap over {over}.{few}"
+        + f": {cells} cells{f' ({note})' if note else ''}. {how} {paired}."
         " ± is the standard deviation over seeds; rank is the mean place over cells, rows that are equal to the bit counting once."
     )
 
@@ -57,6 +62,8 @@ def lead(report: dict[str, Any]) -> str:
 def span(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
+    if difference["low"] is None:
+        return f"{difference['mean']:+.1f}"
     return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl import information
 from mergekit_vl.adapters import stored
+from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.loading import check_finite
 from mergekit_vl.memory import out_of_memory
@@ -86,10 +87,11 @@ class AdaMerging:
         merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
         check_finite(merged, where=WHERE, mend=f"lower lr (now {self.lr})")
         model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
-        if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
-            return model
         told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
-        return Single(model.backbone, replace(model.adapter, chosen=told))  # type: ignore[type-var]
+        choice = Choice(told, "train" if self.images == "train" else "val", learnt=True)
+        if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
+            return replace(model, choice=choice)
+        return Single(model.backbone, replace(model.adapter, chosen=told), choice)  # type: ignore[type-var]
 
     def _task_vectors(self, inputs: MergeInputs) -> tuple[Single, list[Tensors]]:
         """The merge at the first coefficients, and each model's task vector."""

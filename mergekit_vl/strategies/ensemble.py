@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mergekit_vl.calibration import temperature
+from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Ensemble, Model
@@ -76,7 +77,9 @@ class OutputEnsemble:
         logits, labels = torch.stack([logits for logits, _, _ in given]), given[0][1]
         temperatures = tuple(temperature(z, labels) for z in logits) if self.calibrated else ()
         ensembles = (Ensemble(members, weights, self.average, temperatures) for weights in candidates)
-        return max(ensembles, key=lambda ensemble: quality(score(ensemble.mix(logits), labels)))
+        best = max(ensembles, key=lambda ensemble: quality(score(ensemble.mix(logits), labels)))
+        told = {"weights": list(best.weights)} if len(candidates) > 1 else {}
+        return replace(best, choice=Choice(told | ({"temperatures": list(temperatures)} if temperatures else {})))
 
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if min(weights) < 0 or sum(weights) <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_vl.errors import Unsuitable
+from mergekit_vl.choices import Choice
 from mergekit_vl.evaluate import evaluate
 from mergekit_vl.model import Model
 from mergekit_vl.strategies.uniform_soup import UniformSoup
@@ -18,14 +18,12 @@ WHERE = "strategy greedy_soup"
 class GreedySoup:
     """The mean of the tuned models that help: from the best on, each goes in if the mean is then no worse on the validation images.
 
-    Accuracy is the mean over the tuned models' tasks of their validation splits; the test split is never read. Ties in the first
+    Accuracy is the mean over the tuned models' tasks (of checkpoints: over all data sets) of their validation splits; the test split is never read. Ties in the first
     order keep the recipe's.
     """
 
     def merge(self, inputs: MergeInputs) -> Model:
-        tasks = list({id(task): task for task in inputs.data}.values())
-        if not tasks or any(task.val is None or not len(task.val) for task in tasks):
-            raise Unsuitable("there are no validation images", where=WHERE, mend="give the dataset a val split")
+        tasks = inputs.to_choose_on(WHERE, "give the dataset a val split")
 
         def soup(models: Sequence[Model]) -> Model:
             return UniformSoup().merge(replace(inputs, tuned=tuple(models)))
@@ -36,12 +34,12 @@ class GreedySoup:
 
         alone = [accuracy(model) for model in inputs.tuned]
         order = sorted(range(len(alone)), key=lambda i: -alone[i])
-        chosen = [inputs.tuned[order[0]]]
-        best, merged = alone[order[0]], soup(chosen)
+        chosen = order[:1]
+        best, merged = alone[order[0]], soup([inputs.tuned[order[0]]])
         for i in order[1:]:
-            trial = soup([*chosen, inputs.tuned[i]])
+            trial = soup([inputs.tuned[j] for j in (*chosen, i)])
             score = accuracy(trial)
             if score >= best:
-                chosen.append(inputs.tuned[i])
+                chosen.append(i)
                 best, merged = score, trial
-        return merged
+        return replace(merged, choice=Choice({"ingredients": [inputs.names[i] for i in chosen]}))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mergekit_vl.calibration import temperature
+from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.evaluate import answers, quality, score
 from mergekit_vl.model import Model
@@ -83,7 +84,9 @@ class Vrf:
             for a in (deciles if self.a is None else [self.a])
             for b in ([width * spread for width in WIDTHS] if self.b is None else [self.b])
         )
-        return max(models, key=lambda model: quality(score(model.mix(first, second, distances), labels)))
+        best = max(models, key=lambda model: quality(score(model.mix(first, second, distances), labels)))
+        told = ({"a": best.a} if self.a is None else {}) | ({"b": best.b} if self.b is None else {})
+        return replace(best, choice=Choice(told | ({"temperatures": list(temperatures)} if self.calibrated else {})))
 
     def failures(self, inputs: MergeInputs) -> Tensor:
         """The fine-tuned model's features [N, D], normalised, of the training images where it is right and zero-shot wrong."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mergekit_vl.choices import Choice
 from mergekit_vl.coefficients import Coefficient
 from mergekit_vl.dtypes import Array
-from mergekit_vl.errors import Unsuitable
+from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.pieces import Models, Piece
@@ -15,12 +16,22 @@ from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.task_vectors import weighted_sum
 from mergekit_vl.weights import anchors, check_numbers, check_own_space, merge_adapters
 
+WHERE = "strategy wise_ft"
+ALPHAS = tuple(i / 10 for i in range(11))
+"""What validation chooses from."""
+
 
 @dataclass(frozen=True)
 class WiseFT:
-    """(1 - alpha) * zero-shot + alpha * fine-tuned. One tuned model; the report shows the whole line of coefficients."""
+    """(1 - alpha) * zero-shot + alpha * fine-tuned. One tuned model; the report shows the whole line of coefficients.
 
-    alpha: Coefficient = option(0.5, "0 is zero-shot, 1 is fine-tuned")
+    `alpha=validation` takes the best of 0, 0.1, ... 1 on the validation images (of checkpoints: the mean over all data sets that they are
+    tested on): the highest accuracy, then the least negative log-likelihood, then the smallest alpha. The test split is never read.
+    """
+
+    alpha: Coefficient | Literal["validation"] = option(
+        0.5, "0 is zero-shot, 1 is fine-tuned; validation: chosen on validation images (`run` only)"
+    )
     space: Literal["own", "features"] = option(
         "own", "merge the tensors, or the classifiers that they make (`run` only)"
     )
@@ -33,21 +44,44 @@ class WiseFT:
         return 3
 
     def check(self, models: Models) -> None:
-        check_own_space("strategy wise_ft", self.space)
-        models.check_count("strategy wise_ft", at_most=1, base=True)
-        models.check_coefficient("strategy wise_ft", self.alpha, "alpha")
+        check_own_space(WHERE, self.space)
+        models.check_count(WHERE, at_most=1, base=True)
+        models.check_coefficient(WHERE, self._alpha(), "alpha")
 
     def merge(self, inputs: MergeInputs) -> Model:
+        if self.alpha == "validation":
+            return self._chosen(inputs)
         if self.space == "own":
             return merge_adapters(self, inputs)
         _, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise Unsuitable(
-                f"1 tuned model, not {len(tuned)}", where="strategy wise_ft", mend="use linear for several"
-            )
-        (alpha,) = check_numbers("strategy wise_ft", (self.alpha,), "alpha")
+            raise Unsuitable(f"1 tuned model, not {len(tuned)}", where=WHERE, mend="use linear for several")
+        (alpha,) = check_numbers(WHERE, (self._alpha(),), "alpha")
         return Mixture((inputs.base, tuned[0]), (1 - alpha, alpha))
 
+    def _chosen(self, inputs: MergeInputs) -> Model:
+        from mergekit_vl.evaluate import evaluate, quality
+
+        tasks = inputs.to_choose_on(WHERE, "give alpha as a number")
+        towers = anchors(inputs)[1][0].adapter.space == "tower"  # a tower an alpha: its features are looked at once
+        store = inputs.features.temporary() if towers else inputs.features
+
+        def made(alpha: float) -> Model:
+            return replace(replace(self, alpha=alpha).merge(inputs), choice=Choice({"alpha": alpha}))  # type: ignore[type-var]
+
+        def mean(model: Model) -> tuple[float, ...]:
+            found = [quality(evaluate(model, task.classes, task.val, store).scores) for task in tasks]  # type: ignore[arg-type]
+            return tuple(sum(values) / len(tasks) for values in zip(*found))
+
+        return max(map(made, ALPHAS), key=mean)
+
+    def _alpha(self) -> Coefficient:
+        if isinstance(self.alpha, str):
+            raise UserError(
+                "alpha=validation needs images", where=WHERE, mend="give a number, or use it in `mergekit-vl run`"
+            )
+        return self.alpha
+
     def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        alpha = piece.at(self.alpha)
+        alpha = piece.at(self._alpha())
         return weighted_sum(piece.members(), (1 - alpha, alpha))

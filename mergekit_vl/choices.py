@@ -1,0 +1,66 @@
+"""What was chosen while a model was made, and on which images: as data, and in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SPLITS = {
+    "train": "training images",
+    "val": "validation images",
+    "held_out": "classes held out of those that are tuned on",
+    "development": "development data sets",
+}
+"""Where something can be chosen, in words."""
+SHOWN = 2
+"""Values that are told of a choice where a line must be short."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values by what was chosen, plain data; a strategy or a tuner hands it on with its model."""
+
+    values: Mapping[str, Any]
+    split: str = "val"
+    """One of `SPLITS`."""
+    learnt: bool = False
+    """Whether the values were fitted, and not the best of candidates."""
+
+
+def of_row(row: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """(value, split) by what was chosen, of a row's record; an earlier version's does not tell the split: it was `val`."""
+    return {what: (value, row.get("chosen_on", "val")) for what, value in row.get("chosen", {}).items()}
+
+
+def counted(cells: Sequence[Mapping[str, tuple[Any, str]]]) -> dict[str, list[dict[str, Any]]]:
+    """What was chosen for one row of a table, by what: its values in the cells, the most frequent first."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        for what, (value, split) in cell.items():
+            entry = {"value": value, "split": split, "cells": 0}
+            found.setdefault(what, {}).setdefault(json.dumps([value, split]), entry)["cells"] += 1
+    return {what: sorted(values.values(), key=lambda each: -each["cells"]) for what, values in found.items()}
+
+
+def told(chosen: Mapping[str, Sequence[Mapping[str, Any]]], *, most: int | None = None) -> str:
+    """Of what `counted` gives: "alpha 0.3", or with the cells' counts "alpha 0.3 (2 cells), 0.5 (1 cell)"."""
+    parts = []
+    for what, values in chosen.items():
+        texts = [text(each["value"]) for each in values]
+        if len(values) > 1:
+            cells = [f"{each['cells']} cell{'s' * (each['cells'] > 1)}" for each in values]
+            texts = [f"{value} ({n})" for value, n in zip(texts, cells)]
+        more = len(texts) - (most or len(texts))
+        parts.append(f"{what} {', '.join(texts[:most])}".strip() + (f" and {more} more" if more > 0 else ""))
+    return "; ".join(parts)
+
+
+def text(value: Any) -> str:
+    """A value as a line shows it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(text, value))}]"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={text(each)}" for key, each in value.items()) or "defaults"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -179,15 +179,16 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _by_dataset(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _by_dataset(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row's columns and headline on each data set, in percent, with the intervals of one seed's images."""
-    out: dict[str, dict[str, Any]] = {}
+    out = []
     for name in dict.fromkeys(cell["dataset"] for cell in cells):
         own = [(cell, row) for cell, row in zip(cells, rows) if cell["dataset"] == name]
         of, tests = [cell for cell, _ in own], [row["tests"] for _, row in own]
         metric = metric_of(of[0])
         columns = {c: {**_averaged(of, c, tests), "n": _images(metric, c, tests[0])} for c in metric.columns}
-        out[name] = {"columns": columns, "score": metric.score([column["acc1"] for column in columns.values()])}
+        score = metric.score([column["acc1"] for column in columns.values()])
+        out.append({"dataset": name, "columns": columns, "score": score})
     return out
 
 

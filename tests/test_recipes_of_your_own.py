@@ -171,8 +171,8 @@ def test_the_alpha_of_the_model_that_is_deployed_is_chosen_over_all_data_sets(sm
     ((told,),) = rows["wise_ft"]["chosen"].values()
     assert told["cells"] == 2  # one alpha for both
     for row in rows.values():
-        assert list(row["datasets"]) == ["pets", "flowers"]
-        both = [each["columns"]["test"] for each in row["datasets"].values()]
+        assert [each["dataset"] for each in row["datasets"]] == ["pets", "flowers"]
+        both = [each["columns"]["test"] for each in row["datasets"]]
         assert row["columns"]["test"]["acc1"] == pytest.approx(sum(each["acc1"] for each in both) / 2)
         assert (
             row["columns"]["test"]["interval"] is None

@@ -33,7 +33,7 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
     rows = sorted(equal)
     if not rows:
         return {"shots": shots, "rows": [], "n": 0}
-    cells = [{**cell, "rows": [cell["rows"][i] for i in rows]} for cell in cells]
+    cells = [{**cell, "rows": [cell["rows"][i] for i in rows], "all": [r for r in cell["rows"] if r]} for cell in cells]
     labels = [bench.entries[i].label for i in rows]
     anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
     places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])
@@ -41,9 +41,14 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
     for n, (i, entry) in enumerate(zip(rows, summary(cells))):
         records = [cell["rows"][n] for cell in cells]
         defaults = [record.get("default", record) for record in records]
+        shared: dict[str, Any] = {}
+        for label in equal[i]:  # rows that share this one have choices of their own
+            others = [next(r for r in cell["all"] if r["row"] == label) for cell in cells]
+            found = choices.counted([own_choices(record) for record in others])
+            shared |= {f"{label}: {what}": values for what, values in found.items()}
         entry |= {
             "equal": equal[i],
-            "chosen": choices.counted([own_choices(record) for record in records]),
+            "chosen": choices.counted([own_choices(record) for record in records]) | shared,
             "strategy": records[0]["strategy"],
             "rank": float(places[:, n].mean()),
             "sd": _sd(cells, [record["score"] for record in records]),

@@ -4,6 +4,7 @@ Models of hubs and people's own files are replaced by the stand-ins of one table
 parsed with its own options and then planned: `check`, `bench --dry-run`.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -206,6 +207,8 @@ def test_a_target_script_or_extra_is_there(line):
     program, *words = shlex.split(line)
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif program == "python" and words[0] == "-m":
+        assert importlib.util.find_spec(words[1]) is not None
     elif program == "python":
         text = (ROOT / words[0]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))

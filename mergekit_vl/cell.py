@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl import sources
 from mergekit_vl.choices import Choice
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.model import Classes, Ensemble, Mixture, Single
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from mergekit_vl.plugins import Registry
     from mergekit_vl.protocol import Task
 
+WITHOUT = (
+    *("strategies", "tuners", "recipe", "report", "page", "card", "export", "landscape", "landscape_page"),
+    *("bench.report", "bench.table", "bench.page", "bench.plots", "bench.words"),
+)
+"""Modules that not all rows depend on: what is in the recipe, and what shows them."""
+
 
 @dataclass
 class Cell:
@@ -31,22 +37,54 @@ class Cell:
     folder: Path
     registry: Registry
     """For the adapters that stored models are of."""
+    code: tuple[Any, ...] = ()
+    """What all rows are made by: names of modules, and objects whose classes' modules are meant."""
+    told: set[str] = field(default_factory=set)
+    """Reasons that were given for making rows again."""
+    given: dict[str, Any] = field(default_factory=dict)
+    tuners: tuple[Any, ...] = ()
+    warn: Callable[[str], None] = lambda text: None
 
     def claim(self, tuners: tuple[Any, ...], warn: Callable[[str], None]) -> None:
-        """Forget stored rows that were made with other images, weights or checkpoints than these."""
+        """Keep what rows are made of beside code. Those that were made of something else are made again, and `warn` says why."""
         tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
         chosen_on = [data.val for data in tasks if data.val is not None]
         splits = [data.train for data in self.task.data] + chosen_on + [split for _, _, split in self.task.tests]
-        key = {
-            "backbone": self.inputs.base.backbone.digest,
+        self.given = {
+            "weights": self.inputs.base.backbone.digest,
             "images": [split.key for split in splits],
             "checkpoints": [_digest(t) for t in tuners if not hasattr(t, "tune")],
         }
-        file = self.folder / "key.json"
-        if file.exists() and json.loads(file.read_text()) != key:
-            warn(f"{self.folder}: images, weights or checkpoints have changed since; this cell starts again")
-            shutil.rmtree(self.folder)
-        write_json(file, key)
+        self.tuners, self.warn = tuners, warn
+
+    def scratch(self, makers: Iterable[Any]) -> Path:
+        """Where a training keeps what it needs to go on after a kill, on the same images, weights and code alone."""
+        made_of = {name: repr(value) for name, value in self.made_of(makers).items()}
+        return self.folder / "scratch" / sources.digest(made_of)
+
+    def made_of(self, makers: Iterable[Any]) -> dict[str, Any]:
+        """What a row depends on: images, weights, checkpoints, and the code of all rows and of these strategies and tuners."""
+        code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(makers))
+        return {**self.given, "code": code}
+
+    def fresh(self, kept: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:
+        """Whether a row that is on record is what would be made now; what has changed since is told once."""
+        if kept is None:
+            return False
+        before, now = kept.get("made_of"), self.made_of(makers)
+        if before == now:
+            return True
+        if before is None:
+            why = "rows of an earlier version"
+        else:
+            files = sources.changed(before["code"], now["code"])
+            what = [name for name in self.given if before.get(name) != now[name]]
+            more = f" and {len(files) - 5} more files" if len(files) > 5 and not what else ""
+            why = f"{', '.join(what or files[:5])}{more} changed since: rows that depend on it"
+        if why not in self.told:
+            self.told.add(why)
+            self.warn(f"{why} are made again")
+        return False
 
     def keep_shots(self, dataset: str, seed: int) -> None:
         """Write the few-shot selection: rows of each split, and the files they are where there are files."""
@@ -72,8 +110,9 @@ class Cell:
         rows = [self.row(base, "zero-shot", lambda: self.inputs.base)[1]]
         tuned, data = [], []
         for label, tuner, i in self._to_tune(tuners, joint):
-            inputs = dataclasses.replace(self.inputs, data=(self.task.data[i],))
-            model, row = self.row(label, "tuned", lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs))
+            inputs = dataclasses.replace(self.inputs, data=(self.task.data[i],), scratch=self.scratch((tuner,)))
+            make = lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs)  # noqa: E731
+            model, row = self.row(label, "tuned", make, makers=(tuner,))
             tuned.append(model)
             data.append(self.task.data[i])
             rows.append(row)
@@ -93,25 +132,31 @@ class Cell:
         kind: str,
         make: Callable[[], Model],
         *,
+        makers: Iterable[Any] = (),
         strategy: Any = None,
         main: bool = False,
         name: str | None = None,
     ) -> tuple[Model, dict[str, Any]]:
-        """A model and its scores: from the folder's files of this name if they are there, else made now and written at once."""
+        """A model and its scores: from the folder's files of this name if they are there, else made now and written at once.
+
+        `makers` are the strategies and tuners that it depends on.
+        """
         from mergekit_vl import saved
 
         name = name or slug(label)
         file = self.folder / f"{name}.json"
-        if file.exists():
+        makers = tuple(makers)
+        if self.fresh(kept := read_record(file), makers):
             found = saved.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
-            return found or make(), json.loads(file.read_text())
+            return found or make(), without_makers(kept)  # type: ignore[arg-type]
+        saved.forget(self.folder, name)
         model, seconds = self.timed(make)
         if saved.can_save(model) and _keeps(kind, model, strategy, main):
             saved.save(model, self.folder, name)
         row = {"row": label, "kind": kind, **self.scores(model)}
         row["cost"]["seconds"] = seconds
         row |= choice_of(model, kind)
-        write_json(file, row)
+        write_json(file, row | {"made_of": self.made_of(makers)})
         return model, row
 
     def timed(self, make: Callable[[], Model]) -> tuple[Model, float]:
@@ -174,6 +219,20 @@ def choice_of(model: Model, kind: str) -> dict[str, Any]:
         "learnt": values if choice.learnt else {},
         "chosen_on": choice.split,
     }
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A row as it was written, or None where it was not, or is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def without_makers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as reports tell it."""
+    return {key: value for key, value in row.items() if key != "made_of"}
 
 
 def _keeps(kind: str, model: Model, strategy: Any, main: bool) -> bool:

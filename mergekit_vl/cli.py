@@ -24,6 +24,7 @@ from mergekit_vl.terminal import (
     AllowEnv,
     Column,
     TerminalProgress,
+    alone,
     claim,
     device_of,
     ours_alone,
@@ -88,9 +89,10 @@ def run(
     plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
     experiment = build(plan)
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+    load = lambda folder: found if (found := report.load(folder)) and found.get("code") == experiment.code() else None  # noqa: E731
     show = not quiet and not as_json
-    with noted("the same command continues"), tidied(folder):
-        again = claim(folder, plan.hash, report.load, force=force)
+    with noted("the same command continues"), tidied(folder), alone(folder):
+        again = claim(folder, plan.hash, load, force=force)
         if again is not None:
             say(json.dumps(again) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
             return

@@ -10,12 +10,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import options
-from mergekit_vl.cell import Cell
+from mergekit_vl import options, sources
+from mergekit_vl.cell import WITHOUT, Cell
 from mergekit_vl.data import Progress
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.files import slug
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mergekit_vl.protocol import Task
 
 PATH_POINTS = 11
+ROOTS = (__name__, "mergekit_vl.evaluate", "mergekit_vl.features", "mergekit_vl.backbones.backbone")
+"""What every row is made by, beside the classes that the recipe names."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Experiment:
     def joint(self) -> bool:
         """Whether all datasets make one cell, a model being tuned on each and those merged."""
         return getattr(self.protocol, "joint", False)
+
+    @property
+    def makers(self) -> tuple[Any, ...]:
+        """What every row is made by: modules, and objects of the recipe."""
+        return (*ROOTS, self.backbone, *self.datasets, self.protocol)
+
+    def code(self) -> dict[str, str]:
+        """Of everything that is in the report: module -> hash."""
+        rows = [t for t in self.tuners if not isinstance(t, TunedSpec)] + [
+            s for _, s in (*self.controls, *self.strategies)
+        ]
+        return sources.closure(sources.modules_of(self.makers), WITHOUT) | sources.closure(
+            sources.modules_of(["mergekit_vl.landscape", "mergekit_vl.adapters.tuned", *rows])
+        )
 
     def check_by_task(self, label: str, strategy: Any) -> None:
         """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
@@ -155,6 +171,10 @@ class Ready:
     backbone: Backbone
     datasets: tuple[Dataset, ...]
     device: str
+    more: tuple[str, ...] = ()
+    """Modules that rows are made by beside the experiment's."""
+    told: set[str] = field(default_factory=set)
+    """Reasons that were given for making rows again."""
 
     def tasks(self, protocol: Any, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
         """(dataset, seed, task) of each cell; raises UserError where a test needs a text tower that is not there."""
@@ -186,7 +206,8 @@ class Ready:
             _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, progress, folder / "scratch"
         )
         inputs = dataclasses.replace(inputs, everywhere=everywhere)
-        return Cell(task, inputs, folder, self.experiment.registry)
+        code = (*self.experiment.makers, *self.more)
+        return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
 
     def anchors(self, cell: Cell) -> tuple[list[dict[str, Any]], MergeInputs]:
         """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
@@ -316,16 +337,22 @@ def _run_cell(
     rows, inputs = ready.anchors(cell)
     inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
     for label, control in experiment.controls:
-        rows.append(cell.row(label, "control", lambda control=control: control.merge(inputs))[1])
+        by = (*cell.tuners, control)
+        given = dataclasses.replace(inputs, scratch=cell.scratch(by))
+        make = lambda control=control, given=given: control.merge(given)  # noqa: E731
+        rows.append(cell.row(label, "control", make, makers=by)[1])
     tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
     merged: dict[str, Model] = {}
+    makers: dict[str, tuple[Any, ...]] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
-        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm)
+        makers[label] = (*makers.get(spec.of or "", cell.tuners), strategy)
+        scratch = cell.scratch(makers[label])
+        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=scratch)
         if spec.of is not None:
             model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
             given = dataclasses.replace(given, tuned=(model,), data=(data,), labels=(spec.of,))
         make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
-        merged[label], row = cell.row(label, "merged", make, strategy=strategy, main=not merged)
+        merged[label], row = cell.row(label, "merged", make, makers=makers[label], strategy=strategy, main=not merged)
         rows.append(row)
     shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
     main = next(iter(merged.values()))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_vl import sources
 from mergekit_vl.data import Progress, silent
 from mergekit_vl.errors import UserError
 from mergekit_vl.shards import Shards, default_folder
@@ -26,6 +27,9 @@ ROWS = 4096
 """Of a shard, about: as many whole blocks of the backbone as are in it, so that what goes on after a kill has the same blocks."""
 
 
+ROOTS = (__name__, "mergekit_vl.views")
+WITHOUT = ("dtypes", "loading")
+"""What makes features: this, the backbone and the source of the images, but not how weights are read, whose hash the key has."""
 Load = Callable[[int, int], Tensor]
 """The image that is row `row` of split `number`."""
 
@@ -79,7 +83,9 @@ class FeatureStore:
         return FeatureStore(None)
 
     def _shards(self, path: ImagePath, split: Split, transform: str) -> Shards:
-        key = [path.key, split.key, transform, path.backbone.preprocess, path.backbone.precision]
+        made_by = sources.modules_of((*ROOTS, path.backbone, path.backbone.image, split.source))
+        code = sources.digest(sources.closure(made_by, WITHOUT))
+        key = [path.key, split.key, transform, path.backbone.preprocess, path.backbone.precision, code]
         size = path.backbone.block * max(1, ROWS // path.backbone.block)
         return Shards(self.folder, json.dumps(key, sort_keys=True), len(split), size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from mergekit_vl.terminal import (
     AllowEnv,
     Column,
     TerminalProgress,
+    alone,
     claim,
     device_of,
     registry,
@@ -56,13 +58,13 @@ def path(
             "has several tuned models", where=f"protocol {plan.protocol.name}", mend="path is between three models"
         )
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    with noted("the same command continues"), tidied(folder):
+    with noted("the same command continues"), tidied(folder), alone(folder):
         claim(folder, plan.hash, lambda folder: None, force=False)
         with TerminalProgress(True) as progress:
             told = _measured(made, plan, folder, device_of(device), points, plane, progress)
-    base, anchor = made.base_label, made.tuned_labels[0]
-    write_text(folder / "path.html", document(f"The path of {plan.name}", section(told, base, anchor)))
-    write_json(folder / "path.json", told)
+        base, anchor = made.base_label, made.tuned_labels[0]
+        write_text(folder / "path.html", document(f"The path of {plan.name}", section(told, base, anchor)))
+        write_json(folder / "path.json", told)
     _print(told, base, anchor)
     say(f"report: {folder / 'path.html'}")
 
@@ -87,7 +89,10 @@ def _measured(
         cell.claim(ready.experiment.tuners, warn)
         cell.keep_shots(name, seed)
         _, inputs = ready.anchors(cell)
-        merged, _ = cell.row(label, "merged", lambda: strategy.merge(inputs), strategy=strategy, main=True)  # noqa: B023
+        makers = (*cell.tuners, strategy)
+        inputs = dataclasses.replace(inputs, scratch=cell.scratch(makers))
+        make = lambda inputs=inputs: strategy.merge(inputs)  # noqa: E731
+        merged, _ = cell.row(label, "merged", make, makers=makers, strategy=strategy, main=True)
         found = landscape.landscapes(inputs.base, inputs.tuned[0], merged, store)
         if not found:
             raise UserError(

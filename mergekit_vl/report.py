@@ -39,6 +39,7 @@ def write(
     report = {
         "recipe": recipe.name,
         "hash": recipe.hash,
+        "code": experiment.code(),
         "protocol": recipe.protocol.name,
         "metric": cells[0]["metric"],
         "note": cells[0]["note"],

@@ -38,6 +38,7 @@ def can_save(model: Model) -> bool:
 
 def save(model: Model, folder: Path, name: str) -> None:
     """Write `name.safetensors`, or `name.model.json` and the members as `name.0.safetensors` and so on."""
+    forget(folder, name)  # a model of another kind
     if isinstance(model, Single):
         if isinstance(model.adapter, ZeroShot):
             write_json(folder / f"{name}.model.json", {"kind": "zero_shot"})
@@ -115,6 +116,12 @@ def _checked(facts: Any) -> dict[str, Any]:
         if not all(isinstance(text, str) for text in (*names, *templates)):
             raise ValueError("classes and templates are texts")
     return facts
+
+
+def forget(folder: Path, name: str) -> None:
+    """Remove the files of a model, and first the row that says what they are."""
+    for ending in (".json", ".model.json", ".safetensors"):
+        (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:

@@ -26,7 +26,7 @@ AllowEnv = Annotated[
     ),
 ]
 ALL_CELLS = "all cells"
-MARK = ".recipe-hash"
+MARK, LOCK = ".recipe-hash", ".lock"
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """One of these is there where torch may find a GPU on Linux: NVIDIA's, AMD's, that of WSL."""
 
@@ -113,8 +113,25 @@ def _write(text: str, stream: TextIO | None) -> None:
         raise UserError(f"cannot be written: {error.strerror}", where="standard output") from None
 
 
-def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, goes_on: bool = False) -> Any:
-    """Take a folder for what `mark` stands for; what `load` finds there if it is done already, and not to be gone on with.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep every other command out of a run's folder; raises UserError at once where another process is at work in it.
+
+    Where nothing can be written there is no lock: what is there can still be told.
+    """
+    from mergekit_vl.files import made_parents
+    from mergekit_vl.locks import locked
+
+    mend = "choose another --out"
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield
+        return
+    with made_parents(folder / LOCK, mend=mend), locked(folder / LOCK, where=folder, mend=mend):
+        yield
+
+
+def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool) -> Any:
+    """Take a folder, `alone`, for what `mark` stands for; what `load` finds there if it is done already.
 
     Raises UserError for the folder of something else.
     """
@@ -125,16 +142,18 @@ def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool, 
     file = folder / MARK
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file", where=str(folder), mend="choose another --out")
-    if folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
+    if folder.is_dir() and any(path.suffix != PARTIAL and path.name != LOCK for path in folder.iterdir()):
         if not file.exists() or file.read_bytes().strip() != mark.encode():
             raise UserError(
                 "this folder belongs to another recipe, or to other settings of it",
                 where=str(folder),
                 mend="choose another --out",
             )
-        if force:
-            shutil.rmtree(folder)
-        elif not goes_on and (found := load(folder)) is not None:
+        if force:  # what says that it is done goes first, and the mark stays: a kill leaves a run that goes on
+            for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
+                if path.name not in (MARK, LOCK):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        elif (found := load(folder)) is not None:
             return found
     write_text(file, mark + "\n")
     sweep(folder)

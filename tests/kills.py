@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+os.environ["OMP_NUM_THREADS"] = "1"  # threads do not live through a fork
+
+import numpy as np  # noqa: E402
 
 MERGE = ["merge", "A.safetensors", "B.safetensors", "-o", "out", "--force", "--quiet", "--threads", "1"]
 SMALL = ["protocol.shots=1", "tuned.0.tuner.epochs=1", "controls=false", "strategy=[{name: wise_ft},{name: ensemble}]"]
@@ -28,11 +30,8 @@ COMMANDS = {
     "run": ["run", "mergetune_coop", *SMALL, "--out", "out", "--quiet"],
     "bench": ["bench", "bench_small", *SMALL, "seed=1", "--datasets", "sea_and_sky_emboss", "--out", "out", "--quiet"],
 }
-SAME = {
-    "merge": ("",),
-    "run": ("merged.safetensors", "recipe.yaml", "scores.json"),
-    "bench": ("recipe.yaml", "table.csv"),
-}
+SAME = ("merged.safetensors", "recipe.yaml", "scores.json")
+"""Of a run."""
 POINTS = ("fsync", "replace", "rename")
 """Of `os`; `exchange` of our own comes to them."""
 
@@ -91,7 +90,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def result(name: str) -> dict[str, bytes]:
     """What has to be the same each time, of the finished output."""
     own = contents(Path("out"))
-    return own if name == "merge" else {file: own[file] for file in SAME[name] if file in own}
+    if name == "bench":  # its tables hold times
+        told = {file: json.loads(own[file]) for file in own if "/records/" in file}
+        rows = {
+            file: json.dumps([row.get("digest"), row.get("score"), row.get("points")]) for file, row in told.items()
+        }
+        return {file: text.encode() for file, text in rows.items()}
+    return own if name == "merge" else {file: own[file] for file in SAME if file in own}
 
 
 def left_over(*folders: Path) -> list[str]:
@@ -118,6 +123,9 @@ def imported(name: str) -> None:
 
         from mergekit_vl import experiment, page, report  # noqa: F401
         from mergekit_vl.backbones import micro  # noqa: F401
+        from mergekit_vl.microworld import tasks
+
+        tasks.PER_CLASS = {"train": 2, "val": 1, "test": 2}
 
 
 def main() -> None:

@@ -267,20 +267,57 @@ def test_killed_anywhere_it_goes_on_and_gives_the_same(finished, registry, tmp_p
     assert scores(tmp_path / "out") == want
 
 
-def test_a_plugin_at_work_gets_new_records(finished, registry):
-    made = plan.build(parse(SMALL, name="small", where="small"), registry)
-    file = next(e.file for e in plan.lineup(made, []) if e.label == "half")
-    source = registry.find("strategies", "half").resolve()
+def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_path, monkeypatch):
     import inspect
     from pathlib import Path
 
-    path = Path(inspect.getsourcefile(source))
-    text = path.read_text()
+    from mergekit_vl import sources
+    from mergekit_vl.cell import Cell
+
+    small = SMALL | {"dataset": SMALL["dataset"][:1], "seed": 1, "controls": False}
+    given = small | {
+        "strategy": [{"name": "half", "grid": {}}, {"name": "wise_ft", "label": "again", "of": "half", "grid": {}}]
+    }
+    given["strategy"].append({"name": "slerp", "grid": {}})
+    go(given, registry, tmp_path / "out")
+    before = {row: record["digest"] for row, record in records(tmp_path / "out").items()}
+    path = Path(inspect.getsourcefile(registry.find("strategies", "half").resolve()))
+    text, made, told = path.read_text(), [], []
+    own = Cell.timed
+    monkeypatch.setattr(Cell, "timed", lambda self, make: made.append(make) or own(self, make))
+    asked = plan.build(parse(given, name="small", where="small"), registry)
+    old = asked.hash
     try:
         path.write_text(text + "\n# another version\n")
-        assert next(e.file for e in plan.lineup(made, []) if e.label == "half") != file
+        sources._source.cache_clear()
+        assert asked.hash != old
+        store = NoForward(tmp_path / "cache")
+        run.run(asked, tmp_path / "out", device="cpu", store=store, progress=lambda *a: None, warn=told.append)
     finally:
         path.write_text(text)
+        sources._source.cache_clear()
+    assert told == ["mergekit_vl_plugin_mine.py changed since: rows that depend on it are made again"]
+    assert len(made) == 4  # half; again, with the half that it is made of; the path by way of half
+    assert {row: record["digest"] for row, record in records(tmp_path / "out").items()} == before
+
+
+def test_a_bench_that_is_killed_before_its_path_draws_it(registry, tmp_path, monkeypatch):
+    from mergekit_vl import landscape
+
+    class Kill(BaseException):
+        pass
+
+    def kill(*arguments):
+        raise Kill
+
+    given = SMALL | {"dataset": SMALL["dataset"][:1], "seed": 1, "strategy": [{"name": "slerp", "grid": {}}]}
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(landscape, "landscapes", kill)
+        go(given, registry, tmp_path / "out")
+    assert {"zero-shot", "coop", "slerp"} <= set(records(tmp_path / "out"))
+    made = go(given, registry, tmp_path / "out")
+    assert made["path"]["row"] == "slerp" and made["path"]["points"]
+    assert "The path" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_shots_are_a_table_each(registry, tmp_path):

@@ -19,3 +19,10 @@ def kills(*arguments):
 def test_a_merge_that_replaces_another(renames, tmp_path):
     told = kills("merge", tmp_path, *renames)
     assert told["killed"] == told["tried"] >= 5 and not told["wrong"]
+
+
+@pytest.mark.parametrize("name", ["run", "bench"])
+def test_a_recipe_and_a_bench(name, tmp_path):
+    """At three of their points; `kills.py` goes through all of them by hand."""
+    told = kills(name, tmp_path, "--every", 25)
+    assert told["killed"] == told["tried"] >= 3 and not told["wrong"]

@@ -18,6 +18,7 @@ LAYERS = (
         "reproducible",
         "interrupts",
         "printable",
+        "sources",
     ),
     ("choices",),
     (

@@ -16,6 +16,7 @@ from mergekit_vl.terminal import (
     AllowEnv,
     Column,
     TerminalProgress,
+    alone,
     claim,
     device_of,
     registry,
@@ -78,7 +79,7 @@ def bench(
     if dry_run:
         return
     load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
-    with noted("the same command continues"), tidied(folder):
+    with noted("the same command continues"), tidied(folder), alone(folder):
         done = claim(folder, plan.place, load, force=force)
         again = done is None or words.failed(done)
         if again:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import landscape, search
 from mergekit_vl.bench.plan import BEST, Entry
-from mergekit_vl.cell import choice_of
+from mergekit_vl.cell import choice_of, read_record
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.files import slug, write_json
 from mergekit_vl.memory import Peak
@@ -59,8 +57,6 @@ class Contest:
         for number, entry in enumerate(entries):
             self.bench.progress(number, len(entries), f"{self.key.name}: rows")
             self._record(entry, self._made(entry))
-        shutil.rmtree(self.cell.folder / "scratch", ignore_errors=True)
-        self._path()
 
     @cached_property
     def anchors(self) -> tuple[list[Record], MergeInputs]:
@@ -84,7 +80,8 @@ class Contest:
         name = entry.spec.name if entry.spec is not None else None
         told = {"row": entry.label, "kind": entry.kind, "strategy": name, **record}
         told = hide(told, self.bench.plan.recipe.environment)
-        write_json(self.cell.folder / "records" / entry.file, told)
+        told["made_of"] = self.cell.made_of(self.bench.makers(entry))
+        write_json(self.bench.record(self.key, entry), told)
 
     def _made(self, entry: Entry) -> Record:
         try:
@@ -184,10 +181,16 @@ class Contest:
         """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
         name = f"{slug(spec.label)}-{_digest(strategy)}"
         given = self._given(cell, spec, inputs)
-        given = dataclasses.replace(given, scratch=cell.folder / "scratch" / name, batch_norm=spec.batch_norm)
+        makers = (*cell.tuners, *self._parents(spec), strategy)
+        given = dataclasses.replace(given, scratch=cell.scratch(makers) / name, batch_norm=spec.batch_norm)
         if trains(strategy):
             model, row = cell.row(
-                spec.label, "merged", lambda: strategy.merge(given), strategy=strategy, name=f"models/{name}"
+                spec.label,
+                "merged",
+                lambda: strategy.merge(given),
+                makers=makers,
+                strategy=strategy,
+                name=f"models/{name}",
             )
         else:
             model, seconds = cell.timed(lambda: strategy.merge(given))
@@ -197,6 +200,10 @@ class Contest:
             if scores["nll"] != scores["nll"]:
                 raise Failed(f"its answers on {test} are not finite", where=spec.label)
         return model, row
+
+    def _parents(self, spec: Spec) -> tuple[Any, ...]:
+        """The classes of the strategies that a row is made of."""
+        return next((entry.of for entry in self.bench.entries if entry.spec is spec), ())
 
     def _given(self, cell: Cell, spec: Spec, inputs: MergeInputs) -> MergeInputs:
         """The inputs of a strategy: all tuned models, or the one that it is `of`."""
@@ -213,8 +220,7 @@ class Contest:
     def _choice(self, entry: Entry) -> Any:
         """The strategy of another row with the options that were chosen for it."""
         if entry.label not in self.chosen:
-            file = self.cell.folder / "records" / entry.file
-            record = json.loads(file.read_text()) if file.exists() else {"status": "failed", "reason": "not made"}
+            record = read_record(self.bench.record(self.key, entry)) or {"status": "failed", "reason": "not made"}
             if record["status"] != "done":
                 raise Failed(f"{entry.label}, which it is made of, was not: {record['reason']}")
             assert entry.spec is not None
@@ -244,24 +250,32 @@ class Contest:
         kept |= {key: row[key] for key in ("chosen", "learnt", "chosen_on") if key in row}
         return {"status": "done", **kept, "options": dict(options), "cost": cost}
 
-    def _path(self) -> None:
-        """Loss and accuracy between zero-shot, the first MergeTune (else what trains, else the first row) and the tuned model; of towers in the first cell alone."""
-        merged = [
-            e
-            for e, r in zip(self.bench.entries, self.bench.records(self.key))
-            if e.kind == "merged" and r and r["status"] == "done"
-        ]
+    def path(self) -> None:
+        """Draw the path of the cell, and write it down, unless it is on record.
+
+        It is loss and accuracy between zero-shot, the first MergeTune (else what trains, else the first row) and the tuned model; of
+        towers in the first cell alone.
+        """
+        records = zip(self.bench.entries, self.bench.records(self.key))
+        merged = [e for e, r in records if e.kind == "merged" and r and r["status"] == "done"]
         entry = min(merged, key=lambda e: (e.cls is not MergeTune, not trains(e.cls)), default=None)
+        if entry is None or entry.spec is None:
+            return
+        file = self.bench.path_record(self.key, entry)
+        makers = ("mergekit_vl.landscape", *self.bench.makers(entry))
+        if not self.cell.fresh(read_record(file), makers):
+            self.bench.progress(0, 0, f"{self.key.name}: path")
+            write_json(file, {"row": entry.label, **self._path(entry), "made_of": self.cell.made_of(makers)})
+
+    def _path(self, entry: Entry) -> Record:
+        """The path by way of a row; without points where there is none."""
+        nothing: Record = {"points": [], "barriers": [], "plane": None}
         inputs = self.anchors[1]
-        if entry is None or entry.spec is None or len(inputs.tuned) != 1:
-            return
-        file = self.cell.folder / "records" / f"path-{entry.file}"
         towers = getattr(getattr(inputs.tuned[0], "adapter", None), "space", "") == "tower"
-        if file.exists() or (towers and self.key != self.bench.keys()[0]):
-            return
-        self.bench.progress(0, 0, f"{self.key.name}: path")
+        if len(inputs.tuned) != 1 or (towers and self.key != self.bench.keys()[0]):
+            return nothing
         try:
-            model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)
+            model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)  # type: ignore[arg-type]
             found = landscape.landscapes(inputs.base, inputs.tuned[0], model, inputs.features)
             points = [
                 point
@@ -272,8 +286,8 @@ class Contest:
             ]
             plane = landscape.plane(found[0], self.cell.task.tests, PLANE_POINTS) if found and not towers else None
         except UserError:
-            return
-        write_json(file, {"row": entry.label, "points": points, "barriers": landscape.barriers(points), "plane": plane})
+            return nothing
+        return {"points": points, "barriers": landscape.barriers(points), "plane": plane}
 
 
 def _digest(strategy: Any) -> str:

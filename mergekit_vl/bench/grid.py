@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import search
 from mergekit_vl.bench.plan import Entry, Plan, lineup
+from mergekit_vl.cell import read_record
 from mergekit_vl.data import Progress
 from mergekit_vl.experiment import Ready, has_novel_classes, load_datasets
 from mergekit_vl.files import slug, write_json
@@ -129,5 +130,21 @@ class Bench:
 
     def records(self, key: Key) -> list[Record | None]:
         """What is on record of the cell's rows, in the order of `entries`."""
-        files = [self.folder(key) / "records" / entry.file for entry in self.entries]
-        return [json.loads(file.read_text()) if file.exists() else None for file in files]
+        return [read_record(self.record(key, entry)) for entry in self.entries]
+
+    def record(self, key: Key, entry: Entry) -> Path:
+        """The file of a row."""
+        return self.folder(key) / "records" / entry.file
+
+    def path_record(self, key: Key, entry: Entry) -> Path:
+        """The file of the path by way of a row."""
+        return self.folder(key) / "records" / f"path-{entry.file}"
+
+    def makers(self, entry: Entry) -> tuple[Any, ...]:
+        """The tuners and strategies that a row depends on."""
+        return (*self.ready.experiment.tuners, *entry.makers)
+
+    def missing(self, key: Key, cell: Cell) -> list[Entry]:
+        """The rows of a cell that are not on record, failed, or would come out otherwise now."""
+        found = zip(self.entries, self.records(key))
+        return [e for e, r in found if not r or r["status"] == "failed" or not cell.fresh(r, self.makers(e))]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from mergekit_vl import __version__, options
+from mergekit_vl import __version__, options, sources
+from mergekit_vl.cell import WITHOUT
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiment import Experiment
 from mergekit_vl.experiment import build as build_experiment
@@ -29,10 +28,8 @@ CONTINUED = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 BEST = "best single model"
 
 
-def _source(cls: Any) -> str:
-    """Of a strategy's file: a plugin at work on its own gets new records, not those of what it was before."""
-    file = inspect.getsourcefile(cls) if isinstance(cls, type) else None
-    return _hash(Path(file).read_text(encoding="utf-8")) if file else ""
+ROOTS = ("mergekit_vl.bench.contest", "mergekit_vl.bench.grid")
+"""What every row is made by, beside what makes those of a run."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,13 @@ class Plan:
     @property
     def hash(self) -> str:
         """Of the whole request."""
-        return _hash([self.recipe.values, self.shots, [_source(cls) for _, cls in self.strategies], __version__])
+        return _hash([self.recipe.values, self.shots, self._code(), __version__])
+
+    def _code(self) -> dict[str, str]:
+        """Of everything that is in the report: module -> hash."""
+        made = sources.modules_of([*ROOTS, *self.experiment.makers])
+        rows = [MergeTune, Linear, UniformSoup, *(cls for _, cls in self.strategies if isinstance(cls, type))]
+        return self.experiment.code() | sources.closure(made, WITHOUT) | sources.closure(sources.modules_of(rows))
 
     def cells(self) -> int:
         return len(self.recipe.seeds) * len(self.shots) * (1 if self.experiment.joint else len(self.recipe.datasets))
@@ -196,6 +199,12 @@ class Entry:
     """Of a strategy, the always-there ones included."""
     cls: Any = None
     """Its class, or the UserError of one that cannot be used."""
+    of: tuple[Any, ...] = ()
+    """The classes of the strategies that it is made of."""
+
+    @property
+    def makers(self) -> tuple[Any, ...]:
+        return tuple(cls for cls in (*self.of, self.cls) if isinstance(cls, type))
 
     @property
     def file(self) -> str:
@@ -210,6 +219,7 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
         tuned = [f"{label} on {name}" for label in tuned for name in dataset_names]
     entries = [Entry(made.base_label, "zero-shot"), *(Entry(label, "tuned") for label in tuned)]
     by_label = {spec.label: spec for spec, _ in plan.strategies}
+    classes = {spec.label: cls for spec, cls in plan.strategies}
     if plan.recipe.controls:
         for i, label in enumerate(tuned):
             tuner = made.tuners[i // (len(tuned) // len(made.tuners))]
@@ -222,16 +232,17 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
     entries.append(Entry("average", "control", (average,), spec, cls))
     entries = [entry for entry in entries if entry.kind in ("zero-shot", "tuned") or entry.label not in by_label]
     for spec, cls in plan.strategies:
-        chain, parent = [], spec
+        chain, parent, parents = [], spec, []
         while True:
             chain.append(_plain(parent))
             if parent.of not in by_label:
                 break
             parent = by_label[parent.of]
+            parents.append(classes[parent.label])
         grid = configurations(cls, spec, len(tuned), plan.search) if isinstance(cls, type) else []
         tried = [given for given, _ in grid]
-        definition = (chain, tried, how, plan.retunes(), _source(cls))
-        entries.append(Entry(spec.label, "merged", definition, spec, cls))
+        definition = (chain, tried, how, plan.retunes())
+        entries.append(Entry(spec.label, "merged", definition, spec, cls, tuple(parents)))
     return entries
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl import choices, landscape
 from mergekit_vl.bench.table import chosen, done, left_out, selection_split, table
 from mergekit_vl.bench.words import lead, reasons, span
+from mergekit_vl.cell import read_record, without_makers
 from mergekit_vl.files import write_json, write_text
 from mergekit_vl.printable import in_markdown
 
@@ -77,7 +78,8 @@ def load(out: Path) -> dict[str, Any] | None:
 
 def _cell(bench: Bench, key: Key) -> dict[str, Any]:
     facts = json.loads((bench.folder(key) / "facts.json").read_text())
-    return {**facts, "shots": key.shots, "name": key.name, "rows": bench.records(key)}
+    rows = [row and without_makers(row) for row in bench.records(key)]
+    return {**facts, "shots": key.shots, "name": key.name, "rows": rows}
 
 
 def repeat(bench: Bench, entry: Entry, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -124,16 +126,16 @@ def path(bench: Bench, keys: Sequence[Key]) -> dict[str, Any] | None:
     found: dict[str, list[tuple[Key, dict[str, Any]]]] = {}
     for key in keys:
         for entry in bench.entries:
-            file = bench.folder(key) / "records" / f"path-{entry.file}"
-            if file.exists():
-                found.setdefault(entry.label, []).append((key, json.loads(file.read_text())))
+            told = read_record(bench.path_record(key, entry))
+            if told and told["points"]:
+                found.setdefault(entry.label, []).append((key, told))
     if not found:
         return None
-    row, told = max(found.items(), key=lambda item: len(item[1]))
-    first = told[0][1]
-    told = [(key, each) for key, each in told if len(each["points"]) == len(first["points"])]
-    mean = landscape.averaged([each for _, each in told])
-    return {"row": row, "cells": len(told), **mean, "plane": first["plane"], "plane_of": told[0][0].name}
+    row, cells = max(found.items(), key=lambda item: len(item[1]))
+    first = cells[0][1]
+    cells = [(key, each) for key, each in cells if len(each["points"]) == len(first["points"])]
+    mean = landscape.averaged([each for _, each in cells])
+    return {"row": row, "cells": len(cells), **mean, "plane": first["plane"], "plane_of": cells[0][0].name}
 
 
 COLUMNS = ("dataset", "seed", "shots", "row", "strategy", "status", "score")

@@ -7,6 +7,8 @@ costs itself alone.
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl.bench import report
 from mergekit_vl.bench.contest import Contest
 from mergekit_vl.bench.grid import Bench, Key
-from mergekit_vl.bench.plan import Plan
+from mergekit_vl.bench.plan import ROOTS, Plan
 from mergekit_vl.data import Progress
 from mergekit_vl.experiment import prepare
 from mergekit_vl.files import write_json
@@ -35,15 +37,16 @@ def serial(work: Callable[[Key], None], keys: Sequence[Key]) -> Iterator[Key]:
 
 
 def work(bench: Bench, key: Key) -> None:
-    """Make the rows of a cell that are not on record, or failed."""
+    """Make the rows of a cell that are not on record, failed or would come out otherwise now; then its path."""
     bench.store.memory.clear()  # what cells share is on disk
     cell = bench.cell(bench.tasks[key], key.seed, bench.folder(key))
     cell.claim(bench.ready.experiment.tuners, bench.warn)
-    missing = [e for e, found in zip(bench.entries, bench.records(key)) if not found or found["status"] == "failed"]
+    missing, contest = bench.missing(key, cell), Contest(bench, key, cell)
     if missing:
         cell.keep_shots(key.dataset, key.seed)
         write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))
-        Contest(bench, key, cell).make(missing)
+        contest.make(missing)
+    contest.path()
 
 
 def run(
@@ -59,7 +62,7 @@ def run(
 ) -> dict[str, Any]:
     """Run every cell that is not done into `out` and return the report as plain data (also written there)."""
     began = time.time()
-    ready = prepare(plan.experiment, device=device, progress=progress, warn=warn)
+    ready = dataclasses.replace(prepare(plan.experiment, device=device, progress=progress, warn=warn), more=ROOTS)
     bench = Bench(plan, ready, out, store, progress, warn)
     keys = bench.keys()
     progress(0, len(keys), "all cells")
@@ -69,5 +72,7 @@ def run(
             tell(
                 f"the first cell ({key.name}) took {seconds:.0f} s: about {seconds * (len(keys) - 1) / 60:.0f} min more"
             )
+    for scratch in list(out.rglob("scratch")):
+        shutil.rmtree(scratch, ignore_errors=True)
     progress(0, 0, "writing the report")
     return report.write(bench, keys, seconds=time.time() - began)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -383,9 +386,20 @@ def _call(words: list[str]) -> None:
             raise Failed(told(error), where=f"plugin {plugin}") from error
 
 
+def _readable(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that prints nothing but its JSON where that is asked for."""
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        with ours_alone() if given.get("as_json") else contextlib.nullcontext():
+            command(**given)
+
+    return call
+
+
 for _command in app.registered_commands:
     assert _command.callback is not None
-    _command.callback = ours_alone()(_command.callback)
+    _command.callback = _readable(_command.callback)
 OURS = tuple(plugins.command_name(_command) for _command in app.registered_commands)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +15,9 @@ from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import RECIPES, ask, closed_form
+from mergekit_vl.plugin_calls import is_plugins
 from mergekit_vl.reading import user_path
-from mergekit_vl.terminal import counting, device_of, say, warn
+from mergekit_vl.terminal import counting, device_of, ours_alone, say, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_plan import Opened
@@ -76,7 +78,7 @@ def merge(
     tell = (lambda text: None) if quiet else say
     for note in asked.notes:
         tell(note)
-    with noted("nothing was written"), counting(not quiet) as progress:
+    with noted("nothing was written"), counting(not quiet) as progress, _quiet(asked.plan.method):
         metadata = streaming.merge(
             asked.plan,
             out,
@@ -103,7 +105,8 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     plain = not any(word.endswith(RECIPES) for word in words)
     asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None), rebasin=rebasin)
     say(*asked.notes)
-    opened = open_plan(asked.plan)
+    with _quiet(asked.plan.method):
+        opened = open_plan(asked.plan)
     for role, c in [("base", opened.base), *(("model", c) for c in opened.tuned)]:
         if c is not None:
             codes = "+".join(sorted({t.code for t in c.tensors.values()}))
@@ -120,6 +123,11 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     if needed > free:
         raise UserError(f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", mend="make room")
     say("ok        the models can be merged")
+
+
+def _quiet(method: Any) -> AbstractContextManager[Any]:
+    """What a plugin's method prints does not mix with our output."""
+    return ours_alone() if is_plugins(method) else nullcontext()
 
 
 def estimates(opened: Opened) -> list[str]:

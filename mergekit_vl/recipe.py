@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.reading import read_text, user_path
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from mergekit_vl.plugins import Registry
 
 KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
@@ -143,20 +144,21 @@ def load_recipe(
     ) in DEFAULTS.items():  # before the overrides: protocol.shots=4 finds the protocol of a recipe without one
         config.setdefault(key, copy.deepcopy(value))
     environment = {name: os.environ.get(name) for name in allow_env}
+    config = _config(config, where=where)
 
     def made(words: Sequence[str]) -> Recipe:
-        plain = copy.deepcopy(config)
+        changed = copy.deepcopy(config)
         for word in words:
             key, equals, value = word.partition("=")
             if not equals or not key:
                 raise UserError(
                     f"{word!r} is not an override", where=TYPED, mend="write key=value, for instance seed=2"
                 )
-            _apply(plain, word, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
+            _apply(changed, word, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
             if key == "backbone.arch" and value.startswith(OWN_WEIGHTS):  # the recipe's tag is another architecture's
                 if not any(other.startswith("backbone.pretrained=") for other in words):
-                    plain["backbone"].pop("pretrained", None)
-        recipe = parse(plain, name=path.stem, where=where, environment=environment)
+                    changed["backbone"].pop("pretrained", None)
+        recipe = parse(_plain(changed), name=path.stem, where=where, environment=environment)
         check(recipe)
         return recipe
 
@@ -191,44 +193,46 @@ def _guilty(made: Callable[[Sequence[str]], Recipe], words: Sequence[str], what:
 
 def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
     """Apply `word`, that is key=value, to plain options as `run` applies it to a recipe, but for mappings: they replace the old ones."""
-    _apply(chosen, word, key, value, merge=False, mend="")
-    references.check_none(chosen, where=TYPED)
+    config = _config(chosen, where=TYPED)
+    _apply(config, word, key, value, merge=False, mend="")
+    applied = _plain(config)
+    references.check_none(applied, where=TYPED)
+    chosen.clear()
+    chosen.update(applied)
 
 
-def _apply(config: dict[str, Any], word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
+def _config(plain: dict[str, Any], *, where: str) -> DictConfig:
+    """Plain data as OmegaConf holds them, references unresolved (`references.py` resolves them); raises UserError for broken ones."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    references.check_form(plain, where=where)
+    try:
+        return OmegaConf.create(plain)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0], where=where, mend="write ${key} or ${oc.env:NAME}") from None
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+
+
+def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         new = yaml_text.parse(f"v: {value}", where="")["v"]
+        references.check_form(new, where="")
         whole = isinstance(new, dict) and "name" in new  # another thing by name brings all of its options
-        _put(config, [part.replace("\\", "") for part in KEY.findall(key)], new, merge=merge and not whole)
+        OmegaConf.update(config, key, new, merge=merge and not whole, force_add=True)
     except UserError as error:
         raise UserError(f"{word!r} cannot be applied: {error.what}", where=TYPED, mend=mend) from None
-    except (IndexError, ValueError) as error:
-        raise UserError(f"{word!r} cannot be applied: {error}", where=TYPED, mend=mend) from None
-
-
-KEY = re.compile(r"(?:\\.|[^.\[\]\\])+")
-"""A part of a key: a.b, a[b], and a\\.b for one that holds a dot."""
-
-
-def _put(tree: Any, path: Sequence[str], new: Any, *, merge: bool) -> None:
-    """Put a value at a path into mappings and lists; mappings come into being on the way, items of lists do not."""
-    if not path:
-        raise ValueError("no key")
-    for step in path[:-1]:
-        at: Any = int(step) if isinstance(tree, list) else step
-        below = tree[at] if isinstance(tree, list) else tree.get(at)
-        if not isinstance(below, dict | list):
-            below = tree[at] = {}
-        tree = below
-    last: Any = int(path[-1]) if isinstance(tree, list) else path[-1]
-    old = tree[last] if isinstance(tree, list) else tree.get(last)
-    tree[last] = _merged(old, new) if merge else new
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return new
-    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError, RecursionError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{word!r} cannot be applied: {what}", where=TYPED, mend=mend) from None
 
 
 def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:

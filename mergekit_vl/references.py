@@ -29,6 +29,7 @@ Place = tuple[str | int, ...]
 
 def expand(tree: Any, *, where: str) -> Any:
     """A copy with the recipe's own values in place of `${key}`; `${oc.env:NAME}` stays. Raises UserError for any other `${`."""
+    check_form(tree, where=where)
     return _Expansion(tree, where).of(tree, (), ())
 
 
@@ -67,6 +68,19 @@ def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
     return out
 
 
+def check_form(tree: Any, *, where: str, at: Place = ()) -> None:
+    """Raise UserError for a `${` without its `}`, for one within another, and for one of nothing."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            check_form(value, where=where, at=(*at, key))
+    elif isinstance(tree, str) and "${" in tree:
+        here = f"{where}: {_told(at)}" if at else where
+        if "${" in REFERENCE.sub("", tree):
+            raise UserError(f"`${{` without its `}}` in {tree!r}", where=here, mend="write ${key} or ${oc.env:NAME}")
+        if not all(inner.strip() for inner in REFERENCE.findall(tree)):
+            raise UserError(f"{tree!r} refers to nothing", where=here, mend="write ${key} or ${oc.env:NAME}")
+
+
 def check_none(tree: Any, *, where: str) -> None:
     """Raise UserError for a `${`: it is read in recipes alone."""
     waiting = [tree]
@@ -93,8 +107,6 @@ class _Expansion:
             return [self.of(each, (*at, i), through) for i, each in enumerate(value)]
         if not isinstance(value, str):
             return value
-        if "${" in REFERENCE.sub("", value):
-            raise self._refused(at, f"`${{` without its `}}` in {value!r}", "write ${key} or ${oc.env:NAME}")
         parts: list[Any] = []
         end = 0
         for found in REFERENCE.finditer(value):

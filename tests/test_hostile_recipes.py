@@ -1,7 +1,6 @@
 """Recipes from strangers: YAML that costs or is none, `${...}`, the environment's secrets, and whose fault an error is."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def test_references_within_a_recipe():
         ("${a", "without its `}`"),
         ("${a${b}}", "without its `}`"),
         ("${" * 20_000, "without its `}`"),
-        ("${}", "holds this very text"),
+        ("${}", "refers to nothing"),
         ("${nowhere}", "is no value of the recipe"),
         ("${dataset.path.0}", "is no value of the recipe"),
         ("${strategy.7.name}", "is no value of the recipe"),
@@ -297,4 +296,3 @@ def test_options_of_eval_hold_no_references(monkeypatch, capsys):
     words = ("eval", "micro", "--dataset", "folder", "path=${oc.env:SECRET}")
     code, _, err = call(monkeypatch, capsys, *words)
     assert code == 2 and "is read in recipes alone" in err and SECRET not in err
-    assert "omegaconf" not in sys.modules

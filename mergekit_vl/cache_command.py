@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,8 @@ def cache(
 
     if older_than is not None and not clear:
         raise UserError("--older-than goes with --clear", where="command line", mend="add --clear")
+    if older_than is not None and not math.isfinite(older_than):
+        raise UserError(f"--older-than {older_than}", where="command line", mend="a number of days")
     folder = default_folder()
     files, old = sorted(folder.glob(f"??/*{ENDING}")), sorted(folder.glob("??/*.safetensors"))
     if not clear:

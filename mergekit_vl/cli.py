@@ -207,7 +207,7 @@ def eval_(
 @app.command()
 def predict(
     model: use_commands.ModelArgument,
-    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    images: Annotated[list[str], typer.Argument(help="image files, or folders of them")],
     classes: Annotated[str | None, typer.Option(help="dog,cat,... or a file of lines; default the run's own")] = None,
     top: Annotated[int, typer.Option(min=1, help="answers an image")] = 3,
     max_megapixels: Annotated[
@@ -287,9 +287,9 @@ def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> No
 
 
 @app.command("list")
-def list_(kind: Annotated[str, typer.Argument(help=" | ".join(SHOWN))] = "") -> None:
+def list_(kind: Annotated[str | None, typer.Argument(help=" | ".join(SHOWN))] = None) -> None:
     """What there is: strategies, backbones, adapters, tuners, datasets, protocols, recipes, plugins."""
-    if kind and kind not in SHOWN:
+    if kind is not None and kind not in SHOWN:
         raise unknown("kind", kind, SHOWN)
     for each in [kind] if kind else SHOWN:
         if not kind:

@@ -17,11 +17,13 @@ from mergekit_vl.interrupts import noted
 from mergekit_vl.merge_words import RECIPES, ask, closed_form
 from mergekit_vl.plugin_calls import is_plugins
 from mergekit_vl.reading import user_path
+from mergekit_vl.recipe import MOST_SEED
 from mergekit_vl.terminal import counting, device_of, ours_alone, say, warn
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_plan import Opened
 
+MOST_THREADS = 1024
 SVD_SECONDS = 5e-10
 """One core's time for the SVD of an m x n matrix, divided by m n min(m, n): 0.4 to 0.55 ns on an AMD EPYC, float64."""
 
@@ -34,7 +36,7 @@ Words = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="the model that the others were tuned from")]
 StrategyName = Annotated[str | None, typer.Option(help="see mergekit-vl list strategies")]
-Seed = Annotated[int | None, typer.Option(help="of random draws (DARE, DELLA)")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="of random draws (DARE, DELLA)")]
 DType = Annotated[
     str | None,
     typer.Option(
@@ -47,7 +49,7 @@ Keep = Annotated[
 Rebasin = Annotated[
     bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="default: one per core")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="default: one per core")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where SVDs are taken; everything else is the CPU's")]
 MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
 
@@ -103,7 +105,7 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     from mergekit_vl.merge_plan import open_plan
 
     plain = not any(word.endswith(RECIPES) for word in words)
-    asked = ask(words, base=base, strategy=strategy or ("linear" if plain else None), rebasin=rebasin)
+    asked = ask(words, base=base, strategy="linear" if strategy is None and plain else strategy, rebasin=rebasin)
     say(*asked.notes)
     with _quiet(asked.plan.method):
         opened = open_plan(asked.plan)
@@ -179,7 +181,9 @@ def verify(
 
     restore(folder)
     metadata, merged = read_metadata(folder)
-    moved = dict(word.split("=", 1) for word in where or [] if "=" in word)
+    if wrong := [word for word in where or [] if "=" not in word]:
+        raise UserError(f"{wrong[0]!r} is no LABEL=PATH", where="command line", mend="write A=moved/A.safetensors")
+    moved = dict(word.split("=", 1) for word in where or [])
     cls = closed_form(metadata["strategy"], where=str(folder))
     models = [m for m in (metadata["base"], *metadata["models"]) if m]
     for label in moved:
@@ -223,7 +227,7 @@ def size_in_bytes(text: str | None, what: str) -> int | None:
     unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(number[-1:], 0)
     try:
         size = int(float(number[:-1] if unit else number) * 2**unit)
-    except ValueError:
+    except (ValueError, OverflowError):  # infinity is a number to float
         size = 0
     if size <= 0:
         raise UserError(f"{what} {text}", where="command line", mend="write 500M or 2G")

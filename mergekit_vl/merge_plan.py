@@ -94,7 +94,7 @@ def open_plan(plan: MergePlan) -> Opened:
         )
         for name in floats
     )
-    code = float_code(plan.dtype) if plan.dtype else None
+    code = float_code(plan.dtype) if plan.dtype is not None else None
     slots = tuple(
         Slot(name, code if code and stored.code in FLOATS else stored.code, stored.shape)
         for name, stored in reference.tensors.items()

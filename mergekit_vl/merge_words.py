@@ -70,10 +70,10 @@ def ask(
         section, notes = read_recipe(where)
     given = section.get("strategy") or {}
     given = {"name": given} if isinstance(given, str) else given
-    name = strategy or given.get("name")
+    name = strategy if strategy is not None else given.get("name")
     if not isinstance(name, str):
         raise UserError("which strategy?", where=where, mend="give --strategy linear, for instance")
-    named = _name_models(section["models"], base or section.get("base"), where=where)
+    named = _name_models(section["models"], base if base is not None else section.get("base"), where=where)
     cls = closed_form(name, where=where)
     chosen = {key: value for key, value in given.items() if key != "name"}
     if chosen and given.get("name") != name:
@@ -84,6 +84,8 @@ def ask(
         chosen = {}
     method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
     keep = keep or section.get("keep") or ()
+    if "" in keep:
+        raise UserError("--keep '' is part of every name", where=where, mend="give a part of the names to be kept")
     plan = MergePlan(
         name,
         method,
@@ -92,7 +94,7 @@ def ask(
         named.labels,
         "".join(named.base_label),
         seed if seed is not None else section.get("seed", 0),
-        dtype or section.get("dtype"),
+        dtype if dtype is not None else section.get("dtype"),
         (keep,) if isinstance(keep, str) else tuple(keep),
         rebasin or section.get("rebasin", False),
         _device(method, device),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mergekit_vl.plugins import Registry
 
 KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
+MOST_SEED = 2**32 - 1
+"""Every generator takes one as large, and those that are derived from it."""
 OF_STRATEGY = ("of", "grid", "batch_norm")
 """Keys that any strategy may have beside its own options."""
 TYPED = "command line"
@@ -325,8 +327,9 @@ def parse(
             else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner"))
         )
     seeds = plain["seed"] if isinstance(plain["seed"], list) else [plain["seed"]]
-    if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
-        raise UserError(f"seed={plain['seed']!r}", where=where, mend="a whole number from 0, or a list of them")
+    if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or not 0 <= s <= MOST_SEED for s in seeds):
+        mend = f"a whole number from 0 to {MOST_SEED}, or a list of them"
+        raise UserError(f"seed={plain['seed']!r}", where=where, mend=mend)
     if not isinstance(plain["controls"], bool):
         raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
     given_strategies = plain["strategy"] if isinstance(plain["strategy"], list) else [plain["strategy"]]

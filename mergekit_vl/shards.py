@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from mergekit_vl.errors import UserError
 from mergekit_vl.files import write_bytes
 
 ENDING = ".features"
@@ -25,7 +26,12 @@ def default_folder() -> Path:
     """`$MERGEKIT_VL_CACHE`, or mergekit_vl in the user's cache folder."""
     if found := os.environ.get("MERGEKIT_VL_CACHE"):
         return Path(found)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_vl"
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found) / "mergekit_vl"
+    try:
+        return Path.home() / ".cache" / "mergekit_vl"
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users
+        raise UserError("there is no home folder for stored features", mend="set MERGEKIT_VL_CACHE") from None
 
 
 @dataclass(frozen=True)

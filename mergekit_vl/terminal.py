@@ -178,8 +178,11 @@ def tidied(folder: Path) -> Iterator[None]:
 
 def check_device(name: str) -> None:
     """Raise UserError for what is no device's name; whether it is there is not asked."""
-    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+    kind, colon, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda"):
         raise unknown("device", name, ("auto", "cpu", "cuda"))
+    if colon and not (kind == "cuda" and number.isascii() and number.isdigit()):
+        raise UserError(f"device {name!r}", where="command line", mend="write auto, cpu, cuda or cuda:0")
 
 
 def device_of(name: str) -> str:

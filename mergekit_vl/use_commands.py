@@ -91,7 +91,7 @@ def _dataset(used: Used, name: str | None, words: Sequence[str], registry: Regis
 
 def predict_images(
     given: str,
-    images: Sequence[Path],
+    images: Sequence[str],
     registry: Registry,
     *,
     classes: str | None,
@@ -153,13 +153,15 @@ def _classes(used: Used, given: str | None) -> Classes:
     return Classes(tuple(names), used.classes.templates if used.classes else Classes.templates)
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def _files(given: Sequence[str]) -> list[Path]:
     from mergekit_vl.datasets.folder import readable_suffixes
 
     kinds = readable_suffixes()
     files: list[Path] = []
-    for path in given:
-        path = user_path(str(path))
+    for name in given:
+        if not name:  # which Path reads as this folder
+            raise UserError("'' is no image", where="command line", mend="give image files or folders of them")
+        path = user_path(name)
         if path.is_dir():
             files += _below(path, kinds)
         elif path.exists():
@@ -167,7 +169,7 @@ def _files(given: Sequence[Path]) -> list[Path]:
         else:
             raise UserError("no such image", where=str(path), mend="give image files or folders of them")
     if not files:
-        raise UserError("no images", where=", ".join(map(str, given)), mend="give image files or folders of them")
+        raise UserError("no images", where=", ".join(given), mend="give image files or folders of them")
     return files
 
 

@@ -17,6 +17,7 @@ from mergekit_vl.terminal import (
     Column,
     TerminalProgress,
     alone,
+    check_device,
     claim,
     device_of,
     registry,
@@ -39,13 +40,14 @@ def bench(
     recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")] = SMALL,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
     strategies: Annotated[
-        str, typer.Option(help="all, or names or labels: ties,wise_ft; +name adds to the recipe's")
-    ] = "",
+        str | None, typer.Option(help="all, or names or labels: ties,wise_ft; +name adds to the recipe's")
+    ] = None,
     datasets: Annotated[
-        str, typer.Option(help="of the recipe by name, or others of its kind: microworld tasks, folders, CoOp's names")
-    ] = "",
-    seeds: Annotated[str, typer.Option(help="1,2,3")] = "",
-    shots: Annotated[str, typer.Option(help="images a class, a table each: 1,4,16")] = "",
+        str | None,
+        typer.Option(help="of the recipe by name, or others of its kind: microworld tasks, folders, CoOp's names"),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="1,2,3")] = None,
+    shots: Annotated[str | None, typer.Option(help="images a class, a table each: 1,4,16")] = None,
     allow_env: AllowEnv = None,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/bench-<recipe>-<hash>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -63,24 +65,27 @@ def bench(
 
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
-    numbers = [_whole(n, "--shots") for n in _list(shots)]
+    numbers = [_whole(n, "--shots") for n in _list(shots, "--shots")]
 
     def build(made: Recipe) -> Plan:
-        made = with_datasets(made, _list(datasets), registry()) if datasets else made
-        return plans.build(made, registry(), strategies=_list(strategies), shots=numbers)
+        made = with_datasets(made, _list(datasets, "--datasets"), registry()) if datasets is not None else made
+        return plans.build(made, registry(), strategies=_list(strategies, "--strategies"), shots=numbers)
 
-    changes = [*(overrides or []), *([f"seed=[{seeds}]"] if seeds else [])]
+    drawn = [_whole(n, "--seeds") for n in _list(seeds, "--seeds")]
+    changes = [*(overrides or []), *([f"seed={drawn}"] if drawn else [])]
     made = load_recipe(recipe, changes, allow_env=allow_env or (), check=build)
     plan = build(made)
     folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
     show = not quiet and not as_json
-    if show or dry_run:
-        say(*described(plan), f"folder    {folder}", err=not dry_run)
+    told = [*described(plan), f"folder    {folder}"]
     if dry_run:
-        return
+        return say(*told)
+    check_device(device)
     load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
     with noted("the same command continues"), tidied(folder), alone(folder):
         done = claim(folder, plan.place, load, force=force)
+        if show:
+            say(*told, err=True)
         again = done is None or words.failed(done)
         if again:
             done = _run(plan, folder, device, show)
@@ -104,12 +109,16 @@ def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
         return run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell)
 
 
-def _list(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _list(text: str | None, where: str) -> list[str]:
+    """The words of an option; none where it is not given."""
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(words):
+        raise UserError("an empty name", where=f"{where} {text!r}", mend="write names with commas between them")
+    return words
 
 
 def _whole(text: str, where: str) -> int:
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise UserError(f"{text!r} is not a whole number", where=where, mend="write 1,4,16")
     return int(text)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mergekit_vl.pieces import Models, Piece, Tensor
-from mergekit_vl.task_vectors import keep_at_random
+from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.task_vectors import keep_at_random
 
 SHAPES = {"visual.blocks.0.w": (64, 96), "visual.blocks.1.w": (96, 64), "b": (96,), "conv": (8, 3, 4, 4)}
 TWO = "models: [{model: A.safetensors, parameters: {weight: 0.3}}, {model: B.safetensors, parameters: {weight: 0.9}}]\n"
@@ -132,8 +132,8 @@ def kept_by_us(density: float) -> dict[str, np.ndarray]:
     """What our random drops keep of each tensor of three models."""
     tensors = tuple(Tensor(name, shape) for name, shape in SHAPES.items())
     models = Models(None, (), tensors, ())
-    pieces = [(t, i, Piece(models, t, 0, t.size)) for t in tensors for i in range(3)]
-    return {f"{t.name} {i}": keep_at_random(piece, i, density).astype(np.float32) for t, i, piece in pieces}
+    chunks = [(t, i, Chunk(models, t, 0, t.size)) for t in tensors for i in range(3)]
+    return {f"{t.name} {i}": keep_at_random(chunk, i, density).astype(np.float32) for t, i, chunk in chunks}
 
 
 def of_task_vectors(
@@ -145,7 +145,7 @@ def of_task_vectors(
     environment: dict[str, str],
 ) -> None:
     """Our merge of three models against what another tool computes of their task vectors."""
-    ours = [sys.executable, "-m", "mergekit_vl.cli", "merge"]
+    ours = [sys.executable, "-m", "mergekit_vl.commands.app", "merge"]
     words = ["A.safetensors", "B.safetensors", "C.safetensors", "--base", "ZS.safetensors", "-o", "ours", "--force"]
     for row, ((strategy, *options), call) in cases.items():
         row = f"{title} {row}"
@@ -176,7 +176,10 @@ def main() -> None:
             save_file(tensors, folder / f"{model}.safetensors")
         for row, config in CASES.items():
             (folder / "config.yaml").write_text(config)
-            for command, out in (([mergekit], "theirs"), ([sys.executable, "-m", "mergekit_vl.cli", "merge"], "ours")):
+            for command, out in (
+                ([mergekit], "theirs"),
+                ([sys.executable, "-m", "mergekit_vl.commands.app", "merge"], "ours"),
+            ):
                 words = ["config.yaml", *(["-o", out, "--force"] if out == "ours" else [out])]
                 done = subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True)
                 if done.returncode:

@@ -21,11 +21,11 @@ import torch
 
 from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.micro import Micro
-from mergekit_vl.data import Split
+from mergekit_vl.datasets.base import Split
 from mergekit_vl.datasets.folder import Folder
-from mergekit_vl.features import FeatureStore
-from mergekit_vl.model import ImagePath
-from mergekit_vl.views import THREADS, test_view
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.model import ImageEncoder
+from mergekit_vl.models.views import THREADS, test_view
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     backbone = (Micro() if args.arch == "micro" else Clip(args.arch)).build(args.device)
-    path = ImagePath(backbone)
+    path = ImageEncoder(backbone)
     split = Folder(str(Path(args.images).expanduser())).load().train
     few = Split(split.source, split.rows[: args.n], split.labels[: args.n])
     images = torch.stack([test_view(few.source.load(int(row)), path) for row in few.rows[: backbone.block]])

@@ -36,17 +36,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from mergekit_vl.backbones.backbone import Backbone
 from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.micro import Micro
-from mergekit_vl.closed_form import SERIAL, apply
 from mergekit_vl.datasets.folder import Folder
-from mergekit_vl.features import FeatureStore
-from mergekit_vl.model import ImagePath
-from mergekit_vl.pieces import CHUNK, Arrays, Models, Tensor
-from mergekit_vl.reproducible import make_reproducible
+from mergekit_vl.estimators.surrogates import cosine
+from mergekit_vl.merging.chunks import CHUNK_SIZE, Arrays, Models, Tensor
+from mergekit_vl.merging.engine import SERIAL, apply
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.model import ImageEncoder
 from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.mergetune import interpolate
 from mergekit_vl.strategies.tsv_m import TsvM
-from mergekit_vl.surrogates import cosine
+from mergekit_vl.system.reproducible import make_reproducible
 from mergekit_vl.tuners.context import cross_entropy
 from mergekit_vl.tuners.graphs import graphed
 
@@ -107,9 +107,11 @@ def encoder(arch: str, device: str, images: int, size: int, pictures: Path) -> d
         }
     split = Folder(path=str(pictures)).load(lambda done, total, what: None).train
     store = FeatureStore(None)
-    store.features(ImagePath(built), replace(split, rows=split.rows[: built.block], labels=split.labels[: built.block]))
+    store.features(
+        ImageEncoder(built), replace(split, rows=split.rows[: built.block], labels=split.labels[: built.block])
+    )
     began = time.perf_counter()
-    store.features(ImagePath(built), split)
+    store.features(ImageEncoder(built), split)
     told["images a second from JPEG files"] = len(split) / (time.perf_counter() - began)
     return told
 
@@ -230,7 +232,7 @@ def merges(device: str, blocks: int, width: int) -> list[dict[str, Any]]:
             models, out = replace(given, device=where), made[place]
 
             def merge(method=method, models=models, out=out) -> None:
-                apply(method, models, lambda piece, merged: out.update({piece.tensor.name: merged}), SERIAL, CHUNK)
+                apply(method, models, lambda chunk, merged: out.update({chunk.tensor.name: merged}), SERIAL, CHUNK_SIZE)
 
             began = time.perf_counter()
             merge()
@@ -247,7 +249,7 @@ def bench(device: str, recipe: str) -> tuple[float, dict[str, float]]:
         words = ["bench", recipe, "--device", device, "--quiet", "--out", str(out)]
         environment = {**os.environ, "MERGEKIT_VL_CACHE": str(Path(folder) / "cache")}
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mergekit_vl.cli", *words], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "mergekit_vl.commands.app", *words], env=environment, check=True)
         took = time.perf_counter() - began
         with open(out / "results.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["status"] == "done"]

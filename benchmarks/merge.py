@@ -175,7 +175,7 @@ def main() -> None:
     arguments.add_argument("--json", type=Path, help="write every measurement here")
     given = arguments.parse_args()
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    mine = [sys.executable, "-m", "mergekit_vl.cli"]
+    mine = [sys.executable, "-m", "mergekit_vl.commands.app"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder, vit_b_16())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from mergekit_vl import streaming
+from mergekit_vl.merge_files import streaming
 from mergekit_vl.microworld.tasks import MicroTask
 from mergekit_vl.strategies.linear import Linear
 

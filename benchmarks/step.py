@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from mergekit_vl.backbones.clip import Clip
+from mergekit_vl.estimators.surrogates import cosine
 from mergekit_vl.strategies.mergetune import interpolate
-from mergekit_vl.surrogates import cosine
 from mergekit_vl.tuners.context import cross_entropy
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -14,10 +14,10 @@ LONGEST = 1000
 class UserError(Exception):
     """An error of the input. The command line prints it as one line and exits with 2."""
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what, self.where, self.hint = what, where, hint
         place = f"{shown(where, 300)}: " if where else ""
-        super().__init__(shown(place + what + (f" ({mend})" if mend else ""), LONGEST))
+        super().__init__(shown(place + what + (f" ({hint})" if hint else ""), LONGEST))
 
 
 class Unsuitable(UserError):
@@ -34,4 +34,4 @@ def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + (", ".join(known) or "none")
-    return UserError(f"unknown {kind} {name!r}", where=where, mend=hint)
+    return UserError(f"unknown {kind} {name!r}", where=where, hint=hint)

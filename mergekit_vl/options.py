@@ -35,10 +35,10 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
             values[field.name] = TypeAdapter(hints[field.name]).validate_python(value)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
-            raise UserError(f"{key}={value!r}: {problem}", where=where, mend=field.metadata.get("help", "")) from None
+            raise UserError(f"{key}={value!r}: {problem}", where=where, hint=field.metadata.get("help", "")) from None
     missing = [key for key, f in fields.items() if f.name not in values and f.default is dataclasses.MISSING]
     if missing:
-        raise UserError(f"{missing[0]!r} is missing", where=where, mend=fields[missing[0]].metadata.get("help", ""))
+        raise UserError(f"{missing[0]!r} is missing", where=where, hint=fields[missing[0]].metadata.get("help", ""))
     return cls(**values)
 
 
@@ -47,7 +47,7 @@ def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> N
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
         if field.name in names and value != field.default:
-            raise Unsuitable(f"{key_of(field)}={value} has no effect {why}", where=where, mend="leave it out")
+            raise Unsuitable(f"{key_of(field)}={value} has no effect {why}", where=where, hint="leave it out")
 
 
 def describe(cls: type) -> list[tuple[str, str, str, str]]:

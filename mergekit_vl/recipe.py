@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import __version__, references, yaml_text
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.reading import read_text, user_path
+from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from mergekit_vl.plugins import Registry
+    from mergekit_vl.registry.plugins import Registry
 
 KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
 MOST_SEED = 2**32 - 1
@@ -139,7 +139,7 @@ def load_recipe(
     where = str(path)
     config = yaml_text.parse(read_text(path, most=yaml_text.MOST_BYTES), where=where)
     if not isinstance(config, dict):
-        raise UserError("a recipe is a mapping of keys", where=where, mend=f"use {', '.join(KEYS)}")
+        raise UserError("a recipe is a mapping of keys", where=where, hint=f"use {', '.join(KEYS)}")
     for (
         key,
         value,
@@ -154,9 +154,9 @@ def load_recipe(
             key, equals, value = word.partition("=")
             if not equals or not key:
                 raise UserError(
-                    f"{word!r} is not an override", where=TYPED, mend="write key=value, for instance seed=2"
+                    f"{word!r} is not an override", where=TYPED, hint="write key=value, for instance seed=2"
                 )
-            _apply(changed, word, key, value, merge=True, mend="list items are written tuned.0.tuner.epochs=5")
+            _apply(changed, word, key, value, merge=True, hint="list items are written tuned.0.tuner.epochs=5")
             if key == "backbone.arch" and value.startswith(OWN_WEIGHTS):  # the recipe's tag is another architecture's
                 if not any(other.startswith("backbone.pretrained=") for other in words):
                     changed["backbone"].pop("pretrained", None)
@@ -172,7 +172,7 @@ def load_recipe(
             raise
         rest = "" if error.where == where else error.where.removeprefix(f"{where}: ").removeprefix(f"{path.stem}: ")
         what = f"{rest}: {error.what}" if rest else error.what
-        raise type(error)(what, where=f"{TYPED}, {guilty}", mend=error.mend) from None
+        raise type(error)(what, where=f"{TYPED}, {guilty}", hint=error.hint) from None
 
 
 def _guilty(made: Callable[[Sequence[str]], Recipe], words: Sequence[str], what: str) -> str | None:
@@ -196,7 +196,7 @@ def _guilty(made: Callable[[Sequence[str]], Recipe], words: Sequence[str], what:
 def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
     """Apply `word`, that is key=value, to plain options as `run` applies it to a recipe, but for mappings: they replace the old ones."""
     config = _config(chosen, where=TYPED)
-    _apply(config, word, key, value, merge=False, mend="")
+    _apply(config, word, key, value, merge=False, hint="")
     applied = _plain(config)
     references.check_none(applied, where=TYPED)
     chosen.clear()
@@ -212,7 +212,7 @@ def _config(plain: dict[str, Any], *, where: str) -> DictConfig:
     try:
         return OmegaConf.create(plain)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0], where=where, mend="write ${key} or ${oc.env:NAME}") from None
+        raise UserError(str(error).splitlines()[0], where=where, hint="write ${key} or ${oc.env:NAME}") from None
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
-def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, mend: str) -> None:
+def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, hint: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -231,10 +231,10 @@ def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, 
         whole = isinstance(new, dict) and "name" in new  # another thing by name brings all of its options
         OmegaConf.update(config, key, new, merge=merge and not whole, force_add=True)
     except UserError as error:
-        raise UserError(f"{word!r} cannot be applied: {error.what}", where=TYPED, mend=mend) from None
+        raise UserError(f"{word!r} cannot be applied: {error.what}", where=TYPED, hint=hint) from None
     except (OmegaConfBaseException, IndexError, TypeError, ValueError, RecursionError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{word!r} cannot be applied: {what}", where=TYPED, mend=mend) from None
+        raise UserError(f"{word!r} cannot be applied: {what}", where=TYPED, hint=hint) from None
 
 
 def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:
@@ -267,7 +267,7 @@ def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Sp
     out = []
     for i, value in enumerate(given):
         if not isinstance(value.get("name"), str):
-            raise UserError("a dataset needs a name", where=f"{where}.{i}", mend="write {name: ...}")
+            raise UserError("a dataset needs a name", where=f"{where}.{i}", hint="write {name: ...}")
         rest = {k: v for k, v in value.items() if k not in ("name", "label")}
         out.append(Spec(value["name"], rest, f"{where}.{i}", str(value.get("label", value["name"]))))
     return tuple(out)
@@ -282,13 +282,13 @@ def parse(
             raise unknown("key", key, KEYS, where=where)
     for key in ("dataset", "strategy"):
         if key not in given:
-            raise UserError(f"{key!r} is missing", where=where, mend=f"add {key}: {{name: ...}}")
+            raise UserError(f"{key!r} is missing", where=where, hint=f"add {key}: {{name: ...}}")
     stored = references.expand({**DEFAULTS, **given}, where=where)
     plain = references.fill(stored, environment, where=where)
 
     def spec(value: Any, key: str) -> Spec:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise UserError(f"{key} needs a name", where=where, mend=f"write {key}: {{name: ...}}")
+            raise UserError(f"{key} needs a name", where=where, hint=f"write {key}: {{name: ...}}")
         place, label = f"{where}: {key} {value['name']}", str(value.get("label", value["name"]))
         own = ("name", "label", *(OF_STRATEGY if key.startswith("strategy") else ()))
         given = {k: v for k, v in value.items() if k not in own}
@@ -298,28 +298,28 @@ def parse(
         if grid is not None and not (
             isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())
         ):
-            raise UserError("grid is a mapping of lists", where=place, mend="write grid: {alpha: [0.25, 0.5, 0.75]}")
+            raise UserError("grid is a mapping of lists", where=place, hint="write grid: {alpha: [0.25, 0.5, 0.75]}")
         if (batch_norm := value.get("batch_norm", "images")) not in ("images", "mean"):
-            raise UserError(f"batch_norm={batch_norm}", where=place, mend="images or mean")
+            raise UserError(f"batch_norm={batch_norm}", where=place, hint="images or mean")
         of = str(value["of"]) if "of" in value else None
         return Spec(value["name"], given, place, label, of, grid, batch_norm)
 
     def specs(value: Any, key: str) -> tuple[Spec, ...]:
         values = value if isinstance(value, list) else [value]
         if not values:
-            raise UserError(f"{key} is an empty list", where=where, mend="name at least one")
+            raise UserError(f"{key} is an empty list", where=where, hint="name at least one")
         return tuple(spec(v, f"{key}.{i}" if isinstance(value, list) else key) for i, v in enumerate(values))
 
     tuned = []
     if not isinstance(plain["tuned"], list) or not plain["tuned"]:
-        raise UserError("tuned is a list of anchors", where=where, mend="write tuned: [{tuner: {name: coop}}]")
+        raise UserError("tuned is a list of anchors", where=where, hint="write tuned: [{tuner: {name: coop}}]")
     for i, item in enumerate(plain["tuned"]):
         keys = set(item) if isinstance(item, Mapping) else set()
         if keys != {"tuner"} and not {"checkpoint"} <= keys <= {"checkpoint", "init", "label"}:
             raise UserError(
                 f"tuned.{i} needs either a tuner or a checkpoint",
                 where=where,
-                mend="write {tuner: {name: coop}} or {checkpoint: file}, which may have init and label",
+                hint="write {tuner: {name: coop}} or {checkpoint: file}, which may have init and label",
             )
         tuned.append(
             TunedSpec(None, **{key: str(value) for key, value in item.items()})
@@ -328,10 +328,10 @@ def parse(
         )
     seeds = plain["seed"] if isinstance(plain["seed"], list) else [plain["seed"]]
     if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or not 0 <= s <= MOST_SEED for s in seeds):
-        mend = f"a whole number from 0 to {MOST_SEED}, or a list of them"
-        raise UserError(f"seed={plain['seed']!r}", where=where, mend=mend)
+        hint = f"a whole number from 0 to {MOST_SEED}, or a list of them"
+        raise UserError(f"seed={plain['seed']!r}", where=where, hint=hint)
     if not isinstance(plain["controls"], bool):
-        raise UserError(f"controls={plain['controls']!r}", where=where, mend="true or false")
+        raise UserError(f"controls={plain['controls']!r}", where=where, hint="true or false")
     given_strategies = plain["strategy"] if isinstance(plain["strategy"], list) else [plain["strategy"]]
     named = [strategy for strategy in given_strategies if strategy != ALL]
     every = len(named) < len(given_strategies)
@@ -343,7 +343,7 @@ def parse(
         if strategy.of is not None and strategy.of not in (earlier := [*anchors, *(s.label for s in strategies[:i])]):
             raise unknown("tuned model or earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
     if not isinstance(search := plain.get("search", {}), Mapping):
-        raise UserError("search is a mapping", where=where, mend="write search: {budget: 8}")
+        raise UserError("search is a mapping", where=where, hint="write search: {budget: 8}")
     return Recipe(
         name=name,
         backbone=spec(plain["backbone"], "backbone"),

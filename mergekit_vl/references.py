@@ -76,9 +76,9 @@ def check_form(tree: Any, *, where: str, at: Place = ()) -> None:
     elif isinstance(tree, str) and "${" in tree:
         here = f"{where}: {_told(at)}" if at else where
         if "${" in REFERENCE.sub("", tree):
-            raise UserError(f"`${{` without its `}}` in {tree!r}", where=here, mend="write ${key} or ${oc.env:NAME}")
+            raise UserError(f"`${{` without its `}}` in {tree!r}", where=here, hint="write ${key} or ${oc.env:NAME}")
         if not all(inner.strip() for inner in REFERENCE.findall(tree)):
-            raise UserError(f"{tree!r} refers to nothing", where=here, mend="write ${key} or ${oc.env:NAME}")
+            raise UserError(f"{tree!r} refers to nothing", where=here, hint="write ${key} or ${oc.env:NAME}")
 
 
 def check_none(tree: Any, *, where: str) -> None:
@@ -89,7 +89,7 @@ def check_none(tree: Any, *, where: str) -> None:
         if isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value
         elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{value} is read in recipes alone", where=where, mend="write the value")
+            raise UserError(f"{value} is read in recipes alone", where=where, hint="write the value")
 
 
 class _Expansion:
@@ -158,8 +158,8 @@ class _Expansion:
         if self.values > MOST_VALUES or self.letters > MOST_LETTERS:
             raise self._refused(at, "references multiply it beyond all bounds", "write the values")
 
-    def _refused(self, at: Place, what: str, mend: str) -> UserError:
-        return UserError(what, where=f"{self.where}: {_told(at)}", mend=mend)
+    def _refused(self, at: Place, what: str, hint: str) -> UserError:
+        return UserError(what, where=f"{self.where}: {_told(at)}", hint=hint)
 
 
 def _told(place: Place) -> str:
@@ -181,10 +181,10 @@ def _filled(value: Any, environment: Mapping[str, str | None], at: Place, where:
         raise UserError(
             f"{value} would be stored with what is made of it",
             where=here,
-            mend=f"environment variables are for paths: {', '.join(PLACES)} of a data set or tuned model",
+            hint=f"environment variables are for paths: {', '.join(PLACES)} of a data set or tuned model",
         )
     if key == "shifts" and _label(value):
-        raise UserError(f"{value} names a shift", where=here, mend="end the path in a folder's name")
+        raise UserError(f"{value} names a shift", where=here, hint="end the path in a folder's name")
     return REFERENCE.sub(lambda found: _of_environment(found, environment, here), value)
 
 
@@ -204,9 +204,9 @@ def _of_environment(found: re.Match[str], environment: Mapping[str, str | None],
         raise UserError(
             f"{found[0]} reads the environment variable {name}",
             where=where,
-            mend=f"if you trust the recipe with it, add --allow-env {name}",
+            hint=f"if you trust the recipe with it, add --allow-env {name}",
         )
     value = environment[name]
     if value is None and default is None:
-        raise UserError(f"the environment variable {name} is not set", where=where, mend=f"set {name}")
+        raise UserError(f"the environment variable {name} is not set", where=where, hint=f"set {name}")
     return value if value is not None else str(default).strip().strip("\"'")

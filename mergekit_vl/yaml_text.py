@@ -36,10 +36,10 @@ def parse(text: str, *, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(
-            f"broken YAML{place}: {error.problem or error.context}", where=where, mend="mend the line"
+            f"broken YAML{place}: {error.problem or error.context}", where=where, hint="mend the line"
         ) from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # a tag on what it is not for
-        raise UserError(f"broken YAML: {error}", where=where, mend="mend the line") from None
+        raise UserError(f"broken YAML: {error}", where=where, hint="mend the line") from None
 
 
 def _plain(value: Any) -> Any:

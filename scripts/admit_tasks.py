@@ -8,10 +8,10 @@ from __future__ import annotations
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.datasets.microworld import Microworld
-from mergekit_vl.evaluate import evaluate
-from mergekit_vl.features import FeatureStore
 from mergekit_vl.microworld.tasks import ADMITTED, CANDIDATES, TASKS
-from mergekit_vl.model import Single
+from mergekit_vl.models.evaluate import evaluate
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.model import Single
 from mergekit_vl.protocols.base_to_novel import METRIC, BaseToNovel
 
 

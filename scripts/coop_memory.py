@@ -19,7 +19,7 @@ import torch
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.backbones import text
 from mergekit_vl.backbones.clip import Clip
-from mergekit_vl.model import Classes
+from mergekit_vl.models.model import Classes
 from mergekit_vl.tuners.context import cross_entropy, encoder
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import typer
 
-from mergekit_vl import cli, options, plugins
+from mergekit_vl import options
+from mergekit_vl.commands import app
+from mergekit_vl.registry import plugins
 
 FILE = Path(__file__).parent.parent / "docs" / "reference.md"
 HEAD = """# Reference
@@ -21,7 +23,7 @@ Made from the code by `python scripts/make_reference.py`; `mergekit-vl show NAME
 
 def reference() -> str:
     parts = [HEAD, "## Commands\n"]
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(app.app)
     parts += [_table("`mergekit-vl`", root)]
     parts += [
         f"### `mergekit-vl {name}`\n\n{command.help}\n\n{_table('', command)}"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mergekit_vl.report import load
+from mergekit_vl.reports.report import load
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"

@@ -59,7 +59,9 @@ def forked(work: Callable[[], object], after: float | None = None) -> int:
 
 def command(words: list[str], at: int = 0, count: Path | None = None, plain_renames: bool = False) -> None:
     """Run a command line; kill at this point, or count all points."""
-    from mergekit_vl import cli, files, output
+    from mergekit_vl.checkpoints import writer
+    from mergekit_vl.commands import app
+    from mergekit_vl.system import atomic_files
 
     passed = [0]
 
@@ -74,10 +76,10 @@ def command(words: list[str], at: int = 0, count: Path | None = None, plain_rena
 
     for name in POINTS:
         setattr(os, name, watched(getattr(os, name)))
-    output.exchange = watched((lambda one, other: False) if plain_renames else files.exchange)
+    writer.exchange = watched((lambda one, other: False) if plain_renames else atomic_files.exchange)
     sys.argv = ["mergekit-vl", *words]
     try:
-        cli.main()
+        app.main()
     finally:
         if count is not None:
             count.write_text(str(passed[0]))
@@ -114,16 +116,20 @@ def models() -> None:
 
 def imported(name: str) -> None:
     """What the command needs, before the forks."""
-    from mergekit_vl import streaming  # noqa: F401
+    from mergekit_vl.merge_files import streaming  # noqa: F401
 
     if name != "merge":
         import matplotlib.figure  # noqa: F401
         import open_clip  # noqa: F401
         import torchvision.transforms.functional  # noqa: F401
 
-        from mergekit_vl import experiment, page, report  # noqa: F401
         from mergekit_vl.backbones import micro  # noqa: F401
+        from mergekit_vl.experiments import experiment  # noqa: F401
         from mergekit_vl.microworld import tasks
+        from mergekit_vl.reports import (
+            html,  # noqa: F401
+            report,  # noqa: F401
+        )
 
         tasks.PER_CLASS = {"train": 2, "val": 1, "test": 2}
 

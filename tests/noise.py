@@ -4,10 +4,10 @@ import numpy as np
 from PIL import Image
 
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.data import Split
-from mergekit_vl.features import FeatureStore
-from mergekit_vl.model import Classes, Single
-from mergekit_vl.strategy import MergeInputs, TaskData
+from mergekit_vl.datasets.base import Split
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.inputs import MergeInputs, TaskData
+from mergekit_vl.models.model import Classes, Single
 
 NAMES = ("dog", "car", "apple")
 

@@ -22,11 +22,13 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergekit_vl import cli, experiment, recipe
+from mergekit_vl import recipe
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.micro import Micro
-from mergekit_vl.features import FeatureStore
-from mergekit_vl.plugins import load_plugins
+from mergekit_vl.commands import app
+from mergekit_vl.experiments import experiment
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.registry.plugins import load_plugins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -161,7 +163,7 @@ def here(line):
 def planned(words):
     """What a command that takes minutes can do in a moment."""
     name, *rest = words
-    typer.main.get_command(cli.app).commands[name].make_context(name, list(rest))  # its own options
+    typer.main.get_command(app.app).commands[name].make_context(name, list(rest))  # its own options
     if name == "bench":
         return [*words, "--dry-run"] if "--dry-run" not in words else words
     flags = [i for i, word in enumerate(rest) if word.startswith("--")]
@@ -184,7 +186,7 @@ def test_a_command_does_what_it_says(line, place, monkeypatch, capsys):
         call(monkeypatch, capsys, "merge", "A", "B", "--strategy", "linear", "-o", "merged")
     if words[0] == "--plugins-dir":  # read when the process starts
         words = [*words, "list"] if len(words) == 2 else words
-        code = f"import sys; sys.argv = {['mergekit-vl', *words]!r}; from mergekit_vl.cli import main; main()"
+        code = f"import sys; sys.argv = {['mergekit-vl', *words]!r}; from mergekit_vl.commands.app import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout + done.stderr, done.stderr
         return
@@ -197,7 +199,7 @@ def test_a_command_does_what_it_says(line, place, monkeypatch, capsys):
 def call(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["mergekit-vl", *words])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     captured = capsys.readouterr()
     return stop.value.code or 0, captured.out, captured.err
 

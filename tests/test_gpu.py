@@ -18,13 +18,13 @@ from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import Classes, Single
-from mergekit_vl.reproducible import make_reproducible
+from mergekit_vl.models.inputs import MergeInputs, TaskData
+from mergekit_vl.models.model import Classes, Single
 from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.tsv_m import TsvM
-from mergekit_vl.strategy import MergeInputs, TaskData
+from mergekit_vl.system.reproducible import make_reproducible
 from mergekit_vl.tuners.context import encoder
 from mergekit_vl.tuners.graphs import graphed
 
@@ -80,7 +80,7 @@ def runs(request, tmp_path_factory):
             command = [
                 sys.executable,
                 "-m",
-                "mergekit_vl.cli",
+                "mergekit_vl.commands.app",
                 *words,
                 "--device",
                 device,

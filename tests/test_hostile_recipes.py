@@ -9,8 +9,8 @@ from PIL import Image
 from test_use import call
 
 from mergekit_vl import references, yaml_text
+from mergekit_vl.commands.merge_request import ask, is_merge
 from mergekit_vl.errors import UserError
-from mergekit_vl.merge_words import ask, is_merge
 from mergekit_vl.recipe import load_recipe, parse, with_datasets
 
 SECRET = "hunter2-is-no-password"
@@ -204,7 +204,7 @@ def test_reasons_hold_references():
 
 
 def _registry():
-    from mergekit_vl.plugins import load_plugins
+    from mergekit_vl.registry.plugins import load_plugins
 
     return load_plugins()
 

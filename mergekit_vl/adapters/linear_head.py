@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.calibration import golden_section
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.model import AffineHead, ImagePath
+from mergekit_vl.models.calibration import golden_section
+from mergekit_vl.models.model import AffineHead, ImageEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.model import Classes, Head
+    from mergekit_vl.models.model import Classes, Head
 
 Unseen = Literal["refuse", "zero_shot"]
 
@@ -59,12 +59,12 @@ class LinearHead:
             raise Unsuitable(
                 "nothing tells the head that this one was tuned from",
                 where=f"linear head of {len(self.weight)} classes",
-                mend="tune it with linear_probe or full, or ensemble its outputs instead of merging",
+                hint="tune it with linear_probe or full, or ensemble its outputs instead of merging",
             )
         return replace(self.start, start=self.start)
 
-    def image_path(self, backbone: Backbone) -> ImagePath:
-        return ImagePath(backbone)
+    def image_encoder(self, backbone: Backbone) -> ImageEncoder:
+        return ImageEncoder(backbone)
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         """Rows by class name. Raises UserError for names that the head does not know, unless `unseen` is zero_shot."""
@@ -76,7 +76,7 @@ class LinearHead:
                 raise UserError(
                     f"a head of {len(self.weight)} classes for a data set of {len(classes.names)}",
                     where=backbone.spec,
-                    mend="use the data set it was tuned on",
+                    hint="use the data set it was tuned on",
                 )
             return AffineHead(backbone.key, self.weight, self.bias, self.normalise)
         index = {name: i for i, name in enumerate(self.names)}
@@ -86,7 +86,7 @@ class LinearHead:
                 f"the linear head knows no class {unknown[0]!r}"
                 + (f" (nor {len(unknown) - 1} more)" * (len(unknown) > 1)),
                 where=f"its classes: {', '.join(self.names[:5])}{', ...' * (len(self.names) > 5)}",
-                mend="test it on its own classes (protocol few_shot or robust), or tune with unseen=zero_shot on a CLIP",
+                hint="test it on its own classes (protocol few_shot or robust), or tune with unseen=zero_shot on a CLIP",
             )
         rows = zero_shot(backbone, classes) if unknown else None
         weight, bias = (
@@ -107,7 +107,7 @@ class LinearHead:
         if backbone.width not in (None, self.weight.shape[1]):
             raise UserError(
                 f"the head reads features of width {self.weight.shape[1]}, {backbone.spec} gives {backbone.width}",
-                mend="use the backbone it was tuned on",
+                hint="use the backbone it was tuned on",
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -124,11 +124,11 @@ class LinearHead:
         needed = {"weight": 2, "bias": 1} | ({"start.weight": 2, "start.bias": 1} if "start.weight" in tensors else {})
         fitting = all(name in tensors and tensors[name].ndim == axes for name, axes in needed.items())
         if not fitting or not all(key in facts for key in ("names", "normalise", "unseen")):
-            raise UserError("holds no linear head", where=where, mend="give one that a run wrote")
+            raise UserError("holds no linear head", where=where, hint="give one that a run wrote")
         shapes = {tuple(tensors[name].shape) for name in needed if name.endswith("weight")}
         rows = {len(tensors[name]) for name in needed} | ({len(facts["names"])} if facts["names"] else set())
         if len(shapes) > 1 or len(rows) > 1:
-            raise UserError("holds a linear head whose parts do not fit", where=where, mend="give one that a run wrote")
+            raise UserError("holds a linear head whose parts do not fit", where=where, hint="give one that a run wrote")
         head = cls(
             tensors["weight"],
             tensors["bias"],
@@ -162,7 +162,7 @@ def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:
     if len({head.normalise for head in heads}) > 1:
         raise Unsuitable(
             "one linear head reads normalised features, another one raw ones",
-            mend="tune both heads from one start (init), or ensemble them",
+            hint="tune both heads from one start (init), or ensemble them",
         )
     if all(head.names == heads[0].names for head in heads) or not all(head.names for head in heads):
         return list(heads)
@@ -171,7 +171,7 @@ def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:
     for head, index in zip(heads, at):
         if len(index) < len(head.names):
             twice = next(name for name in head.names if head.names.count(name) > 1)
-            raise UserError(f"a linear head has two classes {twice!r}", mend="give every class a name of its own")
+            raise UserError(f"a linear head has two classes {twice!r}", hint="give every class a name of its own")
     rows = [torch.cat([head.weight, head.bias[:, None]], 1) for head in heads]  # [K, D + 1]
     if len({row.shape[1] for row in rows}) > 1:
         return list(heads)  # of different backbones: their shapes tell
@@ -212,7 +212,7 @@ def class_means(features: Tensor, labels: Tensor, classes: Classes, *, normalise
     counts = torch.bincount(labels, minlength=k).double()
     if int(counts.min()) == 0:
         empty = classes.names[int(counts.argmin())]
-        raise UserError(f"no image of class {empty!r}", where="class means", mend="raise protocol.shots")
+        raise UserError(f"no image of class {empty!r}", where="class means", hint="raise protocol.shots")
     sums = torch.zeros(k, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, labels, x)
     means = sums / counts.to(x)[:, None]
     t = _inverse_temperature(x, labels, sums, counts.to(x))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.model import ImagePath, cosine_head
+from mergekit_vl.models.model import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.backbones.text import Prompts
-    from mergekit_vl.model import Classes, Head
+    from mergekit_vl.models.model import Classes, Head
 
 DASSL_KEYS = ("ctx", "token_prefix", "token_suffix")
 DASSL_INIT = "a photo of a"
@@ -63,7 +63,7 @@ class Prompt:
             novel = [name for name in classes.names if name not in self.names]
             raise Unsuitable(
                 f"a class-specific prompt knows nothing of {novel[0] if novel else 'this order of classes'!r}",
-                mend="tune with class_specific=false",
+                hint="tune with class_specific=false",
             )
         self.check(backbone)
         return backbone.encode_prompts(self.tokenize(backbone, classes), self.ctx)
@@ -77,18 +77,18 @@ class Prompt:
         if self.ctx.shape[-1] != backbone.token_width:
             raise UserError(
                 f"the prompt is {self.ctx.shape[-1]} wide, {backbone.spec} needs {backbone.token_width}",
-                mend="use the backbone it was tuned on",
+                hint="use the backbone it was tuned on",
             )
         if self.before is not None:
             own = backbone.require_text().before()
             if (self.before - own).norm() > 0.01 * self.before.norm():  # Dassl may store float16
                 raise UserError(
                     f"the prompt was tuned on another model than {backbone.spec}: their start tokens differ",
-                    mend="use the backbone it was tuned on",
+                    hint="use the backbone it was tuned on",
                 )
 
-    def image_path(self, backbone: Backbone) -> ImagePath:
-        return ImagePath(backbone)
+    def image_encoder(self, backbone: Backbone) -> ImageEncoder:
+        return ImageEncoder(backbone)
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return cosine_head(backbone, self.text_features(backbone, classes))
@@ -98,13 +98,13 @@ class Prompt:
         if not self.init:
             raise Unsuitable(
                 "a prompt that started at random has no zero-shot point in context space",
-                mend="tune with init: a photo of a; for a checkpoint, add its words: {checkpoint: FILE, init: a photo of a}",
+                hint="tune with init: a photo of a; for a checkpoint, add its words: {checkpoint: FILE, init: a photo of a}",
             )
         ctx = backbone.embed(self.init)
         if ctx.shape[0] != self.ctx.shape[-2]:
             raise Unsuitable(
                 f"{self.init!r} is {ctx.shape[0]} tokens, the prompt has {self.ctx.shape[-2]}",
-                mend="give the words it started from as init",
+                hint="give the words it started from as init",
             )
         return replace(self, ctx=ctx.expand_as(self.ctx).clone())
 
@@ -121,21 +121,21 @@ class Prompt:
         """
         import torch
 
-        from mergekit_vl.checkpoints import open_checkpoint
-        from mergekit_vl.loading import cast, check_finite, tensors
+        from mergekit_vl.checkpoints.reader import open_checkpoint
+        from mergekit_vl.checkpoints.torch_io import cast, check_finite, tensors
 
         if not path.is_file():
-            raise UserError("no such checkpoint", where=str(path), mend=FILES)
+            raise UserError("no such checkpoint", where=str(path), hint=FILES)
         checkpoint = open_checkpoint(str(path))
         meta = stored.facts(checkpoint)
         more = [name for name in checkpoint.tensors if name not in DASSL_KEYS]
         if "ctx" not in checkpoint.tensors or meta.get("adapter", "prompt") != "prompt" or more:
             what = f"this is not a prompt: it holds {', '.join([*more, *checkpoint.tensors][:3])}"
-            raise UserError(what, where=str(path), mend=FILES)
+            raise UserError(what, where=str(path), hint=FILES)
         names = [name for name in ("ctx", "token_prefix") if name in checkpoint.tensors]
         given = tensors(checkpoint, names)
         checkpoint.close()
-        check_finite(given, where=str(path), mend="tune again with a lower learning rate")
+        check_finite(given, where=str(path), hint="tune again with a lower learning rate")
         found = {
             name: cast(tensor, torch.float32, name=name, where=str(path)).to(device) for name, tensor in given.items()
         }
@@ -144,7 +144,7 @@ class Prompt:
             raise UserError(
                 f"one context per class, {list(ctx.shape)}, and the file does not tell which classes",
                 where=str(path),
-                mend="use a prompt that all classes share (CSC False)",
+                hint="use a prompt that all classes share (CSC False)",
             )
         names, before = tuple(meta.get("names", ())), found.get("token_prefix")
         if (
@@ -152,7 +152,7 @@ class Prompt:
             or (names and len(names) != len(ctx))
             or (before is not None and before.ndim != 3)
         ):
-            raise UserError("its context has another shape than a prompt's", where=str(path), mend=FILES)
+            raise UserError("its context has another shape than a prompt's", where=str(path), hint=FILES)
         words = (
             init if init is not None else meta.get("init", DASSL_INIT if len(ctx) == len(DASSL_INIT.split()) else "")
         )

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mergekit_vl import checkpoints, loading
-from mergekit_vl.checkpoints import open_checkpoint
+from mergekit_vl.checkpoints import reader, torch_io
+from mergekit_vl.checkpoints.reader import open_checkpoint
+from mergekit_vl.checkpoints.writer import METADATA_KEY
 from mergekit_vl.errors import UserError
-from mergekit_vl.output import METADATA_KEY
-from mergekit_vl.reading import check_shape
+from mergekit_vl.system.regular_files import check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.checkpoints import Checkpoint
+    from mergekit_vl.checkpoints.checkpoint import Checkpoint
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """`facts` name the `adapter`, the `backbone` and what else its class needs."""
     from safetensors.torch import save
 
-    from mergekit_vl.files import write_bytes
+    from mergekit_vl.system.atomic_files import write_bytes
 
     write_bytes(path, save(separate(tensors), metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)}))
 
@@ -64,7 +64,7 @@ class Facts(TypedDict, total=False):
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `write` told; nothing of a file that it did not write. Raises UserError for what no adapter tells."""
-    found = checkpoints.facts(checkpoint)
+    found = reader.facts(checkpoint)
     check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
     return found
 
@@ -75,9 +75,9 @@ def read(path: Path, adapter: str, device: str) -> tuple[dict[str, Tensor], dict
     try:
         told = facts(checkpoint)
         if told.get("adapter") != adapter:
-            raise UserError(f"this is not a {adapter}", where=str(path), mend="give a tuned model of a run")
-        found = {name: tensor.to(device) for name, tensor in loading.tensors(checkpoint).items()}
+            raise UserError(f"this is not a {adapter}", where=str(path), hint="give a tuned model of a run")
+        found = {name: tensor.to(device) for name, tensor in torch_io.tensors(checkpoint).items()}
     finally:
         checkpoint.close()
-    loading.check_finite(found, where=str(path), mend="tune again with a lower lr")
+    torch_io.check_finite(found, where=str(path), hint="tune again with a lower lr")
     return found, told

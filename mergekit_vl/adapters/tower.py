@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.model import ImagePath
+from mergekit_vl.models.model import ImageEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.model import Classes, Head
+    from mergekit_vl.models.model import Classes, Head
 
 HEAD = "linear_head."
 
@@ -64,8 +64,8 @@ class Tower:
     def _made(self) -> dict[str, Any]:
         return {}
 
-    def image_path(self, backbone: Backbone) -> ImagePath:
-        return ImagePath(self.on(backbone))
+    def image_encoder(self, backbone: Backbone) -> ImageEncoder:
+        return ImageEncoder(self.on(backbone))
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return (self.head or ZeroShot()).bind(self.on(backbone), classes)

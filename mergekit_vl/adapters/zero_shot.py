@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl.model import ImagePath, cosine_head
+from mergekit_vl.models.model import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.model import Classes, Head
+    from mergekit_vl.models.model import Classes, Head
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ZeroShot:
             return per_template[0]  # raw, as the prompt's are
         return torch.stack([F.normalize(features, dim=-1) for features in per_template]).mean(0)
 
-    def image_path(self, backbone: Backbone) -> ImagePath:
-        return ImagePath(backbone)
+    def image_encoder(self, backbone: Backbone) -> ImageEncoder:
+        return ImageEncoder(backbone)
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return cosine_head(backbone, self.text_features(backbone, classes))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mergekit_vl.checkpoints.torch_io import cast
 from mergekit_vl.errors import Failed, UserError
-from mergekit_vl.loading import cast
-from mergekit_vl.memory import out_of_memory
+from mergekit_vl.system.memory import out_of_memory
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.text import Prompts, TextTower
@@ -105,7 +105,7 @@ class Backbone:
                 raise UserError(
                     f"weights of another architecture: {name} is {tuple(tensor.shape)} in them, {found} in the model",
                     where=self.spec,
-                    mend="use the backbone they were tuned on",
+                    hint="use the backbone they were tuned on",
                 )
         given = {
             name: cast(t, own[name].dtype, name=name, where=self.spec).to(own[name]) for name, t in weights.items()
@@ -157,7 +157,7 @@ class Backbone:
             f"out of memory with {self.block} images at once on {self.device}; "
             + (f"{fits} fitted" if fits else "not even one fits"),
             where=self.spec,
-            mend=f"set backbone.batch={fits}" if fits else "choose a smaller model or another --device",
+            hint=f"set backbone.batch={fits}" if fits else "choose a smaller model or another --device",
         )
 
     def _encode_image(self, images: Tensor, size: int) -> Tensor:
@@ -178,7 +178,7 @@ class Backbone:
             raise UserError(
                 "an image classifier has no text tower, so it knows no class names: no zero-shot rows, no prompts",
                 where=self.spec,
-                mend="use a backbone with a text tower (clip, micro), or tune a linear head: protocol few_shot, tuner linear_probe",
+                hint="use a backbone with a text tower (clip, micro), or tune a linear head: protocol few_shot, tuner linear_probe",
             )
         return self.text
 
@@ -211,7 +211,7 @@ def _hash(module: Any, settings: str, spec: str) -> str:
         if ".visual." in name or ".text_decoder." in name:
             continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{name} has values that are not finite", where=spec, mend="use an undamaged checkpoint")
+            raise UserError(f"{name} has values that are not finite", where=spec, hint="use an undamaged checkpoint")
         digest.update(name.encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]

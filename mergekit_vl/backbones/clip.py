@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.files import is_a_path
 from mergekit_vl.options import option
-from mergekit_vl.reading import MOST_TEXT, check_shape, parse_json, read_regular
+from mergekit_vl.system.atomic_files import is_a_path
+from mergekit_vl.system.regular_files import MOST_TEXT, check_shape, parse_json, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,17 +63,17 @@ class Clip:
         where = f"backbone clip arch={self.arch} pretrained={self.pretrained}"
         if self.arch.partition(":")[0] in ("local-dir", "hf-hub"):
             raise UserError(
-                "no such file, and the model has weights of its own", where=where, mend="set pretrained=null"
+                "no such file, and the model has weights of its own", where=where, hint="set pretrained=null"
             )
         if is_a_path(self.pretrained):
-            raise UserError("no such checkpoint", where=where, mend="give a file, a folder or a tag")
+            raise UserError("no such checkpoint", where=where, hint="give a file, a folder or a tag")
 
     def build(self, device: str) -> Backbone:
-        from mergekit_vl import loading
+        from mergekit_vl.checkpoints import torch_io
 
         where = f"backbone clip arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
         source = self._source(where)
-        state = loading.read(source.weights) if source.weights else None
+        state = torch_io.read(source.weights) if source.weights else None
         if state is not None and not state.keys().isdisjoint(OPENAI_ONLY):
             source = replace(source, quick_gelu=True)
         quick_gelu, notes = self._activation(source)
@@ -81,7 +81,7 @@ class Clip:
         for key, name in (("tokenizer", "hf_tokenizer_name"), ("hf_text", "hf_model_name")):
             if getattr(self, key) and not config["text_cfg"].get(name):
                 raise UserError(
-                    f"{key} is of no use: {self.arch} takes none from the hub", where=where, mend="remove it"
+                    f"{key} is of no use: {self.arch} takes none from the hub", where=where, hint="remove it"
                 )
         told = dict(config)  # as open_clip knows it, without folders of this machine
         if self.hf_text:
@@ -89,8 +89,8 @@ class Clip:
         tokenizer = load_tokenizer(config["text_cfg"], self.tokenizer or self.hf_text or source.folder, where)
         model = construct(config, where)
         if state is not None:
-            loading.load_into(
-                model, convert(model, state), where=str(source.weights), mend=f"give arch={self.arch} its own weights"
+            torch_io.load_into(
+                model, convert(model, state), where=str(source.weights), hint=f"give arch={self.arch} its own weights"
             )
         return backbone_of(
             model,
@@ -139,8 +139,8 @@ class Clip:
                 "pretrained tag", self.pretrained, open_clip.list_pretrained_tags_by_model(self.arch), where=where
             )
         what = (tag.get("hf_hub") or tag.get("url")).rstrip("/")
-        mend = "download it elsewhere and set backbone.pretrained=FILE"
-        file = _fetched(lambda: open_clip.download_pretrained(tag), what, mend, where)
+        hint = "download it elsewhere and set backbone.pretrained=FILE"
+        file = _fetched(lambda: open_clip.download_pretrained(tag), what, hint, where)
         return _Source(config, tag, Path(file), quick_gelu=bool(tag.get("quick_gelu", config.get("quick_gelu"))))
 
     def _activation(self, source: _Source) -> tuple[bool, tuple[str, ...]]:
@@ -196,7 +196,7 @@ class _Source:
 def _from_folder(folder: Path, where: str) -> _Source:
     file = folder / CONFIG
     if not file.exists():
-        raise UserError(f"no {CONFIG}", where=str(folder), mend="give a folder that open_clip wrote")
+        raise UserError(f"no {CONFIG}", where=str(folder), hint="give a folder that open_clip wrote")
     content = parse_json(read_regular(file, most=MOST_TEXT), where=str(file))
     check_shape(content, Config, what="is no config of open_clip", where=str(file))
     config = content["model_cfg"]
@@ -218,14 +218,14 @@ def _usual_preprocessing(arch: str) -> dict[str, Any]:
     return out
 
 
-def _fetched(get: Callable[[], str], what: str, mend: str, where: str) -> str:
+def _fetched(get: Callable[[], str], what: str, hint: str, where: str) -> str:
     """What the hub or a server gives; raises UserError that names the file wanted."""
     try:
         return get()
     except Exception as error:  # hub clients raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what} is not on this machine and cannot be fetched: {first[:200]}", where=where, mend=mend
+            f"{what} is not on this machine and cannot be fetched: {first[:200]}", where=where, hint=hint
         ) from None
 
 
@@ -249,15 +249,15 @@ def construct(config: Mapping[str, Any], where: str) -> nn.Module:
                 return kind(**config)
             except Exception as error:  # a config from elsewhere may fail anywhere in open_clip, timm or torch
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UserError(f"open_clip cannot build it: {first}", where=where, mend="correct its config") from None
-        mend = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
-        return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(mend), where)
+                raise UserError(f"open_clip cannot build it: {first}", where=where, hint="correct its config") from None
+        hint = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
+        return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(hint), where)
 
 
-def _with_transformers(mend: str) -> str:
+def _with_transformers(hint: str) -> str:
     from importlib.util import find_spec
 
-    return mend if find_spec("transformers") else "install it: pip install 'mergekit-vl[hf]'"
+    return hint if find_spec("transformers") else "install it: pip install 'mergekit-vl[hf]'"
 
 
 def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: str) -> Any:
@@ -269,11 +269,11 @@ def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: st
     if not name:
         return SimpleTokenizer(**options)
     source = str(Path(folder).expanduser()) if folder else name
-    mend = f"copy the tokenizer's files of {name} into a folder and set backbone.tokenizer=FOLDER"
+    hint = f"copy the tokenizer's files of {name} into a folder and set backbone.tokenizer=FOLDER"
     return _fetched(
         lambda: HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options),
         f"the tokenizer {source}",
-        _with_transformers(mend),
+        _with_transformers(hint),
         where,
     )
 
@@ -324,7 +324,7 @@ def backbone_of(
     from mergekit_vl.backbones.text import OpenClipText
 
     if block < 1:
-        raise UserError(f"batch={block}", where=spec, mend="at least 1")
+        raise UserError(f"batch={block}", where=spec, hint="at least 1")
     full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     full |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     full |= {key: preprocess[key] for key in full if preprocess.get(key) is not None}

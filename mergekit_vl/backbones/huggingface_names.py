@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.reading import MOST_TEXT, parse_json, read_regular
+from mergekit_vl.system.regular_files import MOST_TEXT, parse_json, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor

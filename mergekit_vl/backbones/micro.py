@@ -81,7 +81,7 @@ def export(model: nn.Module, path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from mergekit_vl.loading import cast
+    from mergekit_vl.checkpoints.torch_io import cast
 
     state = {k: v.detach() for k, v in model.state_dict().items() if k != "attn_mask"}
     state["token_embedding.weight"] = state["token_embedding.weight"][known_tokens()]

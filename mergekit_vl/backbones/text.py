@@ -106,15 +106,15 @@ class OpenClipText(nn.Module):
         length, padding = ids.shape[1], self.tokenizer([""])[0, -2]
         for text, row, line in zip(texts, ids, rows):
             if torch.equal(row, blank):
-                raise UserError(f"the tokenizer maps {text!r} to nothing", mend="give the class a name in words")
+                raise UserError(f"the tokenizer maps {text!r} to nothing", hint="give the class a name in words")
             full = row[-2] != padding
             if full and (self.tokenizer([line], 2 * length) != padding).sum() > (row != padding).sum():
                 raise UserError(
                     f"{text!r} is longer than the {length} tokens of {self.spec}",
-                    mend="shorten the class name or the context",
+                    hint="shorten the class name or the context",
                 )
             if not torch.equal(row[start : start + n_context], filler):
-                raise UserError(f"{text!r} leaves no place for a context", where=self.spec, mend="rename the class")
+                raise UserError(f"{text!r} leaves no place for a context", where=self.spec, hint="rename the class")
         if self._end is not None:
             ids = ids[:, : int(self._end(ids).max()) + 1]
         return Prompts(ids.to(self.embedding.weight.device), start, n_context)
@@ -128,7 +128,7 @@ class OpenClipText(nn.Module):
         start = int(differ[0]) if len(differ) else 0
         if differ.tolist() != list(range(start, start + n_context)):
             raise UserError(
-                f"the tokenizer has no place for a context of {n_context} words", where=self.spec, mend="use fewer"
+                f"the tokenizer has no place for a context of {n_context} words", where=self.spec, hint="use fewer"
             )
         return start, one[start : start + n_context]
 

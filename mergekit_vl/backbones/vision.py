@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.files import is_a_path
 from mergekit_vl.options import option
+from mergekit_vl.system.atomic_files import is_a_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ class Vision:
         given = self.pretrained
         if given and is_a_path(given) and not Path(given).expanduser().exists():
             where = f"backbone vision arch={self.arch} pretrained={given}"
-            raise UserError("no such checkpoint", where=where, mend="give a file, a folder or a tag")
+            raise UserError("no such checkpoint", where=where, hint="give a file, a folder or a tag")
 
     def build(self, device: str) -> Backbone:
         import torch
@@ -56,7 +56,7 @@ class Vision:
 
         where = f"backbone vision arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
         if self.batch < 1:
-            raise UserError(f"batch={self.batch}", where=where, mend="at least 1")
+            raise UserError(f"batch={self.batch}", where=where, hint="at least 1")
         model = self._model(where).eval()
         preprocess = _preprocess(model)
         with torch.no_grad():
@@ -109,7 +109,7 @@ class Vision:
                 raise UserError(
                     f"{cfg.hf_hub_id or cfg.url} is not on this machine and cannot be fetched: {first[:200]}",
                     where=where,
-                    mend="download it elsewhere and set backbone.pretrained=FILE",
+                    hint="download it elsewhere and set backbone.pretrained=FILE",
                 ) from None
 
 
@@ -117,13 +117,13 @@ def _from_checkpoint(arch: str, path: Path) -> nn.Module:
     """A timm model with a checkpoint's tensors, and as many classes as it has."""
     import timm
 
-    from mergekit_vl.loading import load_into, read
+    from mergekit_vl.checkpoints.torch_io import load_into, read
 
     state = read(path)
     names = _classifier_names(arch)
     weight = state.get(f"{names[0]}.weight")
     model = timm.create_model(arch, num_classes=0 if weight is None else weight.shape[0])
-    load_into(model, state, where=str(path), mend=f"give {arch} its own weights")
+    load_into(model, state, where=str(path), hint=f"give {arch} its own weights")
     return model
 
 

@@ -11,18 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import search
+from mergekit_vl.bench import search
 from mergekit_vl.bench.plan import Entry, Plan, lineup
-from mergekit_vl.cell import read_record
-from mergekit_vl.data import Progress
-from mergekit_vl.experiment import Ready, has_novel_classes, load_datasets
-from mergekit_vl.files import slug, write_json
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.datasets.base import Progress
+from mergekit_vl.experiments.cell import read_record
+from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.system.atomic_files import slug, write_json
 
 if TYPE_CHECKING:
-    from mergekit_vl.cell import Cell
-    from mergekit_vl.features import FeatureStore
-    from mergekit_vl.protocol import Task
+    from mergekit_vl.experiments.cell import Cell
+    from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.protocols.base import Task
 
 Record = dict[str, Any]
 """A row of a cell as plain data; `status` is done, inapplicable or failed, the last two with a `reason`."""
@@ -116,10 +116,10 @@ class Bench:
     def _measured(self) -> float:
         import torch
 
-        from mergekit_vl.model import ImagePath
-        from mergekit_vl.views import test_view
+        from mergekit_vl.models.model import ImageEncoder
+        from mergekit_vl.models.views import test_view
 
-        path, source = ImagePath(self.ready.backbone), self.ready.datasets[0].test.source
+        path, source = ImageEncoder(self.ready.backbone), self.ready.datasets[0].test.source
         images = torch.stack([test_view(source.load(i % len(source)), path) for i in range(16)])
         seconds = []
         for _ in range(4):  # the first one warms up

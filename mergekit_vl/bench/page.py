@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl import choices, landscape_page
 from mergekit_vl.bench import plots
-from mergekit_vl.bench.words import failed, headline, lead, reasons
-from mergekit_vl.page import document
+from mergekit_vl.bench.wording import failed, headline, lead, reasons
+from mergekit_vl.models import choices
 from mergekit_vl.printable import in_html
+from mergekit_vl.reports import landscape_page
+from mergekit_vl.reports.html import document
 
 MORE_STYLE = """
 body{max-width:1400px} table.sortable{font-size:.9em} .sortable th{white-space:normal;vertical-align:bottom} .sortable th,.sortable td{padding:.25rem .4rem} th[data-sort]{cursor:pointer;user-select:none} th[data-sort]:hover{background:#f0f4f9}

@@ -9,26 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl import __version__, options, sources
-from mergekit_vl.cell import WITHOUT
+from mergekit_vl import __version__, options
+from mergekit_vl.bench.search import Search, configurations
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.experiment import Experiment
-from mergekit_vl.experiment import build as build_experiment
-from mergekit_vl.files import slug
-from mergekit_vl.plugins import Registry
+from mergekit_vl.experiments.cell import WITHOUT
+from mergekit_vl.experiments.experiment import Experiment
+from mergekit_vl.experiments.experiment import build as build_experiment
 from mergekit_vl.recipe import ALL, Recipe, Spec, dataset_specs
-from mergekit_vl.search import Search, configurations
+from mergekit_vl.registry import sources
+from mergekit_vl.registry.plugins import Registry
+from mergekit_vl.strategies.base import trains
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.uniform_soup import UniformSoup
-from mergekit_vl.strategy import trains
+from mergekit_vl.system.atomic_files import slug
 
 CONTINUED = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 """What the row "continued" takes over from the tuner, where no MergeTune says how long to go on."""
 BEST = "best single model"
 
 
-ROOTS = ("mergekit_vl.bench.contest", "mergekit_vl.bench.grid")
+ROOTS = ("mergekit_vl.bench.cell_rows", "mergekit_vl.bench.grid")
 """What every row is made by, beside what makes those of a run."""
 
 
@@ -122,14 +123,14 @@ def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (),
     taken = [slug(label) for label in experiment.rows]
     for spec, _ in chosen:
         if slug(spec.label) in taken:
-            raise UserError(f"two rows are called {spec.label!r}", where=recipe.name, mend="give one of them a label")
+            raise UserError(f"two rows are called {spec.label!r}", where=recipe.name, hint="give one of them a label")
         taken.append(slug(spec.label))
     how = options.build(Search, recipe.search, where=f"{recipe.name}: search")
     built = tuple((spec, _class(spec, registry, how, lenient=lenient)) for spec, lenient in chosen)
     if shots and not hasattr(experiment.protocol, "shots"):
-        raise UserError(f"protocol {recipe.protocol.name} takes no shots", where="--shots", mend="leave it out")
+        raise UserError(f"protocol {recipe.protocol.name} takes no shots", where="--shots", hint="leave it out")
     if bad := [n for n in shots if n < 1]:
-        raise UserError(f"shots={bad[0]}", where="--shots", mend="1 or more")
+        raise UserError(f"shots={bad[0]}", where="--shots", hint="1 or more")
     own = getattr(experiment.protocol, "shots", None)
     development = []
     for spec in dataset_specs(how.development, where=f"{recipe.name}: search.development"):
@@ -158,7 +159,7 @@ def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tu
     labels = [spec.label for spec, _ in found]
     for spec, _ in found:
         if spec.of is not None and spec.of in [s.label for s, _ in own] and spec.of not in labels:
-            raise UserError(f"{spec.label} is made of {spec.of}", where="--strategies", mend=f"name {spec.of} too")
+            raise UserError(f"{spec.label} is made of {spec.of}", where="--strategies", hint=f"name {spec.of} too")
     return found
 
 
@@ -183,7 +184,7 @@ def _class(spec: Spec, registry: Registry, how: Search, *, lenient: bool) -> Any
     except UserError as error:  # an option that it cannot do without
         if not lenient:
             raise
-        return Unsuitable(error.what, where=error.where, mend=error.mend)
+        return Unsuitable(error.what, where=error.where, hint=error.hint)
     return cls
 
 

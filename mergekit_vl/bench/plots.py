@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_vl.page import STYLES, drawn, figure_of, svg_of
+from mergekit_vl.reports.html import STYLES, drawn, figure_of, svg_of
 
 
 def pareto(shown: dict[str, Any]) -> str:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import choices, landscape
 from mergekit_vl.bench.table import chosen, done, left_out, selection_split, table
-from mergekit_vl.bench.words import lead, reasons, span
-from mergekit_vl.cell import read_record, without_makers
-from mergekit_vl.files import write_json, write_text
+from mergekit_vl.bench.wording import lead, reasons, span
+from mergekit_vl.experiments import landscape
+from mergekit_vl.experiments.cell import read_record, without_makers
+from mergekit_vl.models import choices
 from mergekit_vl.printable import in_markdown
+from mergekit_vl.system.atomic_files import write_json, write_text
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.grid import Bench, Key
@@ -28,7 +29,7 @@ NAME = "bench.json"
 def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any]:
     """Write every file of a finished bench and return its report."""
     from mergekit_vl.bench import page
-    from mergekit_vl.report import environment, to_yaml
+    from mergekit_vl.reports.report import environment, to_yaml
 
     plan = bench.plan
     everything = [_cell(bench, key) for key in keys]

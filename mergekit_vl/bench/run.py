@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.bench import report
-from mergekit_vl.bench.contest import Contest
+from mergekit_vl.bench.cell_rows import CellRun
 from mergekit_vl.bench.grid import Bench, Key
 from mergekit_vl.bench.plan import ROOTS, Plan
-from mergekit_vl.data import Progress
-from mergekit_vl.experiment import prepare
-from mergekit_vl.files import write_json
+from mergekit_vl.datasets.base import Progress
+from mergekit_vl.experiments.experiment import prepare
+from mergekit_vl.system.atomic_files import write_json
 
 if TYPE_CHECKING:
-    from mergekit_vl.features import FeatureStore
+    from mergekit_vl.models.features import FeatureStore
 
 Executor = Callable[[Callable[[Key], None], Sequence[Key]], Iterable[Key]]
 """Runs work(key) for every key and gives each when it is done: the one seam for engines of many machines."""
@@ -41,7 +41,7 @@ def work(bench: Bench, key: Key) -> None:
     bench.store.memory.clear()  # what cells share is on disk
     cell = bench.cell(bench.tasks[key], key.seed, bench.folder(key))
     cell.claim(bench.ready.experiment.tuners, bench.warn)
-    missing, contest = bench.missing(key, cell), Contest(bench, key, cell)
+    missing, contest = bench.missing(key, cell), CellRun(bench, key, cell)
     if missing:
         cell.keep_shots(key.dataset, key.seed)
         write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl import choices
-from mergekit_vl.report import metric_of, paired, summary
-from mergekit_vl.statistics import ranks
+from mergekit_vl.models import choices
+from mergekit_vl.reports.intervals import ranks
+from mergekit_vl.reports.report import metric_of, paired, summary
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.grid import Bench
@@ -23,10 +23,10 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
     shown: dict[Any, int] = {}
     equal: dict[int, list[str]] = {}
     for i in complete:
-        answers = tuple(json.dumps(cell["rows"][i]["digest"], sort_keys=True) for cell in cells)
+        logits_of = tuple(json.dumps(cell["rows"][i]["digest"], sort_keys=True) for cell in cells)
         own = bench.entries[i].kind in ("zero-shot", "tuned")  # always there, whatever else they are equal to
-        first = i if own else shown.setdefault(answers, i)
-        shown.setdefault(answers, i)
+        first = i if own else shown.setdefault(logits_of, i)
+        shown.setdefault(logits_of, i)
         equal.setdefault(first, [])
         if first != i:
             equal[first].append(bench.entries[i].label)

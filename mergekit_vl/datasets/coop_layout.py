@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.data import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
 from mergekit_vl.datasets.folder import (
     MEGAPIXELS_HELP,
     MOST_MEGAPIXELS,
@@ -35,7 +35,7 @@ from mergekit_vl.datasets.folder import (
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.printable import shown
-from mergekit_vl.reading import check_regular, check_utf8, read_regular, read_text, user_path
+from mergekit_vl.system.regular_files import check_regular, check_utf8, read_regular, read_text, user_path
 
 Items = list[tuple[str, int, str]]
 """(path relative to the image folder, label, class name)."""
@@ -87,7 +87,7 @@ class CoOpLayout:
         _check_inside(self.dataset, where="dataset.dataset")
         folder = root / self.dataset
         if not root.is_dir():
-            raise UserError("no such folder", where=str(root), mend="give CoOp's $DATA folder as dataset.root")
+            raise UserError("no such folder", where=str(root), hint="give CoOp's $DATA folder as dataset.root")
         if not folder.is_dir():
             there = [name for name, is_folder in entries_of(root) if is_folder]
             if self.dataset not in KNOWN:
@@ -95,7 +95,7 @@ class CoOpLayout:
             raise UserError(
                 f"no folder {self.dataset}: it holds {', '.join(sorted(there)[:5]) or 'no folders'}",
                 where=str(root),
-                mend="give the folder above the data sets as dataset.root, or prepare the data set as CoOp's DATASETS.md says",
+                hint="give the folder above the data sets as dataset.root, or prepare the data set as CoOp's DATASETS.md says",
             )
         layout = KNOWN.get(self.dataset, Layout("."))
         progress(0, 0, f"reading the split of {self.dataset}")
@@ -119,14 +119,14 @@ def _split_zhou(folder: Path) -> dict[str, Items]:
     files = sorted(folder.glob("split_zhou_*.json"))
     if len(files) != 1:
         what = "no split_zhou_*.json" if not files else f"{len(files)} split files: {', '.join(f.name for f in files)}"
-        mend = "keep one" if files else "put CoOp's split file there (its DATASETS.md links to it)"
-        raise UserError(what, where=str(folder), mend=mend)
+        hint = "keep one" if files else "put CoOp's split file there (its DATASETS.md links to it)"
+        raise UserError(what, where=str(folder), hint=hint)
     where = str(files[0])
     try:
         content = json.loads(read_regular(files[0], most=MOST_SPLIT))
         parts = {part: [tuple(item) for item in content[part]] for part in PARTS}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"not a split file: {error!r}", where=where, mend=FORM) from None
+        raise UserError(f"not a split file: {error!r}", where=where, hint=FORM) from None
     most = sum(map(len, parts.values()))
     return {part: [_item(item, most, f"{where}: {part}.{i}") for i, item in enumerate(parts[part])] for part in PARTS}
 
@@ -134,10 +134,10 @@ def _split_zhou(folder: Path) -> dict[str, Items]:
 def _item(given: tuple[Any, ...], most: int, where: str) -> tuple[str, int, str]:
     """An entry of a split of `most` entries: labels count from 0 without gaps, so there are no more of them."""
     if len(given) != 3 or type(given[0]) is not str or type(given[2]) not in (str, int):
-        raise UserError(f"{given!r} is no entry", where=where, mend=FORM)
+        raise UserError(f"{given!r} is no entry", where=where, hint=FORM)
     file, label, name = given
     if type(label) is not int or not 0 <= label < most:
-        raise UserError(f"{label!r} is no label", where=where, mend=f"a whole number from 0, below the {most} entries")
+        raise UserError(f"{label!r} is no label", where=where, hint=f"a whole number from 0, below the {most} entries")
     _check_inside(file, where=where)
     check_utf8(str(name), where=where)
     return file, label, str(name)
@@ -147,13 +147,13 @@ def _check_inside(file: str, *, where: str) -> None:
     """Raise UserError for a path that leaves its folder, or that no file can have."""
     if not file or Path(file).is_absolute() or ".." in Path(file).parts:
         raise UserError(
-            f"the path {file!r} leaves the folder", where=where, mend="paths are relative to it, without .."
+            f"the path {file!r} leaves the folder", where=where, hint="paths are relative to it, without .."
         )
     check_utf8(file, where=where)
     try:
         user_path(f"./{file}")
     except UserError as error:
-        raise UserError(f"{shown(file, 100)}: {error.what}", where=where, mend=error.mend) from None
+        raise UserError(f"{shown(file, 100)}: {error.what}", where=where, hint=error.hint) from None
 
 
 FORM = 'it holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}'
@@ -170,7 +170,7 @@ def _aircraft(folder: Path) -> dict[str, Items]:
         for line in _lines(file):
             image, _, name = line.partition(" ")
             if name not in labels:
-                raise UserError(f"{name!r} is not in variants.txt", where=str(file), mend="copy the lists again")
+                raise UserError(f"{name!r} is not in variants.txt", where=str(file), hint="copy the lists again")
             _check_inside(f"{image}.jpg", where=str(file))
             parts[part].append((f"{image}.jpg", labels[name], name))
     return parts
@@ -183,10 +183,10 @@ def _imagenet(folder: Path) -> dict[str, Items]:
     for part, inside in (("train", "train"), ("val", "val")):
         above = folder / "images" / inside
         if not above.is_dir():
-            raise UserError(f"no images/{inside}", where=str(folder), mend="prepare it as CoOp's DATASETS.md says")
+            raise UserError(f"no images/{inside}", where=str(folder), hint="prepare it as CoOp's DATASETS.md says")
         ids = [name for name, is_folder in entries_of(above) if is_folder]
         if nameless := [i for i in ids if i not in names]:
-            raise UserError(f"classnames.txt has no line for {nameless[0]}", where=str(folder), mend="copy it again")
+            raise UserError(f"classnames.txt has no line for {nameless[0]}", where=str(folder), hint="copy it again")
         parts[part] = [
             (f"{inside}/{i}/{file}", label, names[i])
             for label, i in enumerate(ids)
@@ -200,7 +200,7 @@ def _lines(file: Path) -> list[str]:
     try:
         return [line.strip() for line in read_text(file).splitlines() if line.strip()]
     except UserError as error:
-        raise UserError(error.what, where=error.where, mend="prepare it as CoOp's DATASETS.md says") from None
+        raise UserError(error.what, where=error.where, hint="prepare it as CoOp's DATASETS.md says") from None
 
 
 def _image_folder(folder: Path, parts: dict[str, Items]) -> Path:
@@ -220,12 +220,12 @@ def _names(parts: dict[str, Items], folder: Path) -> tuple[str, ...]:
                 raise UserError(
                     f"label {label} is {names[label]!r} and, at {file}, {name!r}",
                     where=str(folder),
-                    mend="take CoOp's split file again",
+                    hint="take CoOp's split file again",
                 )
     if missing := [label for label in range(max(names, default=-1) + 1) if label not in names]:
-        raise UserError(f"no image has label {missing[0]}", where=str(folder), mend="labels count from 0 without gaps")
+        raise UserError(f"no image has label {missing[0]}", where=str(folder), hint="labels count from 0 without gaps")
     if len(names) < 2:
-        raise UserError(f"{len(names)} classes", where=str(folder), mend="at least two are needed")
+        raise UserError(f"{len(names)} classes", where=str(folder), hint="at least two are needed")
     return tuple(names[label] for label in range(len(names)))
 
 
@@ -243,6 +243,6 @@ def _source(folder: Path, parts: dict[str, Items], megapixels: float) -> FolderI
         raise UserError(
             f"{len(missing)} of {len(files)} images are missing: {_some(missing)}",
             where=str(folder),
-            mend="prepare the images as CoOp's DATASETS.md says",
+            hint="prepare the images as CoOp's DATASETS.md says",
         )
     return FolderImages(folder, tuple(files), digest.hexdigest(), megapixels)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.data import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.printable import shown
-from mergekit_vl.reading import check_utf8, read_regular, read_text, user_path
+from mergekit_vl.system.regular_files import check_utf8, read_regular, read_text, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ class FolderImages:
             raise
         except Exception as error:  # PIL's decoders raise nearly anything
             raise UserError(
-                f"cannot be read any more: {error}", where=str(file), mend="restore it, or load the dataset again"
+                f"cannot be read any more: {error}", where=str(file), hint="restore it, or load the dataset again"
             ) from None
 
 
@@ -106,7 +106,7 @@ class Folder:
         check_utf8(root.name, where=self.path)
         if not root.is_dir():
             raise UserError(
-                "not a folder" if root.exists() else "no such folder", where=str(root), mend="check dataset.path"
+                "not a folder" if root.exists() else "no such folder", where=str(root), hint="check dataset.path"
             )
         found = _scan(root)
         self._check_shares(single="" in found)
@@ -131,22 +131,22 @@ class Folder:
             shifted = user_path(given).resolve()
             check_utf8(shifted.name, where=given)
             if shifted.name in shifts or shifted.name in ("ID", root.name):
-                raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", mend="rename a folder")
+                raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", hint="rename a folder")
             shifts[shifted.name] = self._shift(progress, shifted, folders)
         return Dataset(root.name, names, templates, *splits, shifts=shifts)
 
     def _shift(self, progress: Progress, root: Path, folders: Sequence[str]) -> Split:
         """All images of a folder of class folders, as test images of those of our classes that it shows."""
         if not root.is_dir():
-            raise UserError("no such folder", where=str(root), mend="check dataset.shifts")
+            raise UserError("no such folder", where=str(root), hint="check dataset.shifts")
         found = {"": {folder: files for folder, files in _classes_in(root, root).items() if files}}
         if not found[""]:
-            raise UserError("no class folder holds an image", where=str(root), mend="check dataset.shifts")
+            raise UserError("no class folder holds an image", where=str(root), hint="check dataset.shifts")
         if alone := sorted(folder for folder in found[""] if folder not in folders):
             raise UserError(
                 f"{_count(alone, 'class', 'classes')} that {self.path} does not have: {_some(alone)}",
                 where=str(root),
-                mend="name the class folders as there, or leave these out",
+                hint="name the class folders as there, or leave these out",
             )
         source, found = self._decodable(progress, root, found)
         return _split(source, {file: i for i, file in enumerate(source.files)}, folders, found[""])
@@ -169,7 +169,7 @@ class Folder:
             raise UserError(
                 f"{_count(corrupt, 'image')} cannot be decoded: {_some(corrupt)}",
                 where=str(root),
-                mend="remove it, or set dataset.skip_corrupt=true",
+                hint="remove it, or set dataset.skip_corrupt=true",
             )
         warnings.warn(
             f"{root}: skipped {_count(corrupt, 'image')} that cannot be decoded: {_some(corrupt, 20)}", stacklevel=2
@@ -184,7 +184,7 @@ class Folder:
         for template in templates:
             if "{}" not in template and "{c}" not in template:
                 raise UserError(
-                    f"no {{}} in {template!r}", where="dataset.template", mend="put {} or {c} where the class name goes"
+                    f"no {{}} in {template!r}", where="dataset.template", hint="put {} or {c} where the class name goes"
                 )
         return templates
 
@@ -192,13 +192,13 @@ class Folder:
         for key in ("val_share", "test_share"):
             if not 0 < getattr(self, key) < 1:
                 raise UserError(
-                    f"{key}={getattr(self, key)}", where=f"dataset.{key}", mend="between 0 and 1, both excluded"
+                    f"{key}={getattr(self, key)}", where=f"dataset.{key}", hint="between 0 and 1, both excluded"
                 )
         if single and self.val_share + self.test_share >= 1:
             raise UserError(
                 f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on",
                 where="dataset.val_share",
-                mend="their sum must be below 1",
+                hint="their sum must be below 1",
             )
 
     def _check(self, root: Path, found: dict[str, Classes]) -> list[str]:
@@ -206,7 +206,7 @@ class Folder:
         where = str(root)
         if not any(files for classes in found.values() for files in classes.values()):
             raise UserError(
-                "no class folder holds an image", where=where, mend="put the images into one folder per class"
+                "no class folder holds an image", where=where, hint="put the images into one folder per class"
             )
         for split, classes in found.items():
             if split == "val":
@@ -214,14 +214,14 @@ class Folder:
                     raise UserError(
                         "the val folder holds no images",
                         where=where,
-                        mend="fill it, or remove it to take a share of train",
+                        hint="fill it, or remove it to take a share of train",
                     )
                 continue
             if empty := [f"{split}/{folder}".lstrip("/") for folder in sorted(classes) if not classes[folder]]:
                 raise UserError(
                     f"{_count(empty, 'class folder')} without images: {_some(empty)}",
                     where=where,
-                    mend="fill or remove it",
+                    hint="fill or remove it",
                 )
         train = found.get("train", found.get("", {}))
         for split, classes in found.items():
@@ -229,30 +229,30 @@ class Folder:
                 raise UserError(
                     f"{_count(alone, 'class', 'classes')} in {split} but not in train: {_some(alone)}",
                     where=where,
-                    mend="add it to train",
+                    hint="add it to train",
                 )
             if split == "test" and (alone := sorted(folder for folder in train if folder not in classes)):
                 raise UserError(
                     f"{_count(alone, 'class', 'classes')} in train but not in test: {_some(alone)}",
                     where=where,
-                    mend="add it to test",
+                    hint="add it to test",
                 )
         if len(train) < 2:
             raise UserError(
-                f"only one class, {next(iter(train))!r}", where=where, mend="at least two class folders are needed"
+                f"only one class, {next(iter(train))!r}", where=where, hint="at least two class folders are needed"
             )
         return sorted(train)
 
     def _names(self, folders: Sequence[str]) -> tuple[str, ...]:
         if self.classes_file is None:
             names = _names_of(folders)
-            where, mend = self.path, "rename a folder, or name the classes in dataset.classes_file"
+            where, hint = self.path, "rename a folder, or name the classes in dataset.classes_file"
         else:
             names = _names_in(user_path(self.classes_file), folders)
-            where, mend = self.classes_file, "give each class a name of its own"
+            where, hint = self.classes_file, "give each class a name of its own"
         if twice := sorted(name for name, n in Counter(names).items() if n > 1):
             raise UserError(
-                f"{_count(twice, 'class name')} used more than once: {_some(twice)}", where=where, mend=mend
+                f"{_count(twice, 'class name')} used more than once: {_some(twice)}", where=where, hint=hint
             )
         return names
 
@@ -266,7 +266,7 @@ class Folder:
             raise UserError(
                 f"{_count(small, 'class', 'classes')} with too few images to split in {into}: {_some(small)}",
                 where=str(root),
-                mend=f"at least {least} images per class",
+                hint=f"at least {least} images per class",
             )
         parts: dict[str, Classes] = {"train": {}, "val": {}, "test": dict(found.get("test", {}))}
         for folder, files in pool.items():
@@ -306,7 +306,7 @@ def _scan(root: Path) -> dict[str, Classes]:
             raise UserError(
                 f"a {split} folder but no {other} folder",
                 where=str(root),
-                mend=f"add {other}, or set dataset.path={root / split} to split that one",
+                hint=f"add {other}, or set dataset.path={root / split} to split that one",
             )
     return {"": found}
 
@@ -372,7 +372,7 @@ def entries_of(folder: Path) -> list[tuple[str, bool]]:
             return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         raise UserError(
-            f"cannot be listed: {error.strerror}", where=str(folder), mend="check its permissions"
+            f"cannot be listed: {error.strerror}", where=str(folder), hint="check its permissions"
         ) from None
 
 
@@ -398,7 +398,7 @@ def _identity(folder: Path) -> Identity:
         status = folder.stat()
     except OSError as error:
         raise UserError(
-            f"cannot be listed: {error.strerror}", where=str(folder), mend="check its permissions"
+            f"cannot be listed: {error.strerror}", where=str(folder), hint="check its permissions"
         ) from None
     return status.st_dev, status.st_ino
 
@@ -433,7 +433,7 @@ def _verified(
 
 def check_megapixels(megapixels: float) -> None:
     if not 0 < megapixels <= 1e6:
-        raise UserError(f"max_megapixels={megapixels}", mend="above 0, a million at most")
+        raise UserError(f"max_megapixels={megapixels}", hint="above 0, a million at most")
 
 
 def _encoded(file: Path, megapixels: float) -> bytes:
@@ -459,8 +459,8 @@ def decode(
     place = file if isinstance(file, Path) else where
 
     def refused() -> UserError:
-        mend = "leave it out, or raise max_megapixels if you trust it"
-        return UserError(f"it has more than {megapixels:g} million pixels", where=str(place or ""), mend=mend)
+        hint = "leave it out, or raise max_megapixels if you trust it"
+        return UserError(f"it has more than {megapixels:g} million pixels", where=str(place or ""), hint=hint)
 
     # Pillow's own bound holds for images inside of files too: it warns above this number, and refuses twice as much
     Image.MAX_IMAGE_PIXELS = max(1, int(megapixels * 1e6) // 2)
@@ -513,23 +513,23 @@ def _names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
             given, tab, name = (part.strip() for part in line.partition("\t"))
             if not (given and name):
                 raise UserError(
-                    f"no tab in {line!r}", where=where, mend="either every line is 'folder<TAB>name' or none is"
+                    f"no tab in {line!r}", where=where, hint="either every line is 'folder<TAB>name' or none is"
                 )
             if given not in known:
                 raise unknown("class folder", given, known, where=where)
             if known[given] in named:
-                raise UserError(f"class folder {given!r} twice", where=where, mend="remove one of the lines")
+                raise UserError(f"class folder {given!r} twice", where=where, hint="remove one of the lines")
             named[known[given]] = name
         if missing := [folder for folder in folders if folder not in named]:
             raise UserError(
                 f"{_count(missing, 'class folder')} without a name: {_some(missing)}",
                 where=where,
-                mend="add a line for it",
+                hint="add a line for it",
             )
         return tuple(named[folder] for folder in folders)
     if len(lines) != len(folders):
         raise UserError(
-            f"{len(lines)} names for {len(folders)} class folders", where=where, mend="one per folder, in sorted order"
+            f"{len(lines)} names for {len(folders)} class folders", where=where, hint="one per folder, in sorted order"
         )
     return tuple(lines)
 

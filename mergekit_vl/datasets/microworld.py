@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.data import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.microworld.tasks import TASKS
 from mergekit_vl.options import option
@@ -58,11 +58,11 @@ class Microworld:
             if name not in NAMES:
                 raise unknown("shift", name, NAMES, where="dataset.shifts")
             if strength and not _is_share(strength):
-                raise UserError(f"strength {strength!r}", where="dataset.shifts", mend="a number above 0, 1 at most")
+                raise UserError(f"strength {strength!r}", where="dataset.shifts", hint="a number above 0, 1 at most")
         drawn = [_shift(given) for given in self.shifts]
         for i, given in enumerate(self.shifts):
             if drawn[i] in drawn[:i]:
-                raise UserError(f"{given} is named twice", where="dataset.shifts", mend="name each rendering once")
+                raise UserError(f"{given} is named twice", where="dataset.shifts", hint="name each rendering once")
 
     def load(self, progress: Progress = silent) -> Dataset:
         spec = TASKS[self.task]

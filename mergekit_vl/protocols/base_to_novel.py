@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from mergekit_vl.data import Dataset, Split, few_shot
+from mergekit_vl.datasets.base import Dataset, Split, few_shot
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import Classes
+from mergekit_vl.models.inputs import TaskData
+from mergekit_vl.models.model import Classes
 from mergekit_vl.options import option
-from mergekit_vl.protocol import Metric, Task
-from mergekit_vl.strategy import TaskData
+from mergekit_vl.protocols.base import Metric, Task
 
 METRIC = Metric("HM", {"base": ("base",), "novel": ("novel",)}, harmonic=True)
 
@@ -39,7 +39,7 @@ class BaseToNovel:
     def task(self, dataset: Dataset, seed: int) -> Task:
         n = len(dataset.classes)
         if n < 2:
-            raise UserError(f"{dataset.name} has one class", mend="base-to-novel needs at least two")
+            raise UserError(f"{dataset.name} has one class", hint="base-to-novel needs at least two")
         order = list(range(n))
         if dataset.shuffled_halves:
             random.Random(f"halves:{seed}").shuffle(order)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_vl.data import Dataset
-from mergekit_vl.model import Classes
+from mergekit_vl.datasets.base import Dataset
+from mergekit_vl.models.inputs import TaskData
+from mergekit_vl.models.model import Classes
 from mergekit_vl.options import option
-from mergekit_vl.protocol import Metric, Task
+from mergekit_vl.protocols.base import Metric, Task
 from mergekit_vl.protocols.base_to_novel import draw_shots
-from mergekit_vl.strategy import TaskData
 
 
 @dataclass(frozen=True)

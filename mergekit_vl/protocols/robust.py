@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_vl.data import Dataset
+from mergekit_vl.datasets.base import Dataset
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import Classes
+from mergekit_vl.models.inputs import TaskData
+from mergekit_vl.models.model import Classes
 from mergekit_vl.options import option
-from mergekit_vl.protocol import Metric, Task
+from mergekit_vl.protocols.base import Metric, Task
 from mergekit_vl.protocols.base_to_novel import draw_shots
-from mergekit_vl.strategy import TaskData
 
 ID = "ID"
 
@@ -31,7 +31,7 @@ class Robust:
             raise UserError(
                 f"{dataset.name} has no shifted test images",
                 where="protocol robust",
-                mend="name them: dataset.shifts, see `mergekit-vl show` of the dataset",
+                hint="name them: dataset.shifts, see `mergekit-vl show` of the dataset",
             )
         train, val = draw_shots(dataset, self.shots, seed)
         tests = [(ID, classes, dataset.test)]

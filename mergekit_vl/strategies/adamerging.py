@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_vl import information
 from mergekit_vl.adapters import stored
-from mergekit_vl.choices import Choice
+from mergekit_vl.checkpoints.torch_io import check_finite
 from mergekit_vl.errors import Failed, Unsuitable, UserError
-from mergekit_vl.loading import check_finite
-from mergekit_vl.memory import out_of_memory
-from mergekit_vl.model import Model, Single
+from mergekit_vl.estimators import fisher_information
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import option
+from mergekit_vl.strategies.in_memory import anchors, as_model
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.system.memory import out_of_memory
 from mergekit_vl.tuners.sgd import check_loss
-from mergekit_vl.weights import anchors, as_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mergekit_vl.data import Split
-    from mergekit_vl.model import Classes
+    from mergekit_vl.datasets.base import Split
+    from mergekit_vl.models.model import Classes
 
     Tensors = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ class AdaMerging:
     trains = True
 
     def __post_init__(self) -> None:
-        for name, valid, mend in (
+        for name, valid, hint in (
             ("start", 0 <= self.start <= 1, "between 0 and 1"),
             ("trim", self.trim is None or 0 < self.trim <= 1, "above 0, at most 1"),
             ("steps", self.steps >= 1, "at least 1"),
@@ -75,17 +75,17 @@ class AdaMerging:
             ("lr", 0 < self.lr < float("inf"), "above 0"),
         ):
             if not valid:
-                raise UserError(f"{name}={getattr(self, name)}", where=WHERE, mend=mend)
+                raise UserError(f"{name}={getattr(self, name)}", where=WHERE, hint=hint)
 
     def merge(self, inputs: MergeInputs) -> Model:
         start, vectors = self._task_vectors(inputs)
-        own, predict = information.predictors(start, tasks := self._tasks(inputs), inputs)
+        own, predict = fisher_information.predictors(start, tasks := self._tasks(inputs), inputs)
         base = anchors(inputs)[0].adapter.tensors
         base = {name: base[name].to(tensor) for name, tensor in own.items()}
         vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
         lambdas = self._learn(base, vectors, predict, [len(images) for _, images in tasks], inputs)
         merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
-        check_finite(merged, where=WHERE, mend=f"lower lr (now {self.lr})")
+        check_finite(merged, where=WHERE, hint=f"lower lr (now {self.lr})")
         model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
         told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
         choice = Choice(told, "train" if self.images == "train" else "val", learnt=True)
@@ -117,7 +117,7 @@ class AdaMerging:
             raise Unsuitable(
                 f"there are no {self.images} images",
                 where=WHERE,
-                mend="set images=train" if self.images == "validation" else "give a dataset with images to train on",
+                hint="set images=train" if self.images == "validation" else "give a dataset with images to train on",
             )
         return found  # type: ignore[return-value]
 
@@ -125,7 +125,7 @@ class AdaMerging:
         self,
         base: Tensors,
         vectors: Sequence[Tensors],
-        predict: Sequence[information.Predict],
+        predict: Sequence[fisher_information.Predict],
         counts: Sequence[int],
         inputs: MergeInputs,
     ) -> Tensor:
@@ -153,8 +153,8 @@ class AdaMerging:
                 except (MemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
-                    mend = f"set batch={max(1, len(rows) // 2)}"
-                    raise Failed(f"out of memory with {len(rows)} images at once", where=WHERE, mend=mend) from None
+                    hint = f"set batch={max(1, len(rows) // 2)}"
+                    raise Failed(f"out of memory with {len(rows)} images at once", where=WHERE, hint=hint) from None
             moved = [name for name, leaf in leaves.items() if leaf.grad is not None]
             optimizer.zero_grad()
             torch.autograd.backward([merged[name] for name in moved], [leaves[name].grad for name in moved])
@@ -168,7 +168,7 @@ class AdaMerging:
         if file is not None:
             file.unlink(missing_ok=True)
         if not raw.isfinite().all():
-            raise Failed("the coefficients are not finite", where=WHERE, mend=f"lower lr (now {self.lr})")
+            raise Failed("the coefficients are not finite", where=WHERE, hint=f"lower lr (now {self.lr})")
         return raw.detach().expand(-1, len(base))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient, value_at
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
+from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.prepass import delta, magnitude, tensor_ranks
+from mergekit_vl.merging.task_vectors import add_to_base, check_task_vectors, each_density, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run, Tensor
-from mergekit_vl.surveys import delta, magnitude, tensor_ranks
-from mergekit_vl.task_vectors import add_to_base, check_task_vectors, each_density, weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy breadcrumbs"
 
@@ -45,12 +45,12 @@ class Breadcrumbs:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return tails(self, models, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return tails(self, models, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [masked(piece, i, bounds) for i, bounds in enumerate(facts[piece.tensor.name])]
-        return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [masked(chunk, i, bounds) for i, bounds in enumerate(stats[chunk.tensor.name])]
+        return add_to_base(chunk, weighted_sum(vectors, chunk.weights(self.weights)), chunk.at(self.scale))
 
 
 def check_tails(where: str, method: Any, models: Models) -> None:
@@ -59,11 +59,11 @@ def check_tails(where: str, method: Any, models: Models) -> None:
         for tensor in models.tensors:
             if value_at(density, tensor.name, tensor.depth) + method.gamma > 1:
                 raise UserError(
-                    f"density + gamma exceed 1 at gamma={method.gamma:g}", where=where, mend="lower one of them"
+                    f"density + gamma exceed 1 at gamma={method.gamma:g}", where=where, hint="lower one of them"
                 )
 
 
-def tails(method: Any, models: Models, run: Run, chunk: int) -> dict[str, Any]:
+def tails(method: Any, models: Models, run: Run, chunk_size: int) -> dict[str, Any]:
     """By tensor and model, the smallest and the largest magnitude that stay; none where nothing does."""
     densities = each_density(method, models)
 
@@ -72,12 +72,12 @@ def tails(method: Any, models: Models, run: Run, chunk: int) -> dict[str, Any]:
         below = tensor.size - kept - int(method.gamma * tensor.size)
         return [below, below + kept - 1] if kept else []
 
-    return tensor_ranks(models, delta, positions, run, chunk)
+    return tensor_ranks(models, delta, positions, run, chunk_size)
 
 
-def masked(piece: Piece, i: int, bounds: list[float]) -> Array:
+def masked(chunk: Chunk, i: int, bounds: list[float]) -> Array:
     """The task vector of model i between the bounds of its magnitudes."""
-    vector = piece.delta(i)
+    vector = chunk.delta(i)
     size = magnitude(vector)
     vector *= (size >= bounds[0]) & (size <= bounds[1]) if bounds else False
     return vector

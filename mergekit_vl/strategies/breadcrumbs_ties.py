@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.breadcrumbs import check_tails, masked, tails
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy breadcrumbs_ties"
 
@@ -45,10 +45,10 @@ class BreadcrumbsTies:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return tails(self, models, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return tails(self, models, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [masked(piece, i, bounds) for i, bounds in enumerate(facts[piece.tensor.name])]
-        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(piece, merged, piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [masked(chunk, i, bounds) for i, bounds in enumerate(stats[chunk.tensor.name])]
+        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(chunk, merged, chunk.at(self.scale))

@@ -9,14 +9,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing, weighted_sum
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.strategies.in_memory import merge_adapters
 from mergekit_vl.strategies.ties import Ties, trimmed
-from mergekit_vl.task_vectors import add_to_base, agreeing, weighted_sum
-from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy consensus"
 Vector = Literal["sum", "ties"]
@@ -54,21 +54,21 @@ class Consensus:
     def check(self, models: Models) -> None:
         check_masks(WHERE, self, models)
         if not 0 <= self.k <= len(models.tuned):
-            raise Unsuitable(f"k={self.k} of {len(models.tuned)} tasks", where=WHERE, mend="from 0 to their number")
+            raise Unsuitable(f"k={self.k} of {len(models.tuned)} tasks", where=WHERE, hint="from 0 to their number")
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return trim_thresholds(self, models, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return trim_thresholds(self, models, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = piece.deltas()
-        merged = multi_task_vector(self, piece, vectors, facts)
-        users = np.zeros(piece.size, np.int32)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = chunk.deltas()
+        merged = multi_task_vector(self, chunk, vectors, stats)
+        users = np.zeros(chunk.size, np.int32)
         for i, vector in enumerate(vectors):
-            users += uses(self, piece, i, vector, merged)
+            users += uses(self, chunk, i, vector, merged)
         merged *= users >= self.k
-        return add_to_base(piece, merged, piece.at(self.scale))
+        return add_to_base(chunk, merged, chunk.at(self.scale))
 
 
 class Masks(Protocol):
@@ -99,20 +99,20 @@ def each_lambda(method: Masks, models: Models) -> tuple[Coefficient, ...]:
     return method.lambdas or (method.lambda_,) * len(models.tuned)
 
 
-def trim_thresholds(method: Masks, models: Models, run: Run, chunk: int) -> Any:
+def trim_thresholds(method: Masks, models: Models, run: Run, chunk_size: int) -> Any:
     """With vector=ties, the smallest magnitude of each task vector that is kept."""
-    return Ties(method.density).survey(models, run, chunk) if method.vector == "ties" else None
+    return Ties(method.density).prepass(models, run, chunk_size) if method.vector == "ties" else None
 
 
-def multi_task_vector(method: Masks, piece: Piece, vectors: list[Array], facts: Any) -> Array:
+def multi_task_vector(method: Masks, chunk: Chunk, vectors: list[Array], stats: Any) -> Array:
     """Of the task vectors, which stay as they are; `facts` are `trim_thresholds`."""
     if method.vector == "ties":
-        return agreeing(trimmed(piece, facts), (1.0,) * len(vectors), elect="raw", mean=False)
+        return agreeing(trimmed(chunk, stats), (1.0,) * len(vectors), elect="raw", mean=False)
     return weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors))
 
 
-def uses(method: Masks, piece: Piece, i: int, vector: Array, merged: Array) -> Array:
+def uses(method: Masks, chunk: Chunk, i: int, vector: Array, merged: Array) -> Array:
     """The TALL-mask of task i: where its vector counts in the multi-task vector."""
     rest = np.abs(merged - vector)
-    rest *= rest.dtype.type(piece.at(each_lambda(method, piece.models)[i]))
+    rest *= rest.dtype.type(chunk.at(each_lambda(method, chunk.models)[i]))
     return np.abs(vector) >= rest

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.task_vectors import (
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import (
     add_to_base,
     check_task_vectors,
     each_density,
@@ -17,7 +16,8 @@ from mergekit_vl.task_vectors import (
     l1_ratios,
     weighted_sum,
 )
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.options import option
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy dare_linear"
 Rescale = Literal["density", "l1", "none"]
@@ -53,27 +53,27 @@ class DareLinear:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self, dropped, run, chunk) if self.rescale == "l1" else None
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return l1_ratios(models, self, dropped, run, chunk_size) if self.rescale == "l1" else None
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [dare(self, piece, i, facts) for i in range(len(piece.models.tuned))]
-        return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [dare(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
+        return add_to_base(chunk, weighted_sum(vectors, chunk.weights(self.weights)), chunk.at(self.scale))
 
 
-def dropped(method: Any, piece: Piece, i: int) -> Array:
+def dropped(method: Any, chunk: Chunk, i: int) -> Array:
     """The task vector of model i without the elements that its draws drop."""
-    vector = piece.delta(i)
-    vector *= keep_at_random(piece, i, piece.at(each_density(method, piece.models)[i]))
+    vector = chunk.delta(i)
+    vector *= keep_at_random(chunk, i, chunk.at(each_density(method, chunk.models)[i]))
     return vector
 
 
-def dare(method: Any, piece: Piece, i: int, facts: Any) -> Array:
+def dare(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
     """The same, rescaled; `method` is this or `dare_ties`."""
-    vector = dropped(method, piece, i)
-    density = piece.at(each_density(method, piece.models)[i])
+    vector = dropped(method, chunk, i)
+    density = chunk.at(each_density(method, chunk.models)[i])
     if method.rescale == "density" and 0 < density < 1:
         vector *= vector.dtype.type(1 / density)
     elif method.rescale == "l1":
-        vector *= vector.dtype.type(facts[piece.tensor.name][i])
+        vector *= vector.dtype.type(stats[chunk.tensor.name][i])
     return vector

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors, l1_ratios
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.dare_linear import Rescale, dare, dropped
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, l1_ratios
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy dare_ties"
 
@@ -48,10 +48,10 @@ class DareTies:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self, dropped, run, chunk) if self.rescale == "l1" else None
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return l1_ratios(models, self, dropped, run, chunk_size) if self.rescale == "l1" else None
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [dare(self, piece, i, facts) for i in range(len(piece.models.tuned))]
-        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(piece, merged, piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [dare(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
+        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(chunk, merged, chunk.at(self.scale))

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient, value_at
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.prepass import magnitude
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors, draw, each_density, l1_ratios
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import magnitude
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, draw, each_density, l1_ratios
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy della"
 Rescale = Literal["probability", "l1", "none"]
@@ -57,13 +57,13 @@ class Della:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self, thinned, run, chunk) if self.rescale == "l1" else None
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return l1_ratios(models, self, thinned, run, chunk_size) if self.rescale == "l1" else None
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [magprune(self, piece, i, facts) for i in range(len(piece.models.tuned))]
-        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(piece, merged, piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [magprune(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
+        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(chunk, merged, chunk.at(self.scale))
 
 
 def check_window(where: str, method: Any, models: Models) -> None:
@@ -75,38 +75,38 @@ def check_window(where: str, method: Any, models: Models) -> None:
                 raise UserError(
                     f"density +- epsilon/2 leaves 0 .. 1 at epsilon={method.epsilon:g}",
                     where=where,
-                    mend="lower epsilon",
+                    hint="lower epsilon",
                 )
 
 
-def thinned(method: Any, piece: Piece, i: int) -> Array:
-    """The task vector of model i in a piece of whole rows, without the elements that MagPrune drops."""
-    return _thin(method, piece, i)[0]
+def thinned(method: Any, chunk: Chunk, i: int) -> Array:
+    """The task vector of model i in a chunk of whole rows, without the elements that MagPrune drops."""
+    return _thin(method, chunk, i)[0]
 
 
-def magprune(method: Any, piece: Piece, i: int, facts: Any) -> Array:
+def magprune(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
     """The same, rescaled; `method` is this or `della_linear`."""
-    vector, keep = _thin(method, piece, i)
+    vector, keep = _thin(method, chunk, i)
     if method.rescale == "probability":
         vector /= np.where(keep > 0, keep, 1)
     elif method.rescale == "l1":
-        vector *= vector.dtype.type(facts[piece.tensor.name][i])
+        vector *= vector.dtype.type(stats[chunk.tensor.name][i])
     return vector
 
 
-def _thin(method: Any, piece: Piece, i: int) -> tuple[Array, Array]:
+def _thin(method: Any, chunk: Chunk, i: int) -> tuple[Array, Array]:
     """The thinned vector, and the probability with which each element was kept."""
-    vector = piece.delta(i)
-    n = piece.tensor.row
+    vector = chunk.delta(i)
+    n = chunk.tensor.row
     keys = magnitude(vector).view(np.uint32).astype(np.uint64).reshape(-1, n)
     keys <<= np.uint64(32)
-    keys |= np.arange(piece.size, dtype=np.uint64).reshape(-1, n)  # equal magnitudes rank by position, on every machine
+    keys |= np.arange(chunk.size, dtype=np.uint64).reshape(-1, n)  # equal magnitudes rank by position, on every machine
     keys.sort(axis=1)
     keys &= np.uint64(2**32 - 1)
-    keep = np.empty(piece.size, np.float32)
+    keep = np.empty(chunk.size, np.float32)
     keep[keys.view(np.int64)] = np.arange(n, dtype=np.float32)  # its rank, for now
-    density = piece.at(each_density(method, piece.models)[i])
+    density = chunk.at(each_density(method, chunk.models)[i])
     keep *= np.float32(method.epsilon / max(1, n - 1))
     keep += np.float32(density - method.epsilon / 2 if n > 1 else density)
-    vector *= draw(piece, i) < keep.astype(np.float64) * 2**32
+    vector *= draw(chunk, i) < keep.astype(np.float64) * 2**32
     return vector, keep

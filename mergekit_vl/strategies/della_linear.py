@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import add_to_base, check_task_vectors, l1_ratios, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.della import Rescale, check_window, magprune, thinned
-from mergekit_vl.task_vectors import add_to_base, check_task_vectors, l1_ratios, weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy della_linear"
 
@@ -47,9 +47,9 @@ class DellaLinear:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return l1_ratios(models, self, thinned, run, chunk) if self.rescale == "l1" else None
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return l1_ratios(models, self, thinned, run, chunk_size) if self.rescale == "l1" else None
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = [magprune(self, piece, i, facts) for i in range(len(piece.models.tuned))]
-        return add_to_base(piece, weighted_sum(vectors, piece.weights(self.weights)), piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = [magprune(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
+        return add_to_base(chunk, weighted_sum(vectors, chunk.weights(self.weights)), chunk.at(self.scale))

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.coefficients import Coefficient
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Ema:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        decay = piece.at(self.decay)
-        average = piece.tuned(0)
-        for i in range(1, len(piece.models.tuned)):
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        decay = chunk.at(self.decay)
+        average = chunk.tuned(0)
+        for i in range(1, len(chunk.models.tuned)):
             average *= average.dtype.type(decay)
-            later = piece.tuned(i)
+            later = chunk.tuned(i)
             later *= later.dtype.type(1 - decay)
             average += later
         return average

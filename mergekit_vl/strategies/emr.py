@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.prepass import absolute_sums
+from mergekit_vl.merging.task_vectors import add_to_base, chosen_task, sign, weighted_sum
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import absolute_sums
-from mergekit_vl.task_vectors import add_to_base, chosen_task, sign, weighted_sum
-from mergekit_vl.weights import merge_by_task
+from mergekit_vl.strategies.in_memory import merge_by_task
 
 WHERE = "strategy emr"
 
@@ -55,29 +55,29 @@ class Emr:
 
     merge = merge_by_task
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """The rescaler of the task, with its number; none without a task."""
         t = chosen_task(WHERE, self.task, models)
         if t is None:
             return None
 
-        def both(piece: Piece) -> list[Array]:
-            vectors = piece.deltas()
+        def both(chunk: Chunk) -> list[Array]:
+            vectors = chunk.deltas()
             return [vectors[t], masked(unified(vectors), vectors[t])]
 
-        sums = absolute_sums(models, both, run, chunk)
-        counted = [tensor for tensor in models.tensors if tensor.size and not tensor.twin_of]
+        sums = absolute_sums(models, both, run, chunk_size)
+        counted = [tensor for tensor in models.tensors if tensor.size and not tensor.tied_to]
         each = [sums[tensor.name] / (tensor.size if self.norm == "tensors" else 1) for tensor in counted]
         own, ours = np.sum(each, 0) if each else (0.0, 0.0)
         return t, float(own / ours) if ours else 1.0
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = piece.deltas()
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = chunk.deltas()
         merged = unified(vectors)
-        if facts is None:
-            return add_to_base(piece, merged, 1.0)
-        t, rescaler = facts
-        return add_to_base(piece, masked(merged, vectors[t]), rescaler)
+        if stats is None:
+            return add_to_base(chunk, merged, 1.0)
+        t, rescaler = stats
+        return add_to_base(chunk, masked(merged, vectors[t]), rescaler)
 
 
 def unified(vectors: list[Array]) -> Array:

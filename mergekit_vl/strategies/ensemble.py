@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mergekit_vl.calibration import temperature
-from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.evaluate import answers, quality, score
-from mergekit_vl.model import Ensemble, Model
+from mergekit_vl.models.calibration import temperature
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.evaluate import logits_of, quality, score
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Ensemble, Model
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
 
 WHERE = "strategy ensemble"
 STEPS = {2: 20, 3: 10, 4: 10}
@@ -45,14 +45,14 @@ class OutputEnsemble:
         members = (inputs.base, *inputs.tuned)
         if not inputs.tuned:
             raise Unsuitable(
-                "there is nothing to ensemble zero-shot with", where=WHERE, mend="name a model under `tuned`"
+                "there is nothing to ensemble zero-shot with", where=WHERE, hint="name a model under `tuned`"
             )
         if isinstance(self.weights, str):
             if len(members) not in STEPS:
                 raise Unsuitable(
                     f"weights of {len(members)} models are not searched for",
                     where=WHERE,
-                    mend=f"give {len(members)} weights, or ensemble at most {max(STEPS) - 1} tuned models",
+                    hint=f"give {len(members)} weights, or ensemble at most {max(STEPS) - 1} tuned models",
                 )
             candidates = tuple(simplex(len(members), STEPS[len(members)]))
         else:
@@ -61,7 +61,7 @@ class OutputEnsemble:
                 raise Unsuitable(
                     f"{len(candidates[0])} weights for {len(members)} models",
                     where=WHERE,
-                    mend="zero-shot first, then one per tuned model",
+                    hint="zero-shot first, then one per tuned model",
                 )
         if len(candidates) == 1 and not self.calibrated:
             return Ensemble(members, candidates[0], self.average)
@@ -73,7 +73,7 @@ class OutputEnsemble:
         import torch
 
         task = inputs.validated(WHERE, "give the weights and set calibrated=false")
-        given = [answers(member, task.classes, task.val, inputs.features) for member in members]  # type: ignore[arg-type]
+        given = [logits_of(member, task.classes, task.val, inputs.features) for member in members]  # type: ignore[arg-type]
         logits, labels = torch.stack([logits for logits, _, _ in given]), given[0][1]
         temperatures = tuple(temperature(z, labels) for z in logits) if self.calibrated else ()
         ensembles = (Ensemble(members, weights, self.average, temperatures) for weights in candidates)
@@ -84,7 +84,7 @@ class OutputEnsemble:
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         if min(weights) < 0 or sum(weights) <= 0:
             raise UserError(
-                f"weights {weights} are not a mixture", where=WHERE, mend="use weights >= 0 with a positive sum"
+                f"weights {weights} are not a mixture", where=WHERE, hint="use weights >= 0 with a positive sum"
             )
         return tuple(w / sum(weights) for w in weights)
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl import information
+from mergekit_vl.checkpoints.torch_io import cast, check_finite
 from mergekit_vl.errors import Failed, Unsuitable, UserError
-from mergekit_vl.loading import cast, check_finite
-from mergekit_vl.model import Model
+from mergekit_vl.estimators import fisher_information
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.weights import anchors, as_model
+from mergekit_vl.strategies.in_memory import anchors, as_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +49,9 @@ class Fisher:
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise UserError(f"images={self.images}", where=WHERE, mend="at least 1")
+            raise UserError(f"images={self.images}", where=WHERE, hint="at least 1")
         if not self.floor > 0:
-            raise UserError(f"floor={self.floor}", where=WHERE, mend="above 0")
+            raise UserError(f"floor={self.floor}", where=WHERE, hint="above 0")
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
@@ -61,25 +61,25 @@ class Fisher:
             check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         models = (zero_shot, *tuned) if self.base else tuned
         if len(models) < 2:
-            raise Unsuitable("one model alone", where=WHERE, mend="name another under `tuned`, or set base=true")
+            raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set base=true")
         weights = self.weights or (1.0,) * len(models)
         if len(weights) != len(models):
             raise Unsuitable(
                 f"{len(weights)} weights for {len(models)} models",
                 where=WHERE,
-                mend=f"one per tuned model{', zero-shot first' * self.base}",
+                hint=f"one per tuned model{', zero-shot first' * self.base}",
             )
         if min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(f"weights {weights}", where=WHERE, mend="use weights >= 0 with a positive sum")
+            raise UserError(f"weights {weights}", where=WHERE, hint="use weights >= 0 with a positive sum")
         fishers = []
         if self.base:
             tasks = {id(task): task for task in inputs.data}.values()
-            each = [information.of_model(zero_shot, task, inputs, self.images) for task in tasks]
+            each = [fisher_information.of_model(zero_shot, task, inputs, self.images) for task in tasks]
             fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
         for model, task in zip(tuned, inputs.data, strict=True):
-            fishers.append(information.of_model(model, task, inputs, self.images))
+            fishers.append(fisher_information.of_model(model, task, inputs, self.images))
         merged = self.average([m.adapter.tensors for m in models], fishers, weights)
-        check_finite(merged, where=WHERE, mend="use smaller weights")
+        check_finite(merged, where=WHERE, hint="use smaller weights")
         return as_model(zero_shot, merged, inputs)
 
     def average(self, thetas: list[Tensors], fishers: list[Tensors], weights: tuple[float, ...]) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class Fisher:
             raise kind(
                 "the Fisher information is zero or not finite: a model is certain of every one of its images",
                 where=WHERE,
-                mend="give more images, or use linear",
+                hint="give more images, or use linear",
             )
         least = self.floor * total / sum(t.numel() for f in fishers for t in f.values())
         merged = {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_vl.choices import Choice
-from mergekit_vl.evaluate import evaluate
-from mergekit_vl.model import Model
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.evaluate import evaluate
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model
 from mergekit_vl.strategies.uniform_soup import UniformSoup
-from mergekit_vl.strategy import MergeInputs
 
 WHERE = "strategy greedy_soup"
 

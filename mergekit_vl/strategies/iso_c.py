@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Tensor
-from mergekit_vl.singular import (
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
     add_mean,
@@ -19,7 +18,8 @@ from mergekit_vl.singular import (
     svd,
     svd_arrays,
 )
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.options import option
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy iso_c"
 
@@ -57,12 +57,12 @@ class IsoC:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        scale = piece.at(self.scale)
-        if not is_matrix(piece.tensor, self.averaged):
-            return add_mean(piece, scale)
-        u, s, vt = svd(piece, sum_of_tasks(piece))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        scale = chunk.at(self.scale)
+        if not is_matrix(chunk.tensor, self.averaged):
+            return add_mean(chunk, scale)
+        u, s, vt = svd(chunk, sum_of_tasks(chunk))
         merged = u @ vt
         if len(s):
             merged *= s.mean()
-        return add_matrix(piece, merged, scale)
+        return add_matrix(chunk, merged, scale)

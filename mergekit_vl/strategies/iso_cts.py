@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
-from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Tensor
-from mergekit_vl.singular import (
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
     add_mean,
@@ -22,7 +21,8 @@ from mergekit_vl.singular import (
     task_matrix,
     zeros,
 )
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.options import option
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy iso_cts"
 
@@ -63,14 +63,14 @@ class IsoCTS:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        scale = piece.at(self.scale)
-        if not is_matrix(piece.tensor, self.averaged):
-            return add_mean(piece, scale)
-        (rows, columns), n = piece.tensor.shape, len(piece.models.tuned)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        scale = chunk.at(self.scale)
+        if not is_matrix(chunk.tensor, self.averaged):
+            return add_mean(chunk, scale)
+        (rows, columns), n = chunk.tensor.shape, len(chunk.models.tuned)
         places = min(rows, columns)
         own = own_places(places, n, self.common)
-        total = sum_of_tasks(piece)
+        total = sum_of_tasks(chunk)
         left, values, right = zeros(total, rows, places), zeros(total, places), zeros(total, places, columns)
         taken = 0
 
@@ -81,16 +81,16 @@ class IsoCTS:
             left[:, span], values[span], right[span] = u[:, :count], s[:count], vt[:count]
             taken += count
 
-        put(*svd(piece, total), places - n * own)
+        put(*svd(chunk, total), places - n * own)
         shared = left[:, :taken]
         for i in range(n if own else 0):
-            matrix = task_matrix(piece, i)
+            matrix = task_matrix(chunk, i)
             matrix -= shared @ (shared.T @ matrix)
-            put(*svd(piece, matrix), own)
-        merged = orthogonal(piece, left[:, :taken]) @ orthogonal(piece, right[:taken])
+            put(*svd(chunk, matrix), own)
+        merged = orthogonal(chunk, left[:, :taken]) @ orthogonal(chunk, right[:taken])
         if taken:
             merged *= values[:taken].mean()
-        return add_matrix(piece, merged, scale)
+        return add_matrix(chunk, merged, scale)
 
 
 def own_places(places: int, n: int, common: float) -> int:

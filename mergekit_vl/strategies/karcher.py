@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import products
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import products
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy karcher"
 
@@ -47,18 +47,18 @@ class Karcher:
         models.check_weights(WHERE, self.weights, models.labels, "weights")
         for tensor in models.tensors:
             if min(w := models.weight_at(self.weights, tensor, len(models.tuned))) < 0 or not sum(w):
-                raise UserError(f"weights {w} are not a mean", where=WHERE, mend="weights >= 0 with a positive sum")
+                raise UserError(f"weights {w} are not a mean", where=WHERE, hint="weights >= 0 with a positive sum")
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        grams = products(models, lambda piece: [piece.tuned(i) for i in range(len(models.tuned))], run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        grams = products(models, lambda chunk: [chunk.tuned(i) for i in range(len(models.tuned))], run, chunk_size)
         weights = {t.name: np.array(models.weight_at(self.weights, t, len(models.tuned))) for t in models.tensors}
         return {name: karcher_coefficients(g, weights[name], self.steps, self.tolerance) for name, g in grams.items()}
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        n = len(piece.models.tuned)
-        return weighted_sum((piece.tuned(i) for i in range(n)), facts[piece.tensor.name])
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        n = len(chunk.models.tuned)
+        return weighted_sum((chunk.tuned(i) for i in range(n)), stats[chunk.tensor.name])
 
 
 def karcher_coefficients(gram: Array, weights: Array, steps: int, tolerance: float) -> list[float]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.model import Mixture, Model
+from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import weighted_sum
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece
-from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import anchors, check_numbers, check_own_space, merge_adapters
+from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Linear:
             raise Unsuitable(
                 f"{len(self.weights)} weights for {n} models",
                 where="strategy linear",
-                mend=f"one each: {', '.join(models.member_labels)}",
+                hint=f"one each: {', '.join(models.member_labels)}",
             )
         for weight in self.weights:
             models.check_coefficient("strategy linear", weight, "weight")
         for tensor in models.tensors:
             if self.normalise and abs(sum(models.weight_at(self.weights, tensor, n))) < 1e-12:
                 raise UserError(
-                    "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
+                    "the weights sum to zero", where="strategy linear", hint="change them, or set normalise=false"
                 )
 
     def merge(self, inputs: MergeInputs) -> Model:
@@ -66,7 +66,7 @@ class Linear:
             raise Unsuitable(
                 f"{len(weights)} weights for {1 + len(tuned)} models",
                 where="strategy linear",
-                mend="zero-shot first, then one per tuned model",
+                hint="zero-shot first, then one per tuned model",
             )
         return Mixture((inputs.base, *tuned), self._normalised(weights))
 
@@ -74,10 +74,10 @@ class Linear:
         total = sum(weights) if self.normalise else 1.0
         if abs(total) < 1e-12:
             raise UserError(
-                "the weights sum to zero", where="strategy linear", mend="change them, or set normalise=false"
+                "the weights sum to zero", where="strategy linear", hint="change them, or set normalise=false"
             )
         return tuple(w / total for w in weights)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        weights = piece.weights(self.weights, len(piece.models.members))
-        return weighted_sum(piece.members(), self._normalised(weights))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        weights = chunk.weights(self.weights, len(chunk.models.members))
+        return weighted_sum(chunk.members(), self._normalised(weights))

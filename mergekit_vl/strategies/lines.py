@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergekit_vl.coefficients import in_block
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.coefficients import in_block
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Tensor
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy lines"
 
@@ -46,10 +46,10 @@ class Lines:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        n = len(piece.models.tuned)
-        factor = self.factor(piece.tensor, n) / (n if self.combine == "mean" else 1)
-        return weighted_sum(piece.members(), (1 - n * factor, *(factor,) * n))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        n = len(chunk.models.tuned)
+        factor = self.factor(chunk.tensor, n) / (n if self.combine == "mean" else 1)
+        return weighted_sum(chunk.members(), (1 - n * factor, *(factor,) * n))
 
     def factor(self, tensor: Tensor, n: int) -> float:
         """lambda of a tensor, for n task vectors."""

@@ -41,17 +41,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_vl import information, surrogates
-from mergekit_vl.data import Augment
+from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.model import ImagePath, Model, Single
+from mergekit_vl.estimators import fisher_information, surrogates
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import ImageEncoder, Model, Single
 from mergekit_vl.options import check_effect, option
+from mergekit_vl.strategies.in_memory import anchors
 from mergekit_vl.strategies.wise_ft import WiseFT
-from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.context import cross_entropy, fit_context
 from mergekit_vl.tuners.head import fit_head, inputs_of, matrix
 from mergekit_vl.tuners.sgd import Schedule
-from mergekit_vl.weights import anchors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ class MergeTune:
     """The model is stored: making it again would cost as much as making it."""
 
     def __post_init__(self) -> None:
-        for name, valid, mend in (
+        for name, valid, hint in (
             ("lambda_", self.lambda_ >= 0, "0 or more"),
             ("beta", self.beta >= 0, "0 or more"),
             ("tau", 0 <= self.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
@@ -112,7 +112,7 @@ class MergeTune:
         ):
             if not valid:
                 value = getattr(self, name)
-                raise UserError(f"{name.rstrip('_')}={value}", where="strategy mergetune", mend=mend)
+                raise UserError(f"{name.rstrip('_')}={value}", where="strategy mergetune", hint=hint)
 
     def merge(self, inputs: MergeInputs) -> Model:
         return {"ctx": self._prompt, "head": self._head, "tower": self._tower}[self._space(inputs)](inputs)
@@ -122,12 +122,12 @@ class MergeTune:
             raise Unsuitable(
                 f"one tuned model, not {len(inputs.tuned)}",
                 where="strategy mergetune",
-                mend="merge several with linear or task_arithmetic first",
+                hint="merge several with linear or task_arithmetic first",
             )
         space = anchors(inputs)[1][0].adapter.space
         if space not in LR:
             raise Unsuitable(
-                f"a model of the space {space}", where="strategy mergetune", mend="tune a prompt, a head or a tower"
+                f"a model of the space {space}", where="strategy mergetune", hint="tune a prompt, a head or a tower"
             )
         for names, read, why in self._readers(space):
             if not read:
@@ -205,10 +205,12 @@ class MergeTune:
 
         backbone, data = zero_shot.backbone, inputs.data[0]
         if self.path == "weights":
-            fisher = information.of_model(zero_shot, data, inputs, self.fisher_images)["ctx"]
+            fisher = fisher_information.of_model(zero_shot, data, inputs, self.fisher_images)["ctx"]
         else:
-            images = F.normalize(inputs.features.features(ImagePath(backbone), data.train).to(backbone.device), dim=-1)
-            fisher = information.of_text_features(text1, images, backbone.scale)
+            images = F.normalize(
+                inputs.features.features(ImageEncoder(backbone), data.train).to(backbone.device), dim=-1
+            )
+            fisher = fisher_information.of_text_features(text1, images, backbone.scale)
         return surrogates.mean_one({"w": fisher})["w"]
 
     # linear heads
@@ -218,7 +220,7 @@ class MergeTune:
 
         start = WiseFT(self.tau).merge(inputs)
         assert isinstance(start, Single)
-        data, path = inputs.data[0], ImagePath(start.backbone)
+        data, path = inputs.data[0], ImageEncoder(start.backbone)
         views = inputs.features.features(path, data.train)[None]
         if self.views:
             augment = Augment(self.crop, self.flip)
@@ -238,7 +240,9 @@ class MergeTune:
         w1, w2 = matrix(first), matrix(second)  # type: ignore[arg-type]
         apart = float((w1.square() + w2.square()).sum())
         x1 = inputs_of(first, views.to(w1.device)).flatten(0, 1)  # type: ignore[arg-type]
-        fisher = surrogates.mean_one({"w": information.of_head(w1, x1)})["w"] if self.surrogate == "fisher" else None
+        fisher = (
+            surrogates.mean_one({"w": fisher_information.of_head(w1, x1)})["w"] if self.surrogate == "fisher" else None
+        )
         draw = torch.Generator().manual_seed(inputs.seed + 1)
 
         def loss(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
@@ -257,7 +261,7 @@ class MergeTune:
 
         if self.surrogate == "cosine":
             raise Unsuitable(
-                "surrogate=cosine is not there for towers", where="strategy mergetune", mend="l2 or fisher"
+                "surrogate=cosine is not there for towers", where="strategy mergetune", hint="l2 or fisher"
             )
         start = WiseFT(self.tau).merge(inputs)
         assert isinstance(start, Single)
@@ -276,7 +280,7 @@ class MergeTune:
         apart = {name: surrogates.squared(w2[name], w1[name]).sum() for name in w1}
         fisher = {}
         if self.surrogate == "fisher":
-            fisher = information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
+            fisher = fisher_information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
             fisher = surrogates.mean_one(fisher)
 
         def losses(forward, weights, images: Tensor, labels: Tensor) -> Iterator[Tensor]:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.prepass import products
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import products
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class ModelStock:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         if self.along == "row":
             return None
-        grams = products(models, Piece.deltas, run, chunk)
+        grams = products(models, Chunk.deltas, run, chunk_size)
         return {name: float(ratio(gram)) for name, gram in grams.items()}
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        n = len(piece.models.tuned)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        n = len(chunk.models.tuned)
         if self.along == "tensor":
-            t = facts[piece.tensor.name]
-            return weighted_sum(piece.members(), (1 - t, *(t / n,) * n))
-        deltas = np.array(piece.deltas(), np.float64).reshape(n, -1, piece.tensor.row)
+            t = stats[chunk.tensor.name]
+            return weighted_sum(chunk.members(), (1 - t, *(t / n,) * n))
+        deltas = np.array(chunk.deltas(), np.float64).reshape(n, -1, chunk.tensor.row)
         rows = ratio(np.einsum("irk,jrk->ijr", deltas, deltas))[:, None]
-        merged = (rows * deltas.mean(0)).reshape(-1) + piece.base
-        return merged.astype(piece.tensor.wide, copy=False)
+        merged = (rows * deltas.mean(0)).reshape(-1) + chunk.base
+        return merged.astype(chunk.tensor.wide, copy=False)
 
 
 def ratio(gram: Array) -> Array:

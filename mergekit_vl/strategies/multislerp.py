@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import products
+from mergekit_vl.merging.task_vectors import add_to_base, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import products
-from mergekit_vl.task_vectors import add_to_base, weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy multislerp"
 
@@ -46,25 +46,25 @@ class MultiSlerp:
         models.check_weights(WHERE, self.weights, models.labels, "weights")
         for tensor in models.tensors:
             if self.normalise and abs(sum(models.weight_at(self.weights, tensor, len(models.tuned)))) < 1e-12:
-                raise UserError("the weights sum to zero", where=WHERE, mend="change them, or set normalise=false")
+                raise UserError("the weights sum to zero", where=WHERE, hint="change them, or set normalise=false")
 
     merge = merge_adapters
 
-    def _vectors(self, piece: Piece) -> list[Array]:
-        return list(self._each(piece))
+    def _vectors(self, chunk: Chunk) -> list[Array]:
+        return list(self._each(chunk))
 
-    def _each(self, piece: Piece) -> Any:
-        return (piece.delta(i) if self.task_vectors else piece.tuned(i) for i in range(len(piece.models.tuned)))
+    def _each(self, chunk: Chunk) -> Any:
+        return (chunk.delta(i) if self.task_vectors else chunk.tuned(i) for i in range(len(chunk.models.tuned)))
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return products(models, self._vectors, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return products(models, self._vectors, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        weights = np.array(piece.weights(self.weights))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        weights = np.array(chunk.weights(self.weights))
         if self.normalise:
             weights /= weights.sum()
-        merged = weighted_sum(self._each(piece), coefficients(facts[piece.tensor.name], weights, piece.tensor.name))
-        return add_to_base(piece, merged, 1.0) if self.task_vectors else merged
+        merged = weighted_sum(self._each(chunk), coefficients(stats[chunk.tensor.name], weights, chunk.tensor.name))
+        return add_to_base(chunk, merged, 1.0) if self.task_vectors else merged
 
 
 def coefficients(gram: Array, weights: Array, name: str) -> list[float]:
@@ -76,5 +76,5 @@ def coefficients(gram: Array, weights: Array, name: str) -> list[float]:
     if length < 1e-8:
         if len(weights) == 2 or not norms.any():
             return [float(w) for w in weights]  # opposite vectors, or all zero: the straight line
-        raise Unsuitable(f"the models' directions cancel in {name}", where=WHERE, mend="change the weights")
+        raise Unsuitable(f"the models' directions cancel in {name}", where=WHERE, hint="change the weights")
     return [float(c) for c in directions / length * (weights @ norms)]

@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import products
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
+from mergekit_vl.strategies.in_memory import merge_adapters
 from mergekit_vl.strategies.slerp import slerp_coefficients, slerp_rows
-from mergekit_vl.surveys import products
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
 
 WHERE = "strategy nuslerp"
 
@@ -57,30 +57,30 @@ class NuSlerp:
         models.check_weights(WHERE, self.weights, models.labels, "weights")
         for tensor in models.tensors:
             if abs(sum(models.weight_at(self.weights, tensor, 2))) < 1e-12:
-                raise UserError("the weights sum to zero", where=WHERE, mend="change them")
+                raise UserError("the weights sum to zero", where=WHERE, hint="change them")
 
     merge = merge_adapters
 
-    def _ends(self, piece: Piece) -> list[Array]:
-        return [piece.delta(i) if self.task_vectors else piece.tuned(i) for i in range(2)]
+    def _ends(self, chunk: Chunk) -> list[Array]:
+        return [chunk.delta(i) if self.task_vectors else chunk.tuned(i) for i in range(2)]
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return products(models, self._ends, run, chunk) if self.along == "tensor" else None
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return products(models, self._ends, run, chunk_size) if self.along == "tensor" else None
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        first, second = piece.weights(self.weights)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        first, second = chunk.weights(self.weights)
         t = second / (first + second)
-        a, b = self._ends(piece)
+        a, b = self._ends(chunk)
         if self.along == "tensor":
-            merged = weighted_sum((a, b), slerp_coefficients(facts[piece.tensor.name], t))
+            merged = weighted_sum((a, b), slerp_coefficients(stats[chunk.tensor.name], t))
         else:
-            merged = self._by_vector(piece, a, b, t).astype(piece.tensor.wide)
+            merged = self._by_vector(chunk, a, b, t).astype(chunk.tensor.wide)
         if self.task_vectors:
-            merged += piece.base
+            merged += chunk.base
         return merged
 
-    def _by_vector(self, piece: Piece, a: Array, b: Array, t: float) -> Array:
-        shape = piece.tensor.shape
+    def _by_vector(self, chunk: Chunk, a: Array, b: Array, t: float) -> Array:
+        shape = chunk.tensor.shape
         if len(shape) < 2:
             return slerp_rows(a, b, t)
         if self.along == "last":

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import Vector, delta, model_ranks
+from mergekit_vl.merging.task_vectors import add_to_base, sign, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import Vector, delta, model_ranks
-from mergekit_vl.task_vectors import add_to_base, sign, weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy pcb"
 Bounds = tuple[float, float]
@@ -60,34 +60,34 @@ class Pcb:
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """Per model: the magnitudes that its task vector is clipped to, and the balances that become 0 and 1."""
-        n, size = len(models.tuned), sum(t.size for t in models.tensors if not t.twin_of)
+        n, size = len(models.tuned), sum(t.size for t in models.tensors if not t.tied_to)
         if not size:
             return [(0.0, 0.0)] * n, [(np.inf, np.inf)] * n
         low = min(int(self.clip * size), size - 1)
         high = max(low, size - 1 - ceil(self.clip * size))
-        clips = [tuple(found) for found in model_ranks(models, delta, [[low, high]] * n, run, chunk)]
-        last = threading.local()  # a model's balances need all models: those of a thread's piece are computed once
+        clips = [tuple(found) for found in model_ranks(models, delta, [[low, high]] * n, run, chunk_size)]
+        last = threading.local()  # a model's balances need all models: those of a thread's chunk are computed once
 
-        def balance(piece: Piece, i: int) -> Array:
-            if getattr(last, "piece", None) is not piece:
-                last.piece, last.balances = piece, self._balances(piece.deltas(), clips)
+        def balance(chunk: Chunk, i: int) -> Array:
+            if getattr(last, "chunk", None) is not chunk:
+                last.chunk, last.balances = chunk, self._balances(chunk.deltas(), clips)
             return last.balances[i]
 
         dropped = int((1 - self.density) * size)
         if dropped >= size:
             return clips, [(np.inf, np.inf)] * n
-        return clips, signed_ranks(models, balance, [dropped, size - 1], size, run, chunk)
+        return clips, signed_ranks(models, balance, [dropped, size - 1], size, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        clips, bounds = facts
-        vectors = piece.deltas()
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        clips, bounds = stats
+        vectors = chunk.deltas()
         shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
         clipped = (sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
-        merged = weighted_sum(clipped, piece.weights(self.weights))
+        merged = weighted_sum(clipped, chunk.weights(self.weights))
         merged /= np.maximum(weighted_sum(shares, (1.0,) * len(shares)), 1e-12)
-        return add_to_base(piece, merged, piece.at(self.scale))
+        return add_to_base(chunk, merged, chunk.at(self.scale))
 
     def _balances(self, vectors: list[Array], clips: list[Bounds]) -> list[Array]:
         """b_i of each task vector, divided by exp(N), which does not overflow and is the same for all elements."""
@@ -109,12 +109,14 @@ def place(values: Array, low: float, high: float) -> Array:
     return (np.clip(values, low, high) - low) / (high - low)
 
 
-def signed_ranks(models: Models, vector: Vector, ranks: list[int], size: int, run: Run, chunk: int) -> list[Bounds]:
+def signed_ranks(
+    models: Models, vector: Vector, ranks: list[int], size: int, run: Run, chunk_size: int
+) -> list[Bounds]:
     """For each model, the values (not magnitudes) at the ascending positions `ranks` of `size` elements; exact."""
     n = len(models.tuned)
-    above = model_ranks(models, lambda piece, i: np.maximum(vector(piece, i), 0), [ranks] * n, run, chunk)
+    above = model_ranks(models, lambda chunk, i: np.maximum(vector(chunk, i), 0), [ranks] * n, run, chunk_size)
     if all(value > 0 for found in above for value in found):
         return [tuple(found) for found in above]
     mirrored = [size - 1 - rank for rank in ranks]
-    below = model_ranks(models, lambda piece, i: np.maximum(-vector(piece, i), 0), [mirrored] * n, run, chunk)
+    below = model_ranks(models, lambda chunk, i: np.maximum(-vector(chunk, i), 0), [mirrored] * n, run, chunk_size)
     return [tuple(a - b for a, b in zip(*found)) for found in zip(above, below)]

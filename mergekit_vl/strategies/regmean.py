@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters.tower import HEAD
+from mergekit_vl.checkpoints.torch_io import check_finite
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.information import some
-from mergekit_vl.loading import check_finite
-from mergekit_vl.model import Model, Single
+from mergekit_vl.estimators.fisher_information import some
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.strategies.in_memory import anchors, as_model
 from mergekit_vl.tuners.head import inputs_of
-from mergekit_vl.weights import anchors, as_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.adapters.linear_head import LinearHead
-    from mergekit_vl.grams import Gram
-    from mergekit_vl.strategy import TaskData
+    from mergekit_vl.estimators.gram import Gram
+    from mergekit_vl.models.inputs import TaskData
 
 WHERE = "strategy regmean"
 RIDGE = 1e-6
@@ -50,9 +50,9 @@ class RegMean:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha={self.alpha}", where=WHERE, mend="between 0 and 1")
+            raise UserError(f"alpha={self.alpha}", where=WHERE, hint="between 0 and 1")
         if self.images < 1:
-            raise UserError(f"images={self.images}", where=WHERE, mend="at least 1")
+            raise UserError(f"images={self.images}", where=WHERE, hint="at least 1")
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
@@ -61,11 +61,11 @@ class RegMean:
         space = zero_shot.adapter.space
         if space not in ("head", "tower"):
             what = "a prompt has no linear map of image features" if space == "ctx" else f"a model of the space {space}"
-            raise Unsuitable(what, where=WHERE, mend="tune heads or towers, or use linear or fisher")
+            raise Unsuitable(what, where=WHERE, hint="tune heads or towers, or use linear or fisher")
         if space == "head":
             check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
         if len(tuned) < 2:
-            raise Unsuitable("one model alone", where=WHERE, mend="name another under `tuned`")
+            raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`")
         tensors = [m.adapter.tensors for m in tuned]
         merged = {n: torch.stack([t[n].double() for t in tensors]).mean(0).to(t) for n, t in tensors[0].items()}
         measure = self._of_head if space == "head" else self._of_tower
@@ -82,7 +82,7 @@ class RegMean:
         for name, total in sums.items():
             move = solve(total, moves[name])  # [in, out]
             merged[name] += (move if transposed[name] else move.T).reshape(merged[name].shape).to(merged[name])
-        check_finite(merged, where=WHERE, mend="use smaller weights")
+        check_finite(merged, where=WHERE, hint="use smaller weights")
         return as_model(zero_shot, merged, inputs)
 
     def _of_head(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
@@ -90,10 +90,10 @@ class RegMean:
         return {"weight": gram_of_head(model.adapter, features.to(model.adapter.weight.device))}  # type: ignore
 
     def _of_tower(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
-        from mergekit_vl import grams
+        from mergekit_vl.estimators import gram
 
         rows = some(inputs, len(task.train), self.images).tolist()
-        found, features = grams.of_tower(model, task.train, rows, inputs.progress)
+        found, features = gram.of_tower(model, task.train, rows, inputs.progress)
         head = model.adapter.head  # type: ignore[attr-defined]
         if head is not None:
             found[HEAD + "weight"] = gram_of_head(head, features)
@@ -102,7 +102,7 @@ class RegMean:
 
 def gram_of_head(head: LinearHead, features: Tensor) -> Gram:
     """Of raw features [N, D]."""
-    from mergekit_vl.grams import Gram
+    from mergekit_vl.estimators.gram import Gram
 
     x = inputs_of(head, features)[:, :-1]  # without the ones of the bias
     return Gram(x.T @ x, len(x), transposed=False)

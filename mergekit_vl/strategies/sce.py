@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient, value_at
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
+from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.prepass import absolute_sums, magnitude, tensor_ranks
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run, Tensor
-from mergekit_vl.surveys import absolute_sums, magnitude, tensor_ranks
-from mergekit_vl.task_vectors import add_to_base, agreeing
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy sce"
 
@@ -57,11 +57,11 @@ class Sce:
         models.check_coefficient(WHERE, self.density, "density", 0, 1)
         models.check_coefficient(WHERE, self.scale, "scale")
         if not self.equal_below >= 0:
-            raise UserError(f"equal_below={self.equal_below:g}", where=WHERE, mend="a number from 0")
+            raise UserError(f"equal_below={self.equal_below:g}", where=WHERE, hint="a number from 0")
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """By tensor name: the smallest variance that is selected, and the coefficient of each model."""
         n = len(models.tuned)
 
@@ -72,7 +72,7 @@ class Sce:
             if self.share_of == "all":
                 return [tensor.size - max(1, int(share * tensor.size))] if tensor.size else []
             varying = sum(
-                np.count_nonzero(variance(piece.deltas())) for piece in models.pieces("elementwise", chunk, tensor)
+                np.count_nonzero(variance(chunk.deltas())) for chunk in models.chunks("elementwise", chunk_size, tensor)
             )
             kept = int(share * varying)
             return [tensor.size - kept] if kept else []
@@ -80,34 +80,34 @@ class Sce:
         thresholds = dict.fromkeys((t.name for t in models.tensors), 0.0)
         if self.density != 1:
             found = tensor_ranks(
-                models, lambda piece, _: variance(piece.deltas()), positions, run, chunk, ("variance",)
+                models, lambda chunk, _: variance(chunk.deltas()), positions, run, chunk_size, ("variance",)
             )
             for tensor in models.tensors:
                 if value_at(self.density, tensor.name, tensor.depth) < 1:
                     (ranks,) = found[tensor.name]
                     thresholds[tensor.name] = ranks[0] if ranks else np.inf
 
-        def squares(piece: Piece) -> list[Array]:
-            vectors = selected(piece.deltas(), thresholds[piece.tensor.name])
+        def squares(chunk: Chunk) -> list[Array]:
+            vectors = selected(chunk.deltas(), thresholds[chunk.tensor.name])
             return [np.square(vector, dtype=np.float64) for vector in vectors]
 
-        sums = absolute_sums(models, squares, run, chunk)
-        facts = {}
+        sums = absolute_sums(models, squares, run, chunk_size)
+        stats = {}
         for tensor in models.tensors:
             if tensor.size:
                 total = sums[tensor.name].sum()
                 equal = not total or total / tensor.size < self.equal_below
                 shares = np.full(n, 1 / n) if equal else sums[tensor.name] / total
-                facts[tensor.name] = thresholds[tensor.name], tuple(map(float, shares))
-        return facts
+                stats[tensor.name] = thresholds[tensor.name], tuple(map(float, shares))
+        return stats
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        threshold, coefficients = facts[piece.tensor.name]
-        vectors = piece.deltas()
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        threshold, coefficients = stats[chunk.tensor.name]
+        vectors = chunk.deltas()
         if self.merged == "selected":
             vectors = selected(vectors, threshold)
         merged = agreeing(vectors, coefficients, elect="raw", mean=self.mean)
-        return add_to_base(piece, merged, piece.at(self.scale))
+        return add_to_base(chunk, merged, chunk.at(self.scale))
 
 
 def variance(vectors: list[Array]) -> Array:

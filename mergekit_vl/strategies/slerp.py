@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import products
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run
-from mergekit_vl.surveys import products
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 FLAT = 1e-7
 """Angles in radians (and distances from pi) below which the straight line is taken: it is the same to 1e-14, or undetermined."""
@@ -48,20 +48,20 @@ class Slerp:
         models.check_count("strategy slerp", at_least=max(1, ends), at_most=2)
         models.check_coefficient("strategy slerp", self.t, "t")
         if not 0 <= self.line_above <= 1:
-            raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", mend="it lies in 0 .. 1")
+            raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", hint="it lies in 0 .. 1")
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return products(models, _ends, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return products(models, _ends, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        coefficients = slerp_coefficients(facts[piece.tensor.name], piece.at(self.t), self.line_above)
-        return weighted_sum(_ends(piece), coefficients)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        coefficients = slerp_coefficients(stats[chunk.tensor.name], chunk.at(self.t), self.line_above)
+        return weighted_sum(_ends(chunk), coefficients)
 
 
-def _ends(piece: Piece) -> list[Array]:
-    return [piece.tuned(0), piece.tuned(1)] if len(piece.models.tuned) == 2 else [piece.base.copy(), piece.tuned(0)]
+def _ends(chunk: Chunk) -> list[Array]:
+    return [chunk.tuned(0), chunk.tuned(1)] if len(chunk.models.tuned) == 2 else [chunk.base.copy(), chunk.tuned(0)]
 
 
 def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[
     if abs(cosine) > line_above or angle < FLAT or math.pi - angle < FLAT:
         return 1 - t, t
     if not math.isfinite(t * angle):
-        raise UserError(f"t={t:g}", where="strategy slerp", mend="0 is the first model, 1 the second")
+        raise UserError(f"t={t:g}", where="strategy slerp", hint="0 is the first model, 1 the second")
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import add_to_base, chosen_task
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.pieces import Models, Piece, Run
 from mergekit_vl.strategies.consensus import Vector, check_masks, multi_task_vector, trim_thresholds, uses
-from mergekit_vl.task_vectors import add_to_base, chosen_task
-from mergekit_vl.weights import merge_by_task
+from mergekit_vl.strategies.in_memory import merge_by_task
 
 WHERE = "strategy tall_mask"
 
@@ -56,13 +56,13 @@ class TallMask:
 
     merge = merge_by_task
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
-        return trim_thresholds(self, models, run, chunk)
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        return trim_thresholds(self, models, run, chunk_size)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = piece.deltas()
-        merged = multi_task_vector(self, piece, vectors, facts)
-        t = chosen_task(WHERE, self.task, piece.models)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = chunk.deltas()
+        merged = multi_task_vector(self, chunk, vectors, stats)
+        t = chosen_task(WHERE, self.task, chunk.models)
         if t is not None:
-            merged *= uses(self, piece, t, vectors[t], merged)
-        return add_to_base(piece, merged, piece.at(self.scale))
+            merged *= uses(self, chunk, t, vectors[t], merged)
+        return add_to_base(chunk, merged, chunk.at(self.scale))

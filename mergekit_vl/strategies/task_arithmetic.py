@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.pieces import Models, Piece
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,6 @@ class TaskArithmetic:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        scales = piece.weights(self.scales or (self.scale,) * len(piece.models.tuned))
-        return weighted_sum(piece.members(), (1 - sum(scales), *scales))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        scales = chunk.weights(self.scales or (self.scale,) * len(chunk.models.tuned))
+        return weighted_sum(chunk.members(), (1 - sum(scales), *scales))

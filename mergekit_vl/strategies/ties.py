@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_vl.coefficients import Coefficient, value_at
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
+from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.prepass import delta, magnitude, model_ranks, tensor_ranks
+from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors, each_density
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Run, Tensor
-from mergekit_vl.surveys import delta, magnitude, model_ranks, tensor_ranks
-from mergekit_vl.task_vectors import add_to_base, agreeing, check_task_vectors, each_density
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy ties"
 
@@ -52,29 +52,29 @@ class Ties:
             models.check_coefficient(WHERE, density, "density", 0, 1)
             if self.trim == "model" and not isinstance(density, float):
                 raise UserError(
-                    "one density for the whole model", where=WHERE, mend="give a number, or set trim=tensor"
+                    "one density for the whole model", where=WHERE, hint="give a number, or set trim=tensor"
                 )
 
     merge = merge_adapters
 
-    def survey(self, models: Models, run: Run, chunk: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """The smallest magnitude that is kept: per model, or by tensor and model."""
         densities = each_density(self, models)
         if self.trim == "model":
-            size = sum(t.size for t in models.tensors if not t.twin_of)
-            found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk)  # type: ignore[arg-type]
+            size = sum(t.size for t in models.tensors if not t.tied_to)
+            found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk_size)  # type: ignore[arg-type]
             return [ranks[0] if ranks else np.inf for ranks in found]
 
         def positions(tensor: Tensor, i: int) -> list[int]:
             return smallest_kept(tensor.size, value_at(densities[i], tensor.name, tensor.depth))
 
-        by_tensor = tensor_ranks(models, delta, positions, run, chunk)
+        by_tensor = tensor_ranks(models, delta, positions, run, chunk_size)
         return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        vectors = trimmed(piece, facts if self.trim == "model" else facts[piece.tensor.name])
-        merged = agreeing(vectors, piece.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(piece, merged, piece.at(self.scale))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        vectors = trimmed(chunk, stats if self.trim == "model" else stats[chunk.tensor.name])
+        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
+        return add_to_base(chunk, merged, chunk.at(self.scale))
 
 
 def smallest_kept(size: int, density: float) -> list[int]:
@@ -82,11 +82,11 @@ def smallest_kept(size: int, density: float) -> list[int]:
     return [size - max(1, int(density * size))] if density > 0 and size else []
 
 
-def trimmed(piece: Piece, thresholds: Sequence[float]) -> list[Array]:
+def trimmed(chunk: Chunk, thresholds: Sequence[float]) -> list[Array]:
     """The task vectors without the elements that are smaller than their model's threshold."""
     vectors = []
     for i, threshold in enumerate(thresholds):
-        vector = piece.delta(i)
+        vector = chunk.delta(i)
         vector *= magnitude(vector) >= threshold
         vectors.append(vector)
     return vectors

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
-from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece, Tensor
-from mergekit_vl.singular import (
+from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
     add_mean,
@@ -23,7 +22,8 @@ from mergekit_vl.singular import (
     svd_arrays,
     task_matrix,
 )
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.options import option
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 WHERE = "strategy tsv_m"
 
@@ -64,7 +64,7 @@ class TsvM:
         models.check_count(WHERE, at_least=2, base=True)
         models.check_coefficient(WHERE, self.scale, "scale")
         if self.rank is not None and not 0 < self.rank <= 1:
-            raise UserError(f"rank={self.rank:g}", where=WHERE, mend="a share above 0, at most 1")
+            raise UserError(f"rank={self.rank:g}", where=WHERE, hint="a share above 0, at most 1")
         check_averaged(WHERE, models, self.averaged)
 
     merge = merge_adapters
@@ -75,20 +75,20 @@ class TsvM:
             return 0
         return min(tensor.shape) // n if self.rank is None else int(min(tensor.shape) * self.rank)
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        n, scale = len(piece.models.tuned), piece.at(self.scale)
-        kept = self._kept(piece.tensor, n)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        n, scale = len(chunk.models.tuned), chunk.at(self.scale)
+        kept = self._kept(chunk.tensor, n)
         if not kept:
-            return add_mean(piece, scale)
+            return add_mean(chunk, scale)
         left, values, right = [], [], []
         for i in range(n):
-            u, s, vt = svd(piece, task_matrix(piece, i))
+            u, s, vt = svd(chunk, task_matrix(chunk, i))
             xp = namespace(u)
             left.append(xp.asarray(u[:, :kept], copy=True))
             values.append(s[:kept])
             right.append(xp.asarray(vt[:kept], copy=True))
             del u, vt
-        u = orthogonal(piece, xp.concatenate(left, 1))
+        u = orthogonal(chunk, xp.concatenate(left, 1))
         del left
         u *= xp.concatenate(values)
-        return add_matrix(piece, u @ orthogonal(piece, xp.concatenate(right)), scale)
+        return add_matrix(chunk, u @ orthogonal(chunk, xp.concatenate(right)), scale)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl.dtypes import Array
-from mergekit_vl.pieces import Models, Piece
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import merge_adapters
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.task_vectors import weighted_sum
+from mergekit_vl.strategies.in_memory import merge_adapters
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class UniformSoup:
 
     merge = merge_adapters
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        n = len(piece.models.tuned)
-        return weighted_sum((piece.tuned(i) for i in range(n)), (1 / n,) * n)
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        n = len(chunk.models.tuned)
+        return weighted_sum((chunk.tuned(i) for i in range(n)), (1 / n,) * n)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mergekit_vl.calibration import temperature
-from mergekit_vl.choices import Choice
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.evaluate import answers, quality, score
-from mergekit_vl.model import Model
+from mergekit_vl.models.by_distance import ByDistance, kth_distance
+from mergekit_vl.models.calibration import temperature
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.evaluate import logits_of, quality, score
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model
 from mergekit_vl.options import option
-from mergekit_vl.per_sample import ByDistance, kth_distance
-from mergekit_vl.strategy import MergeInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.strategy import TaskData
+    from mergekit_vl.models.inputs import TaskData
 
 WHERE = "strategy vrf"
 SHARE = 1 / 1280
@@ -51,16 +51,16 @@ class Vrf:
 
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:
-            raise UserError(f"k={self.k}", where=WHERE, mend="at least 1")
+            raise UserError(f"k={self.k}", where=WHERE, hint="at least 1")
         if self.b is not None and not self.b > 0:
-            raise UserError(f"b={self.b}", where=WHERE, mend="above 0")
+            raise UserError(f"b={self.b}", where=WHERE, hint="above 0")
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
 
         if len(inputs.tuned) != 1:
             raise Unsuitable(
-                f"one tuned model, not {len(inputs.tuned)}", where=WHERE, mend="merge or ensemble several first"
+                f"one tuned model, not {len(inputs.tuned)}", where=WHERE, hint="merge or ensemble several first"
             )
         near = self.failures(inputs)
         if not len(near):
@@ -68,13 +68,13 @@ class Vrf:
         k = max(1, round(SHARE * len(near))) if self.k is None else self.k
         if k > len(near):
             raise Unsuitable(
-                f"k={k}, and zero-shot fails on {len(near)} training images only", where=WHERE, mend=f"k={len(near)}"
+                f"k={k}, and zero-shot fails on {len(near)} training images only", where=WHERE, hint=f"k={len(near)}"
             )
         members = (inputs.base, inputs.tuned[0])
         if self.a is not None and self.b is not None and not self.calibrated:
             return ByDistance(members, near, k, self.a, self.b)
         task = inputs.validated(WHERE, "give a and b and set calibrated=false")
-        (first, labels, _), (second, _, _) = (answers(m, task.classes, task.val, inputs.features) for m in members)  # type: ignore[arg-type]
+        (first, labels, _), (second, _, _) = (logits_of(m, task.classes, task.val, inputs.features) for m in members)  # type: ignore[arg-type]
         temperatures = (temperature(first, labels), temperature(second, labels)) if self.calibrated else (1.0, 1.0)
         distances = kth_distance(inputs.features.features(members[1].paths[0], task.val), near, k)  # type: ignore[arg-type]
         spread = float(distances.double().std(correction=0)) or 1.0
@@ -94,7 +94,7 @@ class Vrf:
 
         task: TaskData = inputs.data[0]
         (first, labels, _), (second, _, _) = (
-            answers(m, task.classes, task.train, inputs.features) for m in (inputs.base, inputs.tuned[0])
+            logits_of(m, task.classes, task.train, inputs.features) for m in (inputs.base, inputs.tuned[0])
         )
         failed = (second.argmax(-1) == labels) & (first.argmax(-1) != labels)
         return F.normalize(inputs.features.features(inputs.tuned[0].paths[0], task.train)[failed], dim=-1)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mergekit_vl.choices import Choice
-from mergekit_vl.coefficients import Coefficient
-from mergekit_vl.dtypes import Array
+from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.model import Mixture, Model
+from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.task_vectors import weighted_sum
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
-from mergekit_vl.pieces import Models, Piece
-from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.task_vectors import weighted_sum
-from mergekit_vl.weights import anchors, check_numbers, check_own_space, merge_adapters
+from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
 
 WHERE = "strategy wise_ft"
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -55,12 +55,12 @@ class WiseFT:
             return merge_adapters(self, inputs)
         _, tuned = anchors(inputs)
         if len(tuned) != 1:
-            raise Unsuitable(f"1 tuned model, not {len(tuned)}", where=WHERE, mend="use linear for several")
+            raise Unsuitable(f"1 tuned model, not {len(tuned)}", where=WHERE, hint="use linear for several")
         (alpha,) = check_numbers(WHERE, (self._alpha(),), "alpha")
         return Mixture((inputs.base, tuned[0]), (1 - alpha, alpha))
 
     def _chosen(self, inputs: MergeInputs) -> Model:
-        from mergekit_vl.evaluate import evaluate, quality
+        from mergekit_vl.models.evaluate import evaluate, quality
 
         tasks = inputs.to_choose_on(WHERE, "give alpha as a number")
         towers = anchors(inputs)[1][0].adapter.space == "tower"  # a tower an alpha: its features are looked at once
@@ -78,10 +78,10 @@ class WiseFT:
     def _alpha(self) -> Coefficient:
         if isinstance(self.alpha, str):
             raise UserError(
-                "alpha=validation needs images", where=WHERE, mend="give a number, or use it in `mergekit-vl run`"
+                "alpha=validation needs images", where=WHERE, hint="give a number, or use it in `mergekit-vl run`"
             )
         return self.alpha
 
-    def merge_piece(self, piece: Piece, facts: Any) -> Array:
-        alpha = piece.at(self._alpha())
-        return weighted_sum(piece.members(), (1 - alpha, alpha))
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        alpha = chunk.at(self._alpha())
+        return weighted_sum(chunk.members(), (1 - alpha, alpha))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mergekit_vl.data import Augment
+from mergekit_vl.datasets.base import Augment
 from mergekit_vl.tuners.graphs import graphed
 from mergekit_vl.tuners.sgd import Schedule, descend
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from mergekit_vl.adapters.prompt import Prompt
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.model import Classes
-    from mergekit_vl.strategy import MergeInputs
+    from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.models.model import Classes
 
     Encode = Callable[[Tensor], Tensor]
     """Context [M, W], [K, M, W] or [S, K, M, W] -> raw text features [K, D] or [S, K, D] of the task's classes."""
@@ -44,11 +44,11 @@ def fit_context(
     import torch
     import torch.nn.functional as F
 
-    from mergekit_vl.model import ImagePath
+    from mergekit_vl.models.model import ImageEncoder
 
     data = inputs.data[0]
     views = inputs.features.views(
-        ImagePath(backbone), data.train, epochs=schedule.epochs, seed=inputs.seed, augment=augment
+        ImageEncoder(backbone), data.train, epochs=schedule.epochs, seed=inputs.seed, augment=augment
     )
     views = F.normalize(views, dim=-1).to(backbone.device)
     labels = torch.from_numpy(data.train.labels).to(backbone.device)

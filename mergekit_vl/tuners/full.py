@@ -7,11 +7,11 @@ from typing import Literal
 
 from mergekit_vl.adapters.linear_head import Unseen
 from mergekit_vl.adapters.tower import Tower
-from mergekit_vl.data import Augment
+from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import Single
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Single
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.head import Init, start_head
 
 
@@ -43,7 +43,7 @@ class Full:
     def __post_init__(self) -> None:
         for name, least in (("accumulate", 1), ("weight_decay", 0), ("warmup", 0)):
             if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}", where="tuner full", mend=f"{least} or more")
+                raise UserError(f"{name}={getattr(self, name)}", where="tuner full", hint=f"{least} or more")
 
     def tune(self, inputs: MergeInputs) -> Single:
         import torch.nn.functional as F

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters.linear_head import LinearHead, Unseen, class_means, zero_shot
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import ImagePath
+from mergekit_vl.models.model import ImageEncoder
 from mergekit_vl.tuners.sgd import descend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.strategy import MergeInputs
+    from mergekit_vl.models.inputs import MergeInputs
     from mergekit_vl.tuners.sgd import Schedule
 
     Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,11 +49,11 @@ def start_head(backbone: Backbone, inputs: MergeInputs, init: Init | None, unsee
             has = "no classifier" if own is None else f"one of {len(own.weight)} classes"
             raise UserError(
                 f"init=own: {backbone.spec} came with {has}, the data set has {len(data.classes.names)}",
-                mend="use init=class_mean or init=random",
+                hint="use init=class_mean or init=random",
             )
         head = LinearHead(own.weight.to(backbone.device), own.bias.to(backbone.device), data.classes.names, False)
     else:
-        features = inputs.features.features(ImagePath(backbone), data.train)
+        features = inputs.features.features(ImageEncoder(backbone), data.train)
         if init == "class_mean":
             head = class_means(features, torch.from_numpy(data.train.labels), data.classes, normalise=normalise)
         else:

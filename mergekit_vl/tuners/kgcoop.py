@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_vl.adapters.prompt import Prompt
-from mergekit_vl.data import Augment
-from mergekit_vl.model import Single
+from mergekit_vl.datasets.base import Augment
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Single
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.context import cross_entropy, fit_context
 from mergekit_vl.tuners.sgd import Schedule
 

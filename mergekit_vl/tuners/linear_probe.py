@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters.linear_head import LinearHead, Unseen
-from mergekit_vl.data import Augment
+from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import UserError
-from mergekit_vl.evaluate import evaluate
-from mergekit_vl.model import ImagePath, Single
+from mergekit_vl.models.evaluate import evaluate
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import ImageEncoder, Single
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
 from mergekit_vl.tuners.head import Init, fit_head, inputs_of, matrix, mean_square, start_head, with_matrix
 from mergekit_vl.tuners.sgd import Schedule
 
@@ -50,14 +50,14 @@ class LinearProbe:
     def __post_init__(self) -> None:
         for name in ("l2", "views"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}", where="tuner linear_probe", mend="0 or more")
+                raise UserError(f"{name}={getattr(self, name)}", where="tuner linear_probe", hint="0 or more")
 
     def tune(self, inputs: MergeInputs) -> Single:
         import torch
 
         backbone, data = inputs.base.backbone, inputs.data[0]
         start = start_head(backbone, inputs, self.init, self.unseen)
-        path = ImagePath(backbone)
+        path = ImageEncoder(backbone)
         if self.views:
             augment = Augment(self.crop, self.flip)
             views = inputs.features.views(path, data.train, epochs=self.views, seed=inputs.seed, augment=augment)

@@ -12,7 +12,7 @@ from mergekit_vl.errors import Failed, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.strategy import MergeInputs
+    from mergekit_vl.models.inputs import MergeInputs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr"):
             if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}", mend="it must be positive")
+                raise UserError(f"{name}={getattr(self, name)}", hint="it must be positive")
 
     def lr_at(self, epoch: int) -> float:
         if epoch == 0 and self.epochs > 1:
@@ -74,5 +74,5 @@ def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "
     """Raise UserError for a loss that is not finite."""
     if not value.isfinite():
         raise Failed(
-            f"the loss of {what} is {value.item()} in {unit} {epoch + 1}", where=what, mend=f"lower lr (now {lr})"
+            f"the loss of {what} is {value.item()} in {unit} {epoch + 1}", where=what, hint=f"lower lr (now {lr})"
         )

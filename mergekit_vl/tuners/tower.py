@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from mergekit_vl.adapters import stored
 from mergekit_vl.adapters.tower import HEAD, Tower
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.data import Augment
+from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import Failed
-from mergekit_vl.evaluate import evaluate
-from mergekit_vl.memory import out_of_memory
-from mergekit_vl.model import ImagePath, Single
+from mergekit_vl.models.evaluate import evaluate
+from mergekit_vl.models.model import ImageEncoder, Single
+from mergekit_vl.models.views import prefetched, train_view
+from mergekit_vl.system.memory import out_of_memory
 from mergekit_vl.tuners.sgd import check_loss
-from mergekit_vl.views import prefetched, train_view
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.model import Classes
-    from mergekit_vl.strategy import MergeInputs
+    from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.models.model import Classes
 
     Weights = Mapping[str, Tensor]
     Losses = Callable[["Forward", Weights, Tensor, Tensor], Iterable[Tensor]]
@@ -83,7 +83,7 @@ def fit_tower(
     batches = len(data.train) // batch  # the last, smaller batch is dropped, as the field does
     steps_an_epoch = math.ceil(batches / schedule.accumulate)
     steps = steps_an_epoch * schedule.epochs
-    path = ImagePath(backbone)
+    path = ImageEncoder(backbone)
     for epoch in range(training.restore(file), schedule.epochs):
         order = torch.randperm(len(data.train), generator=_generator(inputs.seed, epoch)).tolist()
 
@@ -109,7 +109,7 @@ def fit_tower(
                 raise Failed(
                     f"out of memory with {batch} images at once",
                     where=what,
-                    mend=f"set batch={max(1, batch // 2)} accumulate={2 * schedule.accumulate}: the same step in half of the memory",
+                    hint=f"set batch={max(1, batch // 2)} accumulate={2 * schedule.accumulate}: the same step in half of the memory",
                 ) from None
             if last or (number + 1) % schedule.accumulate == 0:
                 step = epoch * steps_an_epoch + number // schedule.accumulate
@@ -124,7 +124,7 @@ def fit_tower(
     if file is not None:
         file.unlink(missing_ok=True)
     if not all(weight.isfinite().all() for weight in forward.weights.values()):
-        raise Failed(f"the weights of {what} are not finite", where=what, mend=f"lower lr (now {schedule.lr})")
+        raise Failed(f"the weights of {what} are not finite", where=what, hint=f"lower lr (now {schedule.lr})")
     return training.chosen()
 
 

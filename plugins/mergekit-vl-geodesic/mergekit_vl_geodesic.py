@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_vl.errors import Unsuitable
-from mergekit_vl.hookspecs import Register, hookimpl
-from mergekit_vl.model import Model
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Model
 from mergekit_vl.options import option
-from mergekit_vl.strategy import MergeInputs
-from mergekit_vl.weights import anchors, as_model
+from mergekit_vl.registry.hookspecs import Register, hookimpl
+from mergekit_vl.strategies.in_memory import anchors, as_model
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which the arc is too flat, or undetermined, to be followed
 
@@ -26,7 +26,7 @@ class Geodesic:
         base, tuned = anchors(inputs)
         if len(tuned) != 1:
             raise Unsuitable(
-                f"one tuned model, not {len(tuned)}", where="strategy geodesic", mend="use linear for several"
+                f"one tuned model, not {len(tuned)}", where="strategy geodesic", hint="use linear for several"
             )
         merged = {}
         for name, start in base.adapter.tensors.items():

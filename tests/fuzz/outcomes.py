@@ -35,9 +35,9 @@ def counted(many: int, few: int = 25) -> settings:
 
 @functools.cache
 def _commands() -> typer.core.TyperGroup:
-    from mergekit_vl import cli
+    from mergekit_vl.commands import app
 
-    return typer.main.get_command(cli.app)
+    return typer.main.get_command(app.app)
 
 
 def answer(*words: object) -> int:

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outcomes import answer, bounded, counted
 
-from mergekit_vl import loading, saved
-from mergekit_vl.adapters import tuned
 from mergekit_vl.backbones.micro import Micro
+from mergekit_vl.checkpoints import torch_io
+from mergekit_vl.commands.terminal import registry
 from mergekit_vl.errors import UserError
-from mergekit_vl.terminal import registry
+from mergekit_vl.storage import model_files, tuned
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
@@ -37,7 +37,7 @@ def folder(tmp_path_factory, micro):
     hostile.safetensors(folder / "good.safetensors", json.dumps(GOOD).encode(), DATA)
     for words in (["check", folder / "good.safetensors"], *_commands(folder / "good.safetensors", folder / "out")):
         assert answer(*words) == 0
-    loading.read(folder / "good.safetensors")  # all that is imported is there before memory is counted
+    torch_io.read(folder / "good.safetensors")  # all that is imported is there before memory is counted
     return folder
 
 
@@ -49,7 +49,7 @@ def answered(folder, path):
     """What opens can be merged, and the merge repeated; what does not is refused by every door."""
     opened = answer("check", path)
     with bounded(), contextlib.suppress(UserError):
-        loading.read(path)
+        torch_io.read(path)
     if opened == 0:
         merge, verify = _commands(path, folder / "out")
         if answer(*merge) == 0:
@@ -317,6 +317,6 @@ def test_adapters(folder, micro, told, shapes):
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
         place = end
     path = hostile.safetensors(folder / "adapter.safetensors", json.dumps(header).encode(), bytes(place))
-    for load in (saved.load_adapter, tuned.load_tuned):
+    for load in (model_files.load_adapter, tuned.load_tuned):
         with bounded(), contextlib.suppress(UserError):
             load(path, micro, registry().adapter)

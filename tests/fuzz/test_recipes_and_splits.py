@@ -14,14 +14,15 @@ from outcomes import counted
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergekit_vl import experiment, streaming
 from mergekit_vl.bench import plan as plans
+from mergekit_vl.commands.merge_request import ask
 from mergekit_vl.datasets.coop_layout import CoOpLayout
-from mergekit_vl.merge_plan import open_plan
-from mergekit_vl.merge_words import ask
-from mergekit_vl.mergekit_yaml import METHODS
-from mergekit_vl.plugins import load_plugins
+from mergekit_vl.experiments import experiment
+from mergekit_vl.merge_files import streaming
+from mergekit_vl.merge_files.mergekit_yaml import METHODS
+from mergekit_vl.merge_files.plan import open_plan
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+from mergekit_vl.registry.plugins import load_plugins
 
 RECIPES = [yaml.safe_load(path.read_text()) for path in installed_recipes().values()]
 OVERRIDES = ["seed=x", "seed=${seed}", "seed.0=1", "strategy.0=3", "strategy.-1.name=ties", "strategy=[", "tuned.x=1"]

@@ -7,10 +7,10 @@ import torch
 
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.errors import UserError
-from mergekit_vl.model import Single
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Single
 from mergekit_vl.options import build
-from mergekit_vl.plugins import load_plugins
-from mergekit_vl.strategy import MergeInputs
+from mergekit_vl.registry.plugins import load_plugins
 
 NOT_INSTALLED = "mergekit-vl-geodesic is not installed: pip install -e plugins/mergekit-vl-geodesic"
 Geodesic = pytest.importorskip("mergekit_vl_geodesic", reason=NOT_INSTALLED).Geodesic

@@ -1,0 +1,296 @@
+"""One cell of a bench: anchors once, then each strategy's options chosen on the selection tasks and its model made and scored.
+
+A strategy that cannot be used on these models, and one that fails, is a record with its reason; the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.bench import search
+from mergekit_vl.bench.plan import BEST, Entry
+from mergekit_vl.errors import Failed, Unsuitable, UserError
+from mergekit_vl.experiments import landscape
+from mergekit_vl.experiments.cell import choice_of, read_record
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import image_encoders, size_in_bytes
+from mergekit_vl.references import hide
+from mergekit_vl.registry.calls import told
+from mergekit_vl.strategies.base import trains
+from mergekit_vl.strategies.mergetune import MergeTune
+from mergekit_vl.system.atomic_files import slug, write_json
+from mergekit_vl.system.memory import Peak
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.grid import Bench, Key, Record
+    from mergekit_vl.experiments.cell import Cell
+    from mergekit_vl.models.model import Model
+    from mergekit_vl.recipe import Spec
+
+LINE_POINTS, PLANE_POINTS = 21, 13
+
+
+@dataclass
+class CellRun:
+    bench: Bench
+    key: Key
+    cell: Cell
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """The strategy with the options that were chosen, by label."""
+    unselected: str | None = None
+    """Why making the selection tasks failed."""
+
+    def make(self, entries: list[Entry]) -> None:
+        """Make and record these rows, in the order of the table."""
+        try:
+            self.anchors  # noqa: B018  # tuned now, or read
+        except Exception as error:  # a tuner may be a plugin
+            if isinstance(error, UserError) and not isinstance(error, Failed):
+                raise  # the recipe does not fit: no cell will go better
+            for entry in entries:
+                self._record(entry, {"status": "failed", "reason": f"its anchors failed: {told(error)}"})
+            return
+        for number, entry in enumerate(entries):
+            self.bench.progress(number, len(entries), f"{self.key.name}: rows")
+            self._record(entry, self._made(entry))
+
+    @cached_property
+    def anchors(self) -> tuple[list[Record], MergeInputs]:
+        return self.bench.ready.anchors(self.cell)
+
+    @cached_property
+    def selection(self) -> list[tuple[Cell, MergeInputs]] | str:
+        """The selection tasks; or why there are none. Raises Failed, each time, where making them failed."""
+        if self.bench.plan.search.by == "none":
+            return "the search is off"
+        if self.unselected is None:
+            try:
+                return self.bench.select(self.key, self.cell, self.anchors[1])
+            except Unsuitable as error:
+                return str(error)
+            except (Exception, SystemExit) as error:
+                self.unselected = told(error)
+        raise Failed(f"nothing to choose on: {self.unselected}")
+
+    def _record(self, entry: Entry, record: Record) -> None:
+        name = entry.spec.name if entry.spec is not None else None
+        told = {"row": entry.label, "kind": entry.kind, "strategy": name, **record}
+        told = hide(told, self.bench.plan.recipe.environment)
+        told["made_of"] = self.cell.made_of(self.bench.makers(entry))
+        write_json(self.bench.record(self.key, entry), told)
+
+    def _made(self, entry: Entry) -> Record:
+        try:
+            if entry.kind in ("zero-shot", "tuned"):
+                return self._anchor(entry)
+            if entry.label == BEST:
+                return self._best()
+            if isinstance(entry.cls, UserError):
+                raise entry.cls
+            return self._strategy(entry)
+        except Unsuitable as error:
+            return {"status": "inapplicable", "reason": str(error)}
+        except (Exception, SystemExit) as error:  # a plugin's code may raise anything; the others go on
+            return {"status": "failed", "reason": told(error)}
+
+    def _anchor(self, entry: Entry) -> Record:
+        rows, inputs = self.anchors
+        models = dict(zip((row["row"] for row in rows), (inputs.base, *inputs.tuned)))
+        row = next(row for row in rows if row["row"] == entry.label)
+        return self._done(models[entry.label], row, options={**row["chosen"]})
+
+    def _best(self) -> Record:
+        """The base or the tuned model that does best on the selection tasks."""
+        rows, inputs = self.anchors
+        if isinstance(self.selection, str):
+            raise Unsuitable(f"no model can be chosen: {self.selection}", where=BEST)
+        found = []
+        for i, row in enumerate(rows):
+            scores = [cell.scores((given.base, *given.tuned)[i]) for cell, given in self.selection]
+            found.append((search.quality(scores), row["row"], (inputs.base, *inputs.tuned)[i], row))
+        _, name, model, row = max(found, key=lambda each: each[0])
+        table = [{"options": {"model": other}, "score": score, "nll": -nll} for (score, nll), other, _, _ in found]
+        how = {"how": self._images(), "on": self.bench.plan.split(), "configurations": table}
+        return self._done(model, row, options={"model": name}) | {"search": how}
+
+    def _strategy(self, entry: Entry) -> Record:
+        assert entry.spec is not None
+        tries = self._configurations(entry.spec, entry.cls)
+        self.bench.plan.experiment.check_by_task(entry.label, tries[0][1])
+        if len(tries) > 1:
+            self.selection  # noqa: B018  # its anchors are no strategy's cost
+        encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
+        strategy, table, how, on = self._choose(entry.spec, tries)
+        search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
+        options = next(given for given, made in tries if made == strategy)
+        self.chosen[entry.label] = strategy
+        with Peak(self.bench.ready.device) as peak:
+            model, row = self._scored(self.cell, entry.spec, strategy, self.anchors[1])
+        done = self._done(model, row, options=options, peak=peak.bytes, search_seconds=search_seconds)
+        done |= {"trains": trains(strategy), "search": {"how": how, "on": on, "configurations": table}}
+        if strategy != tries[0][1]:
+            done["default"] = self._default(entry.spec, *tries[0])
+        return done
+
+    def _default(self, spec: Spec, given: dict[str, Any], strategy: Any) -> dict[str, Any]:
+        """What the row would be without the choice; its options may not be usable where the chosen ones are."""
+        try:
+            row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
+        except UserError as error:
+            return {"options": given, "reason": str(error)}
+        return {"options": given, "tests": row["tests"], "score": row["score"]}
+
+    def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
+        return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
+
+    def _choose(
+        self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]
+    ) -> tuple[Any, list[dict[str, Any]], str, str | None]:
+        """The best strategy of `tries`, what each scored on the selection tasks, how it was chosen, and on which split."""
+        default = tries[0][1]
+        if len(tries) == 1:
+            return default, [], "nothing to choose", None
+        if isinstance(self.selection, str):
+            return default, [], f"defaults: {self.selection}", None
+        table, best = [], None
+        for number, (given, strategy) in enumerate(tries):
+            self.bench.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
+            try:
+                rows = [self._scored(cell, spec, strategy, inputs)[1] for cell, inputs in self.selection]
+            except UserError as error:  # this configuration does not fit these models, or came to nothing
+                table.append({"options": given, "reason": str(error)})
+                continue
+            quality = search.quality(rows)
+            table.append({"options": given, "score": quality[0], "nll": -quality[1]})
+            if best is None or quality > best[0]:
+                best = quality, strategy
+        if best is None:
+            return default, table, "defaults: none of the configurations could be used on the selection task", None
+        return best[1], table, self._images(), self.bench.plan.split()
+
+    def _images(self) -> str:
+        """Of the first selection task."""
+        images = ", ".join(f"{len(split)} {name}" for name, _, split in self.selection[0][0].task.tests)  # type: ignore[union-attr]
+        return ("development tasks: " if self.bench.plan.search.by == "development" else "") + images
+
+    def _scored(self, cell: Cell, spec: Spec, strategy: Any, inputs: MergeInputs) -> tuple[Model, Record]:
+        """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
+        name = f"{slug(spec.label)}-{_digest(strategy)}"
+        given = self._given(cell, spec, inputs)
+        makers = (*cell.tuners, *self._parents(spec), strategy)
+        given = dataclasses.replace(given, scratch=cell.scratch(makers) / name, batch_norm=spec.batch_norm)
+        if trains(strategy):
+            model, row = cell.row(
+                spec.label,
+                "merged",
+                lambda: strategy.merge(given),
+                makers=makers,
+                strategy=strategy,
+                name=f"models/{name}",
+            )
+        else:
+            model, seconds = cell.timed(lambda: strategy.merge(given))
+            row = cell.scores(model) | choice_of(model, "merged")
+            row["cost"]["seconds"] = seconds
+        for test, scores in row["tests"].items():
+            if scores["nll"] != scores["nll"]:
+                raise Failed(f"its answers on {test} are not finite", where=spec.label)
+        return model, row
+
+    def _parents(self, spec: Spec) -> tuple[Any, ...]:
+        """The classes of the strategies that a row is made of."""
+        return next((entry.of for entry in self.bench.entries if entry.spec is spec), ())
+
+    def _given(self, cell: Cell, spec: Spec, inputs: MergeInputs) -> MergeInputs:
+        """The inputs of a strategy: all tuned models, or the one that it is `of`."""
+        if spec.of is None:
+            return inputs
+        labels = [entry.label for entry in self.bench.entries if entry.kind == "tuned"]
+        if spec.of in labels:
+            i = labels.index(spec.of)
+            return dataclasses.replace(inputs, tuned=inputs.tuned[i : i + 1], data=inputs.data[i : i + 1])
+        parent = next(entry for entry in self.bench.entries if entry.label == spec.of)
+        model, _ = self._scored(cell, parent.spec, self._choice(parent), inputs)  # type: ignore[arg-type]
+        return dataclasses.replace(inputs, tuned=(model,), data=inputs.data[:1])
+
+    def _choice(self, entry: Entry) -> Any:
+        """The strategy of another row with the options that were chosen for it."""
+        if entry.label not in self.chosen:
+            record = read_record(self.bench.record(self.key, entry)) or {"status": "failed", "reason": "not made"}
+            if record["status"] != "done":
+                raise Failed(f"{entry.label}, which it is made of, was not: {record['reason']}")
+            assert entry.spec is not None
+            tries = self._configurations(entry.spec, entry.cls)
+            self.chosen[entry.label] = next(made for given, made in tries if given == record["options"])
+        return self.chosen[entry.label]
+
+    def _done(
+        self,
+        model: Model,
+        row: Record,
+        *,
+        options: Mapping[str, Any],
+        peak: int | None = None,
+        search_seconds: float = 0.0,
+    ) -> Record:
+        towers = max(len(image_encoders(model, classes)) for _, classes, _ in self.cell.task.tests)
+        cost = {
+            **row["cost"],
+            "search_seconds": search_seconds,
+            "peak_bytes": peak,
+            "bytes": size_in_bytes(model),
+            "towers": towers,
+            "ms_per_sample": towers * self.bench.image_ms + row["cost"]["ms_per_sample"],
+        }
+        kept = {key: row[key] for key in ("tests", "score", "right", "digest", "parameters", "forwards")}
+        kept |= {key: row[key] for key in ("chosen", "learnt", "chosen_on") if key in row}
+        return {"status": "done", **kept, "options": dict(options), "cost": cost}
+
+    def path(self) -> None:
+        """Draw the path of the cell, and write it down, unless it is on record.
+
+        It is loss and accuracy between zero-shot, the first MergeTune (else what trains, else the first row) and the tuned model; of
+        towers in the first cell alone.
+        """
+        records = zip(self.bench.entries, self.bench.records(self.key))
+        merged = [e for e, r in records if e.kind == "merged" and r and r["status"] == "done"]
+        entry = min(merged, key=lambda e: (e.cls is not MergeTune, not trains(e.cls)), default=None)
+        if entry is None or entry.spec is None:
+            return
+        file = self.bench.path_record(self.key, entry)
+        makers = ("mergekit_vl.experiments.landscape", *self.bench.makers(entry))
+        if not self.cell.fresh(read_record(file), makers):
+            self.bench.progress(0, 0, f"{self.key.name}: path")
+            write_json(file, {"row": entry.label, **self._path(entry), "made_of": self.cell.made_of(makers)})
+
+    def _path(self, entry: Entry) -> Record:
+        """The path by way of a row; without points where there is none."""
+        nothing: Record = {"points": [], "barriers": [], "plane": None}
+        inputs = self.anchors[1]
+        towers = getattr(getattr(inputs.tuned[0], "adapter", None), "space", "") == "tower"
+        if len(inputs.tuned) != 1 or (towers and self.key != self.bench.keys()[0]):
+            return nothing
+        try:
+            model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)  # type: ignore[arg-type]
+            found = landscape.landscapes(inputs.base, inputs.tuned[0], model, inputs.features)
+            points = [
+                point
+                for between in found
+                for point in landscape.lines(
+                    between, self.cell.task.tests, 11 if towers else LINE_POINTS, landscape.SEGMENTS
+                )
+            ]
+            plane = landscape.plane(found[0], self.cell.task.tests, PLANE_POINTS) if found and not towers else None
+        except UserError:
+            return nothing
+        return {"points": points, "barriers": landscape.barriers(points), "plane": plane}
+
+
+def _digest(strategy: Any) -> str:
+    return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]

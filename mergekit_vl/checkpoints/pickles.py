@@ -1,0 +1,310 @@
+"""Pickled checkpoints (.pt, .pth, .bin) as headers: where each tensor's bytes lie, without torch and without running their code.
+
+torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. `unpickler.py` builds
+containers and tensors' descriptions; every other object becomes an inert placeholder, so optimizers, schedulers and the like in a
+training checkpoint (Dassl writes live ones) are passed over and nothing of theirs runs. A TorchScript archive (OpenAI's CLIP) is
+such a zip too, whose objects are modules: their tensors are named by the path of attributes, and no code of it is read. Files
+older than torch 1.6 are no zip but five pickles followed by the storages one after another.
+
+Files come from strangers, so nothing is read that is not the tensor's: it lies within its storage, the storage within its member.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_vl.checkpoints.archives import Archive, Member, read_archive
+from mergekit_vl.checkpoints.checkpoint import (
+    LONGEST_NAME,
+    MOST_DIMENSIONS,
+    MOST_TENSORS,
+    Checkpoint,
+    Recorded,
+    TensorLocation,
+)
+from mergekit_vl.checkpoints.dtypes import STORED, check_supported
+from mergekit_vl.checkpoints.unpickler import MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
+from mergekit_vl.errors import UserError
+
+STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+TORCH_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+}
+TORCH_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+TORCH_DTYPES |= {"uint16": "U16", "uint32": "U32", "uint64": "U64"}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""How torch marks its files before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema")
+"""Where training checkpoints keep the weights: open_clip and timm write `state_dict`."""
+
+
+WRAPPED = re.compile(r"(?:module\.)*")
+EXPANDED, SPARE = 8, 32 << 20
+"""All tensors take at most EXPANDED times the bytes of their file, and SPARE bytes: tied and expanded ones are written out."""
+DEEPEST = 100
+"""Modules within modules of a TorchScript archive."""
+
+Place = Callable[[Storage], Member]
+"""Where a storage's bytes lie."""
+
+
+def open_pickle(path: Path, label: str) -> Checkpoint:
+    """The weights of a pickled checkpoint; raises UserError for what is none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.pread(descriptor, 2, 0) == b"PK":
+            content, place, crcs = _read_zip(descriptor, path)
+        else:
+            (content, place), crcs = _read_legacy(descriptor, size, path), False
+        taken, passed_over = _state_dict(content, path)
+        tensors, twins, owners, members = {}, {}, {}, {}
+        for name, tensor in taken.items():
+            stored, member = _placed(name, tensor, place, path)
+            if stored.size and stored in owners:
+                twins[name] = owners[stored]
+            owners.setdefault(stored, name)
+            tensors[name], members[member.start] = stored, member
+        total = sum(tensor.bytes for tensor in tensors.values())
+        if total > EXPANDED * size + SPARE:
+            raise Damaged(f"its tensors expand to {total / 1e6:,.0f} MB, more than {EXPANDED} times the file")
+    except Damaged as error:
+        raise UserError(f"damaged checkpoint: {error}", where=str(path), hint="copy the file again") from None
+    finally:
+        os.close(descriptor)
+    recorded = tuple(Recorded(path, m.start, m.size, m.crc) for m in members.values()) if crcs else ()
+    return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over, recorded=recorded)
+
+
+def _read_zip(descriptor: int, path: Path) -> tuple[Any, Place, bool]:
+    """The objects, where their storages are, and whether their CRCs were recorded."""
+    archive = read_archive(descriptor)
+    if b"data.pkl" not in archive.members:
+        raise UserError(
+            "a TorchScript archive" if b"constants.pkl" in archive.members else "a zip, but no checkpoint",
+            where=str(path),
+            hint="save its state_dict, or name it as open_clip:ARCH/TAG",
+        )
+    if b"byteorder" in archive.members and _content(descriptor, archive, b"byteorder") != b"little":
+        raise _big_endian(path)
+    content, _ = load(_content(descriptor, archive, b"data.pkl"))
+
+    def place(storage: Storage) -> Member:
+        key = storage.key if isinstance(storage.key, str) else ""
+        member = archive.members.get(b"data/" + key.encode())
+        if member is None:
+            raise Damaged("its bytes are missing")
+        if not member.stored:
+            raise Damaged("its bytes are compressed")
+        return member
+
+    return content, place, archive.crcs
+
+
+def _big_endian(path: Path) -> UserError:
+    return UserError("its numbers are big-endian", where=str(path), hint="save it on a little-endian machine")
+
+
+def _content(descriptor: int, archive: Archive, name: bytes) -> bytes:
+    """A whole member that is no tensor."""
+    member, shown = archive.members[name], name.decode()
+    if not member.stored:
+        raise Damaged(f"its {shown} is compressed")
+    if member.size > MOST_BYTES:
+        raise Damaged(f"its {shown} has {member.size / 1e6:,.0f} MB, and {MOST_BYTES >> 20} MB are the most")
+    content = os.pread(descriptor, member.size, member.start)
+    if archive.crcs and zlib.crc32(content) != member.crc:
+        raise Damaged(f"the CRC of its {shown} differs")
+    return content
+
+
+def _read_legacy(descriptor: int, size: int, path: Path) -> tuple[Any, Place]:
+    """As `_read_zip`, for torch before 1.6: magic number, protocol, system, objects, storage keys; then each storage: count, bytes."""
+    data = os.pread(descriptor, min(size, MOST_BYTES), 0)
+    magic, at = _load_magic(data)
+    if magic != LEGACY_MAGIC:
+        raise UserError(
+            "not a checkpoint: neither safetensors nor what torch.save writes", where=str(path), hint="save it again"
+        )
+    _, at = load(data, at)
+    system, at = load(data, at)
+    if isinstance(system, Pairs) and system.named().get("little_endian") is False:
+        raise _big_endian(path)
+    met: list[Storage] = []
+    content, at = load(data, at, met)
+    keys, at = load(data, at)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise Damaged("its list of storages is broken")
+    kinds = {storage.key: storage.kind for storage in met if isinstance(storage.key, str)}
+    members = {}
+    for key in keys:
+        count = int.from_bytes(os.pread(descriptor, 8, at), "little", signed=True)
+        code = STORAGES.get(kinds.get(key, ""))
+        if code is None:
+            raise UserError(
+                f"dtype {kinds.get(key, 'unknown')} cannot be merged", where=str(path), hint="convert it to float32"
+            )
+        members[key] = Member(at + 8, count * STORED[code].itemsize, 0, True)
+        at = members[key].start + members[key].size
+        if count < 0 or at > size:
+            raise Damaged("it ends in its tensors")
+
+    def place(storage: Storage) -> Member:
+        if not isinstance(storage.key, str) or storage.key not in members:
+            raise Damaged("its bytes are missing")
+        if kinds[storage.key] != storage.kind:
+            raise Damaged("its bytes are of two dtypes")
+        return members[storage.key]
+
+    return content, place
+
+
+def _load_magic(data: bytes) -> tuple[Any, int]:
+    try:
+        return load(data) if data[:1] == b"\x80" else (None, 0)
+    except Damaged:
+        return None, 0
+
+
+def _placed(name: str, tensor: Tensor | Foreign, place: Place, path: Path) -> tuple[TensorLocation, Member]:
+    """A tensor within its storage, and that within its member; raises Damaged for one that reaches beyond."""
+    if isinstance(tensor, Foreign):
+        raise UserError(f"{name} is a {tensor.kind}, which cannot be merged", where=str(path), hint="save it dense")
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    if not isinstance(storage, Storage):
+        raise Damaged(f"{name} has no storage")
+    code = TORCH_DTYPES.get(tensor.dtype, tensor.dtype) if tensor.dtype else STORAGES.get(storage.kind, storage.kind)
+    check_supported(code, where=f"{path}: {name}")
+    item = STORED[code].itemsize
+    unit = 1 if tensor.dtype else item
+    """Bytes of an element as its storage counts them: a storage without a dtype counts bytes."""
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+        raise Damaged(f"{name} has no shape with as many strides")
+    if len(shape) > MOST_DIMENSIONS:
+        raise Damaged(f"{name} has {len(shape):,} dimensions, and {MOST_DIMENSIONS} are the most")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (tensor.offset, storage.elements, *shape, *strides)):
+        raise Damaged(f"{name} has sizes, strides or an offset that are no whole numbers from 0")
+    try:
+        member = place(storage)
+    except Damaged as error:
+        raise Damaged(f"{name}: {error}") from None
+    size = math.prod(shape)
+    reach = tensor.offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
+    if storage.elements * unit > member.size:
+        raise Damaged(f"the storage of {name} has {storage.elements * unit} bytes, and {member.size} are there")
+    if reach * item > storage.elements * unit:
+        raise Damaged(f"{name} reaches to byte {reach * item} of a storage of {storage.elements * unit}")
+    plain = () if not size or _contiguous(shape, strides) else strides
+    return TensorLocation(code, shape, path, member.start + (tensor.offset * item if size else 0), plain), member
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for n, stride in zip(reversed(shape), reversed(strides)):
+        if n != 1 and stride != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], str]:
+    """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off.
+
+    With it the name of averaged weights beside them, which timm's loader would take unless it is told not to.
+    """
+    passed_over = ""
+    if isinstance(content, Script):
+        content = _script_tensors(content)
+    found = content.named() if isinstance(content, Pairs) else {}
+    for key in STATE_DICTS:
+        if isinstance(found.get(key), Pairs):
+            averaged = [k for k in found if "ema" in k and k != key and isinstance(found[k], Pairs)]
+            passed_over = averaged[0] if averaged else ""
+            content = found[key]
+            found = content.named()
+            break
+    if isinstance(content, Pairs) and any(
+        isinstance(value, Tensor | Foreign) for key, value in content.items if not isinstance(key, str | int)
+    ):
+        raise Damaged(f"a tensor has no name, or one of more than {LONGEST_NAME} bytes")
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor | Foreign)}
+    if not tensors:
+        raise UserError(
+            "no weights in it",
+            where=str(path),
+            hint=f"save a module's state_dict(): it needs plain tensors by name, or those under {', '.join(STATE_DICTS)}",
+        )
+    if len(tensors) > MOST_TENSORS:
+        raise Damaged(f"it has {len(tensors):,} tensors, and {MOST_TENSORS:,} are the most")
+    wrapped = min(WRAPPED.match(name).end() for name in tensors)
+    plain = {name[wrapped:].replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    if len(plain) < len(tensors) or "__metadata__" in plain:
+        raise Damaged("two tensors have the same name, or one is called __metadata__")
+    return plain, passed_over
+
+
+def _script_tensors(module: Script) -> Pairs:
+    """The tensors of a TorchScript module, named as its state_dict names them; a module that is shared has every name."""
+    found: list[tuple[Any, Any]] = []
+    waiting = [("", module, 0)]
+    seen = 0
+    while waiting:
+        prefix, each, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise Damaged(f"its modules are more than {DEEPEST} deep, or one holds itself")
+        inner = []
+        for name, value in each.state.items if each.state else ():
+            seen += 1
+            if seen > MOST_TENSORS or len(prefix) > LONGEST_NAME:
+                raise Damaged(
+                    f"its modules have more than {MOST_TENSORS:,} attributes, or names above {LONGEST_NAME} bytes"
+                )
+            if not isinstance(name, str):
+                continue
+            if isinstance(value, Script):
+                inner.append((f"{prefix}{name}.", value, depth + 1))
+            elif isinstance(value, Tensor | Foreign):
+                found.append((prefix + name, value))
+        waiting += reversed(inner)
+    return Pairs(found)
+
+
+def from_torch(state: Mapping[str, Any], path: Path | str, label: str) -> Checkpoint:
+    """A checkpoint in memory, of torch tensors."""
+    import torch
+
+    tensors, arrays, twins, owners = {}, {}, {}, {}
+    for name, tensor in state.items():
+        code = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
+        check_supported(code, where=f"{path}: {name}")
+        tensor = tensor.detach().cpu().contiguous()
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in owners:
+            twins[name] = owners[place]
+        owners.setdefault(place, name)
+        flat = tensor.view(torch.uint16).numpy() if code == "BF16" else tensor.numpy()
+        tensors[name], arrays[name] = TensorLocation(code, tuple(tensor.shape), Path(str(path)), 0), flat
+    files = (path,) if isinstance(path, Path) else ()
+    return Checkpoint(label, path, tensors, files, twins=twins, arrays=arrays)

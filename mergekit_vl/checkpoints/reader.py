@@ -1,0 +1,252 @@
+"""Checkpoints as headers: which tensors a file or folder holds, where their bytes lie, and reading any stretch of them.
+
+Nothing is loaded: a tensor is a place in a file, read with `preadv` when it is asked for. So memory does not depend on the size of
+the models, a file that was cut short is an error and not a crash (a memory map would be), and what `ps` shows is what was used.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from mergekit_vl.checkpoints.checkpoint import (
+    LONGEST_NAME,
+    MOST_DIMENSIONS,
+    MOST_TENSORS,
+    Checkpoint,
+    Recorded,
+    TensorLocation,
+)
+from mergekit_vl.checkpoints.dtypes import check_supported
+from mergekit_vl.checkpoints.writer import METADATA_KEY
+from mergekit_vl.errors import UserError
+from mergekit_vl.system.regular_files import check_regular, parse_json, read_regular, user_path
+
+INDEX_FILES = ("model.safetensors.index.json", "open_clip_model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+CONFIGS = ("open_clip_config.json", "config.json")
+
+
+MOST_HEADER = 16 << 20
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What mergekit-vl wrote into the metadata of a file; nothing where it did not write it."""
+    found = parse_json(
+        checkpoint.metadata.get(METADATA_KEY, "{}"), where=str(checkpoint.path), what="its metadata are not JSON"
+    )
+    if not isinstance(found, dict):
+        raise UserError("its metadata are not JSON of a merge or an adapter", where=str(checkpoint.path), hint=AGAIN)
+    return found
+
+
+def open_checkpoint(given: str, label: str = "") -> Checkpoint:
+    """Read the headers of a file, a folder, an index, an `hf-hub:` name or an `open_clip:ARCH/TAG`."""
+    if given.startswith(("hf-hub:", "open_clip:")):
+        return _from_open_clip(given, label or given.split(":", 1)[1].replace("/", "-"))
+    path = user_path(given)
+    label = label or label_of(given)
+    try:
+        if path.is_dir():
+            return _open_folder(path, label)
+        if path.exists():
+            return _open_file(path, label)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=given, hint="check its permissions") from None
+    raise UserError("no such model", where=given, hint="give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG")
+
+
+def label_of(given: str) -> str:
+    """A model's short name: the folder's name, or the file's without its ending."""
+    path = Path(given)
+    name = path.parent.name if path.name in (*WEIGHT_FILES, *INDEX_FILES) and path.parent.name else path.name
+    for ending in (".index.json", ".safetensors", *PICKLES):
+        name = name.removesuffix(ending)
+    return name
+
+
+def _open_folder(path: Path, label: str) -> Checkpoint:
+    config = path if any((path / name).is_file() for name in CONFIGS) else None
+    chosen = next((path / name for name in (*INDEX_FILES, *WEIGHT_FILES) if (path / name).is_file()), None)
+    if chosen is None:
+        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *PICKLES))
+        found = [p for p in found if p.suffix == ".safetensors"] or found
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found[:5]) or "none"
+            raise UserError(f"which weights? found {names}", where=str(path), hint="name the file itself")
+        chosen = found[0]
+    checkpoint = _open_file(chosen, label)
+    checkpoint.path, checkpoint.config = path, config
+    return checkpoint
+
+
+def _open_file(path: Path, label: str) -> Checkpoint:
+    if path.name.endswith(".index.json"):
+        return _open_index(path, label)
+    size = check_regular(path)
+    with open(path, "rb") as file:
+        start = file.read(min(size, 16))
+    if (
+        start[:2] == b"PK"
+        or (  # what it is before what it is called: Dassl writes model.pth.tar-50
+            not _looks_like_safetensors(start) and (start[:1] == b"\x80" or path.suffix in PICKLES)
+        )
+    ):
+        from mergekit_vl.checkpoints.pickles import open_pickle
+
+        return open_pickle(path, label)
+    tensors, metadata = read_header(path)
+    return Checkpoint(label, path, tensors, (path,), metadata)
+
+
+def _looks_like_safetensors(start: bytes) -> bool:
+    return len(start) > 8 and start[8:9] == b"{"
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
+    """The tensors and metadata of a safetensors file, in the order of their bytes; raises UserError for a damaged one."""
+    size = check_regular(path)
+
+    def damaged(what: str) -> UserError:
+        return UserError(f"damaged or truncated safetensors: {what}", where=str(path), hint="copy the file again")
+
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if length > MOST_HEADER and _looks_like_safetensors(start + file.read(1)):
+            raise damaged(f"a header of {length / 1e6:,.0f} MB, and {MOST_HEADER >> 20} MB are the most")
+        if not 2 <= length <= size - 8:
+            raise damaged("no header" if size >= 8 else "it is empty" if not size else "it ends in its header")
+        file.seek(8)
+        header = parse_json(file.read(length), where=str(path), what="damaged safetensors, its header is not JSON")
+    if not isinstance(header, dict):
+        raise damaged("its header is not JSON of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("its metadata are not texts by name")
+    if len(header) > MOST_TENSORS:
+        raise damaged(f"{len(header):,} tensors, and {MOST_TENSORS:,} are the most")
+    entries = []
+    for name, entry in header.items():
+        if len(name.encode()) > LONGEST_NAME:
+            raise damaged(f"{name[:40]} ... is a name of more than {LONGEST_NAME} bytes")
+        try:
+            entries.append((*_place_of(entry), name))
+        except ValueError as error:
+            raise damaged(f"{name} has {error}") from None
+    tensors, end = {}, 0
+    for first, last, code, shape, name in sorted(entries, key=lambda entry: entry[:2]):
+        check_supported(code, where=f"{path}: {name}")
+        tensor = TensorLocation(code, shape, path, 8 + length + first)
+        if first != end or last - first != tensor.bytes:
+            raise damaged(f"{name} does not fit its place")
+        tensors[name], end = tensor, last
+    if size != 8 + length + end:
+        raise damaged(f"{size} bytes where its header tells of {8 + length + end}")
+    return tensors, metadata
+
+
+def _place_of(entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+    """First and last byte, dtype code and shape of a header's entry; raises ValueError that tells what is wrong."""
+    if not isinstance(entry, dict):
+        raise ValueError("no dtype, shape and data_offsets")
+    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str):
+        raise ValueError("no dtype")
+    if not _whole_numbers(shape):
+        raise ValueError("no shape of whole numbers from 0")
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape):,} dimensions, and {MOST_DIMENSIONS} are the most")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError("no data_offsets of two whole numbers from 0")
+    return offsets[0], offsets[1], code, tuple(shape)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _open_index(path: Path, label: str) -> Checkpoint:
+    places, told = _read_index(path)
+    tensors: dict[str, TensorLocation] = {}
+    twins: dict[str, str] = {}
+    recorded: list[Recorded] = []
+    shards = {name: _shard(path, name) for name in dict.fromkeys(places.values())}
+    for name, file in shards.items():
+        shard = _open_file(file, label)
+        tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
+        twins |= shard.twins
+        recorded += shard.recorded
+        extra = [key for key in shard.tensors if places.get(key) != name]
+        if extra:
+            raise UserError(f"{name} holds {extra[0]}, which its index does not tell", where=str(path), hint=CHANGED)
+    lost = [key for key in places if key not in tensors]
+    if lost:
+        raise UserError(f"{places[lost[0]]} holds no {lost[0]}, as its index tells", where=str(path), hint=CHANGED)
+    found = sum(t.bytes for t in tensors.values())
+    if told is not None and told != found:
+        raise UserError(f"the shards hold {found} bytes, the index tells of {told}", where=str(path), hint=CHANGED)
+    return Checkpoint(label, path, tensors, (path, *shards.values()), twins=twins, recorded=tuple(recorded))
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], float | None]:
+    """The shard of each tensor, and the bytes of all where they are told."""
+
+    def broken(what: str) -> UserError:
+        return UserError(f"not an index of shards: {what}", where=str(path), hint="copy it again")
+
+    index = parse_json(read_regular(path, most=MOST_HEADER), where=str(path), what="not an index of shards")
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise broken("it has no weight_map of files by tensor")
+    metadata = index.get("metadata") or {}
+    told = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    if told is not None and type(told) not in (int, float):
+        raise broken("its metadata have no total_size in bytes")
+    return places, told
+
+
+def _shard(index: Path, name: str) -> Path:
+    """A shard's file; raises UserError for a name that leads out of the index' folder, or to another index."""
+    parts = name.split("/")
+    if "\0" in name or not all(part not in ("", ".", "..") for part in parts) or name.endswith(".index.json"):
+        raise UserError(f"{name!r} is no file beside its index", where=str(index), hint="copy the model again")
+    file = index.parent.joinpath(*parts)
+    if not file.is_file():
+        raise UserError(f"the shard {name} is missing", where=str(index), hint="copy it beside its index")
+    return file
+
+
+AGAIN = "copy the file again"
+CHANGED = "a shard was changed after its index was written: copy the model again"
+
+
+def _from_open_clip(given: str, label: str) -> Checkpoint:
+    """A model by open_clip's own loader, which may download it; held in memory."""
+    import open_clip
+
+    kind, _, name = given.partition(":")
+    arch, _, tag = name.partition("/")
+    try:
+        if kind == "hf-hub":
+            model = open_clip.create_model(given)
+        else:
+            model = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True)
+    except Exception as error:  # whatever open_clip, its hub client or the network raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"open_clip cannot load it: {first}", where=given, hint="see open_clip.list_pretrained()"
+        ) from None
+    from mergekit_vl.checkpoints.pickles import from_torch
+
+    return from_torch(model.state_dict(), given, label)

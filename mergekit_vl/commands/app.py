@@ -1,0 +1,413 @@
+"""The command line: arguments in, tables out; no maths."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl import __version__, options
+from mergekit_vl.commands import bench as bench_command
+from mergekit_vl.commands import cache as cache_command
+from mergekit_vl.commands import merge as merge_command
+from mergekit_vl.commands import path as path_command
+from mergekit_vl.commands import use as use_commands
+from mergekit_vl.commands.exits import USAGE, exit_code
+from mergekit_vl.commands.merge_request import is_merge
+from mergekit_vl.commands.terminal import (
+    AllowEnv,
+    Column,
+    TerminalProgress,
+    alone,
+    claim,
+    device_of,
+    ours_alone,
+    registry,
+    say,
+    say_table,
+    tidied,
+    warn,
+)
+from mergekit_vl.errors import Failed, UserError, unknown
+from mergekit_vl.printable import shortened
+from mergekit_vl.recipe import installed_recipes, load_recipe
+from mergekit_vl.registry import plugins
+from mergekit_vl.registry.calls import blamed, told
+from mergekit_vl.system.interrupts import noted
+
+if TYPE_CHECKING:
+    from mergekit_vl.experiments.experiment import Experiment
+    from mergekit_vl.recipe import Recipe
+
+app = typer.Typer(
+    help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
+RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
+SHOWN = (*plugins.KINDS, "recipes", "plugins")
+
+
+def _version(value: bool) -> None:
+    if value:
+        say(f"mergekit-vl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+    plugins_dir: Annotated[
+        Path | None, typer.Option(help="load the *.py plugins of this folder too (or set MERGEKIT_VL_PLUGINS)")
+    ] = None,
+) -> None:
+    """`plugins_dir` is read by `main`, since a plugin may bring commands."""
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="the same as seed=N")] = None,
+    allow_env: AllowEnv = None,
+    force: Annotated[bool, typer.Option("--force", help="run again what is done already")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+) -> None:
+    """Tune, merge, evaluate and report; a killed run goes on with the same command."""
+    from mergekit_vl.experiments import experiment as experiments
+    from mergekit_vl.reports import report
+
+    words = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    build = lambda plan: experiments.build(plan, registry())  # noqa: E731
+    plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
+    experiment = build(plan)
+    folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+    load = lambda folder: found if (found := report.load(folder)) and found.get("code") == experiment.code() else None  # noqa: E731
+    show = not quiet and not as_json
+    with noted("the same command continues"), tidied(folder), alone(folder):
+        again = claim(folder, plan.hash, load, force=force)
+        if again is not None:
+            say(json.dumps(again) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
+            return
+        from mergekit_vl.models.features import FeatureStore
+
+        with TerminalProgress(show) as progress:
+            made = experiments.run(
+                experiment, folder, device=device_of(device), store=FeatureStore(), progress=progress, warn=warn
+            )
+    if as_json:
+        say(json.dumps(made))
+    elif not quiet:
+        _print_report(
+            made,
+            folder,
+            experiment,
+            [recipe, *plan.allowing, *(o for o in overrides or [] if not o.startswith("seed="))],
+        )
+
+
+def _print_report(report: dict[str, Any], folder: Path, made: Experiment, words: list[str]) -> None:
+    import shlex
+
+    from mergekit_vl.experiments import suite
+    from mergekit_vl.models import choices
+    from mergekit_vl.reports.html import sizes
+    from mergekit_vl.reports.intervals import NO_INTERVAL
+    from mergekit_vl.reports.report import gain
+
+    cells = report["cells"]
+    title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
+    metric = report["metric"]
+    several, few = len(metric["columns"]) > 1, len(metric["columns"]) < 3
+    minus = {d["minus"]: d for d in report["differences"]}
+    texts = {
+        name: f"{d['mean']:+.1f}" + ("" if d["low"] is None else f" [{d['low']:+.1f}, {d['high']:+.1f}]")
+        for name, d in minus.items()
+    }
+    across = report["summary"][0]["columns"][next(iter(metric["columns"]))]["interval"] is not None
+    intervals = [NO_INTERVAL] if not across else ["± half of the 95% interval"] * few
+    headers = [*metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
+    # what is folded where the terminal is narrow: labels, or the headers of many columns
+    columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
+    if few:  # with many columns there is no place for it; the page has it
+        columns.append(Column(f"{shortened(report['main'], 30)} minus it"))
+    rows = []
+    for row in report["summary"]:
+        told = []
+        for column in row["columns"].values():
+            low, high = column["interval"] or (0, 0)
+            told.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few and across else ""))
+        told += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
+        rows.append([row["row"], *told, *([texts.get(row["row"], "")] * few), str(row["forwards"])])
+    say_table(
+        f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
+        [*columns, Column("heads")],
+        rows,
+        caption="; ".join([*intervals, f"n = {sizes(report)}"]),
+        strong=[i for i, row in enumerate(report["summary"]) if row["row"] not in minus],
+    )
+    for row in report["summary"]:
+        for what, values in row["chosen"].items():
+            say(f"{row['row']}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0]['split']]}")
+    if recorded := suite.beside(made, registry()):
+        say(recorded)
+    say(gain(report))
+    say(f"report: {folder / 'report.html'}")
+    say(f"next: mergekit-vl run {shlex.join(words)} seed={max(made.recipe.seeds) + 1}    # another seed")
+
+
+app.command()(bench_command.bench)
+app.command()(path_command.path)
+app.command()(cache_command.cache)
+app.command()(merge_command.merge)
+app.command()(merge_command.verify)
+
+
+@app.command("eval")
+def eval_(
+    model: use_commands.ModelArgument,
+    words: Annotated[list[str] | None, typer.Argument(help="options of the dataset: path=~/pets")] = None,
+    dataset: Annotated[str | None, typer.Option(help="see mergekit-vl list datasets; default the run's own")] = None,
+    split: Annotated[str, typer.Option(help="test, val, train, or a shift of the dataset")] = "test",
+    row: use_commands.Row = None,
+    checkpoint: use_commands.CheckpointOption = None,
+    allow_env: AllowEnv = None,
+    device: use_commands.Device = "auto",
+    as_json: use_commands.AsJson = False,
+) -> None:
+    """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
+    with TerminalProgress(not as_json) as progress:
+        scores = use_commands.evaluate_model(
+            model, words or [], registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
+            device=device_of(device), progress=progress,
+            allow_env=allow_env or (),
+        )  # fmt: skip
+    if as_json:
+        say(json.dumps(scores))
+        return
+    metrics = scores["metrics"]
+    say(
+        f"{scores['model']} on {scores['dataset']} ({scores['split']}, {scores['n']} images, {scores['classes']} classes)"
+    )
+    say(f"  accuracy        {100 * metrics['acc1']:.1f}  (95% {100 * scores['low']:.1f} to {100 * scores['high']:.1f})")
+    say(f"  top-5           {100 * metrics['acc5']:.1f}")
+    say(f"  mean per class  {100 * metrics['mean_per_class_recall']:.1f}")
+    say(f"  NLL, ECE        {scores['nll']:.3f}, {scores['ece']:.3f}")
+
+
+@app.command()
+def predict(
+    model: use_commands.ModelArgument,
+    images: Annotated[list[str], typer.Argument(help="image files, or folders of them")],
+    classes: Annotated[str | None, typer.Option(help="dog,cat,... or a file of lines; default the run's own")] = None,
+    top: Annotated[int, typer.Option(min=1, help="answers an image")] = 3,
+    max_megapixels: Annotated[
+        float | None, typer.Option(help="images with more million pixels are refused; default 64")
+    ] = None,
+    row: use_commands.Row = None,
+    checkpoint: use_commands.CheckpointOption = None,
+    allow_env: AllowEnv = None,
+    device: use_commands.Device = "auto",
+    as_json: use_commands.AsJson = False,
+) -> None:
+    """Name what is on images, with probabilities."""
+    with TerminalProgress(not as_json) as progress:
+        found = use_commands.predict_images(
+            model, images, registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
+            device=device_of(device), progress=progress, max_megapixels=max_megapixels,
+            allow_env=allow_env or (),
+        )  # fmt: skip
+    if as_json:
+        say(json.dumps(found))
+        return
+    for each in found:
+        logits_of = ", ".join(f"{answer['class']} {answer['p']:.2f}" for answer in each["classes"])
+        say(f"{each['image']}: {logits_of}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[list[str], typer.Argument(help="a recipe with key=value overrides, or models to merge")],
+    base: merge_command.Base = None,
+    strategy: merge_command.StrategyName = None,
+    rebasin: merge_command.Rebasin = False,
+    allow_env: AllowEnv = None,
+) -> None:
+    """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
+    if is_merge(recipe, base=base, strategy=strategy):
+        if allow_env:
+            raise UserError("a merge reads no environment", where="--allow-env", hint="leave it out")
+        return merge_command.check(recipe, base=base, strategy=strategy, rebasin=rebasin)
+    return _check_recipe(recipe[0], recipe[1:], allow_env or [])
+
+
+def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> None:
+    def build(plan: Recipe) -> Any:
+        if plan.every:  # a bench
+            from mergekit_vl.bench import plan as module
+        else:
+            from mergekit_vl.experiments import experiment as module
+        return module.build(plan, registry())
+
+    plan = load_recipe(recipe, overrides, allow_env=allow_env, check=build)
+    experiment = build(plan)
+    if plan.every:
+        for line in bench_command.described(experiment):
+            say(line)
+        return
+    say(f"recipe    {plan.name} ({plan.hash})")
+    say(f"backbone  {experiment.backbone}")
+    for dataset in experiment.datasets:
+        say(f"dataset   {dataset}")
+    say(f"protocol  {experiment.protocol}")
+    say(f"seeds     {', '.join(map(str, plan.seeds))}")
+    say(f"rows      {', '.join(experiment.rows)}")
+    epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
+    cells = len(plan.seeds) * (1 if experiment.joint else len(experiment.datasets))
+    towers = any(type(tuner).__name__ == "Full" for tuner in experiment.tuners)
+    work = f"a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
+    if towers:
+        work = "whole towers: every row that moves the tower encodes the test images of its own"
+    say(f"cells     {cells}; {work}")
+    if plan.backbone.name == "micro" and plan.protocol.name == "base_to_novel":
+        say(
+            f"time      about {max(1, round(cells * (5 + epochs * 0.25)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
+        )
+    else:
+        say("time      depends on backbone, images and tuners: the progress lines say how long")
+
+
+@app.command("list")
+def list_(kind: Annotated[str | None, typer.Argument(help=" | ".join(SHOWN))] = None) -> None:
+    """What there is: strategies, backbones, adapters, tuners, datasets, protocols, recipes, plugins."""
+    if kind is not None and kind not in SHOWN:
+        raise unknown("kind", kind, SHOWN)
+    for each in [kind] if kind else SHOWN:
+        if not kind:
+            say(f"{each}:")
+        indent = "" if kind else "  "
+        for name, text in _listing(each, registry()):
+            say(f"{indent}{name:18s} {text}".rstrip())
+
+
+def _listing(kind: str, known: plugins.Registry) -> list[tuple[str, str]]:
+    if kind == "recipes":
+        return [(name, _first_comment(path)) for name, path in sorted(installed_recipes().items())]
+    if kind == "plugins":
+        failed = [(owner, f"FAILED: {reason}") for owner, reason in known.failures.items()]
+        return [(owner, "loaded") for owner in known.owners()] + failed
+    return [
+        (e.name, e.summary + ("" if e.owner in plugins.DEFAULT_PLUGINS else f" [{e.owner}]"))
+        for e in known.entries[kind].values()
+    ]
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a strategy, tuner, backbone, dataset, protocol or recipe")]) -> None:
+    """Options with types, defaults and meaning, and the source."""
+    import dataclasses
+    import inspect
+
+    recipes = installed_recipes()
+    if name in recipes:
+        say(*recipes[name].read_text(encoding="utf-8").splitlines())
+        return
+    kinds = registry().entries.values()
+    found = [entries[name] for entries in kinds if name in entries]
+    if not found:
+        raise unknown("name", name, [n for entries in kinds for n in entries] + list(recipes))
+    for entry in found:
+        cls = entry.resolve()
+        say(f"{entry.name} ({entry.kind}, from {entry.owner}): {entry.summary}", "")
+        say(*(inspect.getdoc(cls) or "").splitlines())
+        module = sys.modules[cls.__module__].__doc__
+        if module:
+            say("", *inspect.cleandoc(module).splitlines())
+        if dataclasses.is_dataclass(cls) and dataclasses.fields(cls) and entry.kind != "adapters":
+            say("", "Options:")
+            for key, kind, default, meaning in options.describe(cls):
+                say(f"  {key}: {kind} = {default}", f"      {meaning}")
+
+
+def main() -> None:
+    """One line and exit code 2 for every error that the user or the system can mend."""
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent.parent):
+            return warn(str(message))
+        plain(message, category, filename, *rest, **more)
+
+    warnings.showwarning = show
+    words = sys.argv[1:] or ["--help"]
+    sys.exit(exit_code(lambda: _call(words), starting=lambda: _load_plugins(words)))
+
+
+def _load_plugins(words: list[str]) -> None:
+    """Before Typer reads the words: plugins may bring commands."""
+    for i, word in enumerate(words):
+        if word.split("=")[0] == "--plugins-dir":
+            os.environ["MERGEKIT_VL_PLUGINS"] = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
+    named = [w for i, w in enumerate(words) if not w.startswith("-") and words[max(0, i - 1)] != "--plugins-dir"]
+    command, asks = "".join(named[:1]), not {"--help", "--version"}.isdisjoint(words)
+    if asks and command in OURS:
+        return
+    if asks or command in ("", "list", "show"):  # a glance does not wait for a plugin as a merge does
+        os.environ.setdefault(plugins.PATIENCE, "10")
+    registry().add_commands(app)
+    for owner, reason in registry().failures.items():
+        warn(f"plugin {owner} was not loaded: {reason}")
+
+
+def _call(words: list[str]) -> None:
+    command = typer.main.get_command(app)
+    with command.make_context("mergekit-vl", words) as context:  # `app()` would end the process itself
+        try:
+            command.invoke(context)
+        except (UserError, USAGE, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, SystemExit) as error:
+            if (plugin := blamed(error, registry().modules())) is None:
+                raise
+            raise Failed(told(error), where=f"plugin {plugin}") from error
+
+
+def _readable(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that prints nothing but its JSON where that is asked for."""
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        with ours_alone() if given.get("as_json") else contextlib.nullcontext():
+            command(**given)
+
+    return call
+
+
+for _command in app.registered_commands:
+    assert _command.callback is not None
+    _command.callback = _readable(_command.callback)
+OURS = tuple(plugins.command_name(_command) for _command in app.registered_commands)
+
+
+if __name__ == "__main__":
+    main()

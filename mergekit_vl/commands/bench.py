@@ -1,0 +1,182 @@
+"""`mergekit-vl bench`: arguments in, a table out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl.commands.terminal import (
+    AllowEnv,
+    Column,
+    TerminalProgress,
+    alone,
+    check_device,
+    claim,
+    device_of,
+    registry,
+    say,
+    say_table,
+    tidied,
+    warn,
+)
+from mergekit_vl.errors import UserError
+from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
+from mergekit_vl.reports.intervals import NO_INTERVAL
+from mergekit_vl.system.interrupts import noted
+
+if TYPE_CHECKING:
+    from mergekit_vl.bench.plan import Plan
+
+SMALL = "bench_small"
+"""What a bare `bench` runs."""
+FAILED = 3
+"""The exit code where rows failed."""
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")] = SMALL,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help="all, or names or labels: ties,wise_ft; +name adds to the recipe's")
+    ] = None,
+    datasets: Annotated[
+        str | None,
+        typer.Option(help="of the recipe by name, or others of its kind: microworld tasks, folders, CoOp's names"),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="1,2,3")] = None,
+    shots: Annotated[str | None, typer.Option(help="images a class, a table each: 1,4,16")] = None,
+    allow_env: AllowEnv = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default runs/bench-<recipe>-<hash>")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="forget what is done already")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Compare strategies under the same anchors, images, selection and evaluator; a killed bench goes on with the same command.
+
+    Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
+    """
+    from mergekit_vl.bench import plan as plans
+    from mergekit_vl.bench import report, wording
+
+    if "=" in recipe:  # only overrides were given
+        recipe, overrides = SMALL, [recipe, *(overrides or [])]
+    numbers = [_whole(n, "--shots") for n in _list(shots, "--shots")]
+
+    def build(made: Recipe) -> Plan:
+        made = with_datasets(made, _list(datasets, "--datasets"), registry()) if datasets is not None else made
+        return plans.build(made, registry(), strategies=_list(strategies, "--strategies"), shots=numbers)
+
+    drawn = [_whole(n, "--seeds") for n in _list(seeds, "--seeds")]
+    changes = [*(overrides or []), *([f"seed={drawn}"] if drawn else [])]
+    made = load_recipe(recipe, changes, allow_env=allow_env or (), check=build)
+    plan = build(made)
+    folder = out or Path("runs") / f"bench-{made.name}-{plan.place}"
+    show = not quiet and not as_json
+    told = [*described(plan), f"folder    {folder}"]
+    if dry_run:
+        return say(*told)
+    check_device(device)
+    load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
+    with noted("the same command continues"), tidied(folder), alone(folder):
+        done = claim(folder, plan.place, load, force=force)
+        if show:
+            say(*told, err=True)
+        again = done is None or wording.failed(done)
+        if again:
+            done = _run(plan, folder, device, show)
+    if not again:
+        say(f"already done, --force repeats: {folder / 'report.html'}", err=True)
+    if as_json:
+        say(json.dumps(done))
+    elif not quiet:
+        _print(done, folder)
+    if wording.failed(done):
+        raise typer.Exit(FAILED)
+
+
+def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
+    from mergekit_vl.bench import run
+    from mergekit_vl.models.features import FeatureStore
+
+    with TerminalProgress(show) as progress:
+        store = FeatureStore(report=progress)
+        tell = progress.say if show else lambda text: None
+        return run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell)
+
+
+def _list(text: str | None, where: str) -> list[str]:
+    """The words of an option; none where it is not given."""
+    wording = [word.strip() for word in text.split(",")] if text is not None else []
+    if not all(wording):
+        raise UserError("an empty name", where=f"{where} {text!r}", hint="write names with commas between them")
+    return wording
+
+
+def _whole(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{text!r} is not a whole number", where=where, hint="write 1,4,16")
+    return int(text)
+
+
+def described(plan: Plan) -> list[str]:
+    """The plan in words: cells, rows, and how long it will take."""
+    from mergekit_vl.bench.plan import lineup
+
+    datasets = [spec.options.get("task") or spec.options.get("dataset") or spec.label for spec in plan.recipe.datasets]
+    shots = [str(n) for n in plan.shots if n is not None]
+    cells, trainings = plan.cells(), plan.trainings()
+    return [
+        f"bench     {plan.recipe.name}: {plan.recipe.protocol.name} on {plan.experiment.backbone}",
+        f"datasets  {', '.join(map(str, datasets))}; seeds {', '.join(map(str, plan.recipe.seeds))}"
+        + (f"; shots {', '.join(shots)}" if shots else ""),
+        f"rows      {', '.join(entry.label for entry in lineup(plan, list(map(str, datasets))))}",
+        f"cells     {cells}, with {trainings} trainings each at most; options are chosen "
+        + {"none": "nowhere: defaults"}.get(plan.search.by, f"by {plan.how()}"),
+        f"time      {plan.time()}; what is done already is not done again",
+    ]
+
+
+def _stars(shown: dict[str, Any]) -> str:
+    """What a star at a difference means, or why there is none."""
+    differences = [d for row in shown["rows"] for d in (row["minus_base"], row["minus_tuned"]) if d is not None]
+    none = any(d["low"] is None for d in differences)
+    return NO_INTERVAL if none else "* the 95% interval excludes 0"
+
+
+def _print(report: dict[str, Any], folder: Path) -> None:
+    from mergekit_vl.bench.wording import headline, reasons
+
+    for shown in report["tables"]:
+        if not shown["rows"]:
+            continue
+        metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
+        few = len(metric["columns"]) < 4
+        heads = [*(metric["columns"] if few else []), *([metric["headline"]] * (several or not few)), "rank"]
+        heads += [f"- {report['base']}", f"- {shown['anchor']}", "default", "cost"]
+        rows = []
+        for row in sorted(shown["rows"], key=lambda r: -r["score"]):
+            values = [f"{column['acc1']:.1f}" for column in row["columns"].values()] if few else []
+            values += [f"{row['score']:.1f}"] * (several or not few)
+            gains = [
+                "" if d is None else f"{d['mean']:+.1f}{'*' if d['verdict'] in ('above', 'below') else ' '}"
+                for d in (row["minus_base"], row["minus_tuned"])
+            ]
+            default = "" if row["default"] is None else f"{row['default']:.1f}"
+            cost = f"{row['towers']:.0f}+{row['forwards']}"
+            rows.append([row["row"], *values, f"{row['rank']:.1f}", *gains, default, cost])
+        say_table(
+            f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
+            [Column("row", left=True), *map(Column, heads)],
+            rows,
+            caption=f"{_stars(shown)}; cost: towers + heads a sample",
+        )
+        for row in shown["rows"]:
+            if row["equal"]:
+                say(f"= {row['row']} to the bit: {', '.join(row['equal'])}")
+    say(*reasons(report), headline(report))
+    say(f"report: {folder / 'report.html'}")

@@ -1,0 +1,234 @@
+"""`merge`, `check` of models and `verify`: arguments in, a plan for `streaming.py` out, its result on the screen."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_vl import options
+from mergekit_vl.commands.merge_request import RECIPES, ask, closed_form
+from mergekit_vl.commands.terminal import counting, device_of, ours_alone, say, warn
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.recipe import MOST_SEED
+from mergekit_vl.registry.calls import is_plugins
+from mergekit_vl.system.interrupts import noted
+from mergekit_vl.system.regular_files import user_path
+
+if TYPE_CHECKING:
+    from mergekit_vl.merge_files.plan import AlignedCheckpoints
+
+MOST_THREADS = 1024
+SVD_SECONDS = 5e-10
+"""One core's time for the SVD of an m x n matrix, divided by m n min(m, n): 0.4 to 0.55 ns on an AMD EPYC, float64."""
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        help="models (files, folders, hf-hub:ORG/NAME, open_clip:ARCH/TAG) or one recipe; options density=0.2; weights A=0.3",
+        metavar="MODELS... [key=value ...]",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="the model that the others were tuned from")]
+StrategyName = Annotated[str | None, typer.Option(help="see mergekit-vl list strategies")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="of random draws (DARE, DELLA)")]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="of the output: float32, bfloat16, float16, float64; default: each tensor as the base, or the first model, has it"
+    ),
+]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="tensors to take from the base or first model unmerged: part of a name")
+]
+Rebasin = Annotated[
+    bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
+]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="default: one per core")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where SVDs are taken; everything else is the CPU's")]
+MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
+
+
+def merge(
+    words: Words,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    base: Base = None,
+    strategy: StrategyName = None,
+    seed: Seed = None,
+    dtype: DType = None,
+    keep: Keep = None,
+    rebasin: Rebasin = False,
+    shard_size: Annotated[
+        str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
+    ] = None,
+    max_ram: MaxRam = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier merge")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Merge checkpoints, weights only: no data, no model is built, any size of model in little memory."""
+    from mergekit_vl.merge_files import streaming
+
+    began = time.monotonic()
+    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device)
+    tell = (lambda text: None) if quiet else say
+    for note in asked.notes:
+        tell(note)
+    with noted("nothing was written"), counting(not quiet) as progress, _quiet(asked.plan.method):
+        metadata = streaming.merge(
+            asked.plan,
+            out,
+            force=force,
+            threads=threads,
+            max_ram=size_in_bytes(max_ram, "--max-ram"),
+            shard_size=size_in_bytes(shard_size, "--shard-size"),
+            warn=warn,
+            tell=tell,
+            progress=progress,
+        )
+    if not quiet:
+        inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
+        say(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
+        say(f"next: mergekit-vl verify {shlex.quote(str(out))}")
+
+
+def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebasin: bool = False) -> None:
+    """What `check` prints for models: read from their headers alone."""
+    import shutil
+
+    from mergekit_vl.merge_files.plan import open_plan
+
+    plain = not any(word.endswith(RECIPES) for word in words)
+    asked = ask(words, base=base, strategy="linear" if strategy is None and plain else strategy, rebasin=rebasin)
+    say(*asked.notes)
+    with _quiet(asked.plan.method):
+        opened = open_plan(asked.plan)
+    for role, c in [("base", opened.base), *(("model", c) for c in opened.tuned)]:
+        if c is not None:
+            codes = "+".join(sorted({t.code for t in c.tensors.values()}))
+            elements = sum(t.size for t in c.tensors.values())
+            say(
+                f"{role:9s} {c.label}: {len(c.tensors)} tensors, {elements / 1e6:.1f} M elements, {codes}, {c.bytes / 1e6:.1f} MB, {c.path}"
+            )
+    for line in estimates(opened):
+        say(line)
+    for note in opened.notes:
+        say(f"note      {note}")
+    free = shutil.disk_usage(".").free
+    needed = sum(slot.bytes for slot in opened.slots)
+    if needed > free:
+        raise UserError(f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", hint="make room")
+    say("ok        the models can be merged")
+
+
+def _quiet(method: Any) -> AbstractContextManager[Any]:
+    """What a plugin's method prints does not mix with our output."""
+    return ours_alone() if is_plugins(method) else nullcontext()
+
+
+def estimates(opened: AlignedCheckpoints) -> list[str]:
+    from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, piece_memory
+    from mergekit_vl.merge_files.provenance import option_values
+    from mergekit_vl.system.memory import anonymous_memory, threads_available
+
+    plan, n = opened.plan, len(opened.tuned)
+    threads = threads_available()
+    passes = 1 + getattr(plan.method, "passes", 0)
+    chunks = piece_memory(opened, threads, chunk_for(opened, threads, None))
+    memory = max(chunks, alignment_memory(opened)) + anonymous_memory()
+    read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
+    seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
+    held = f"{plan.method.held(n)} arrays of a piece at a time"
+    if hasattr(plan.method, "whole"):
+        matrices = [t for t in opened.models.tensors if plan.method.whole(t, n)]
+        held = f"{max((plan.method.whole(t, n) for t in matrices), default=0)} arrays of a matrix's size at a time"
+        svds = getattr(plan.method, "svds", lambda n: 0)(n)
+        seconds += svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices) / threads
+    given = ", ".join(f"{key}={value}" for key, value in option_values(plan.method).items())
+    aligned = []
+    if opened.symmetries:
+        groups = opened.symmetries.groups
+        aligned = [
+            f"rebasin   to match {opened.reference.label}: {len(groups)} permutations, the largest of {max(g.size for g in groups)}; "
+            "their time is not in the one below"
+        ]
+    return [
+        *aligned,
+        f"strategy  {plan.strategy}: {given or 'no options'}",
+        f"form      {plan.method.form}, {held}, {passes} pass{'es' if passes > 1 else ''} over the files",
+        f"memory    about {memory >> 20} MB at {threads} threads",
+        f"disk      {written / 1e6:.1f} MB to write",
+        f"time      about {seconds:.1f} s where the files are cached and the disk writes 1 GB/s",
+    ]
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="what merge wrote")],
+    where: Annotated[list[str] | None, typer.Argument(help="LABEL=PATH of an input that was moved")] = None,
+    threads: Threads = None,
+) -> None:
+    """Merge again from the recorded inputs and compare every byte; writes nothing."""
+    from mergekit_vl.checkpoints.writer import restore
+    from mergekit_vl.merge_files import streaming
+    from mergekit_vl.merge_files.plan import MergePlan
+    from mergekit_vl.merge_files.provenance import read_metadata
+
+    restore(folder)
+    metadata, merged = read_metadata(folder)
+    if wrong := [word for word in where or [] if "=" not in word]:
+        raise UserError(f"{wrong[0]!r} is no LABEL=PATH", where="command line", hint="write A=moved/A.safetensors")
+    moved = dict(word.split("=", 1) for word in where or [])
+    cls = closed_form(metadata["strategy"], where=str(folder))
+    models = [m for m in (metadata["base"], *metadata["models"]) if m]
+    for label in moved:
+        if label not in [m["label"] for m in models]:
+            raise unknown("model", label, [m["label"] for m in models], where=str(folder))
+    paths = [moved.get(m["label"]) or _found(m["path"], folder) for m in models]
+    for model, path in zip(models, paths):
+        if ":" not in path and not user_path(path).exists():
+            raise UserError("no such model", where=path, hint=f"if it was moved, add {model['label']}=PATH")
+    plan = MergePlan(
+        metadata["strategy"],
+        options.build(cls, metadata["options"], where=f"{folder}: options"),
+        tuple(paths[1:] if metadata["base"] else paths),
+        paths[0] if metadata["base"] else None,
+        tuple(m["label"] for m in metadata["models"]),
+        metadata["base"]["label"] if metadata["base"] else "",
+        metadata["seed"],
+        metadata["dtype"],
+        tuple(metadata["keep"]),
+        metadata["rebasin"],
+        device_of(metadata["device"]),
+    )
+    differing = streaming.verify(plan, metadata, merged, threads=threads)
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(f"is not what its inputs merge to: {', '.join(differing[:3])}{more} differ", where=str(folder))
+    say(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
+
+
+def _found(path: str, folder: Path) -> str:
+    """An input's path as it was given, also seen from the output's parent."""
+    beside = folder.resolve().parent / path
+    return str(beside) if not user_path(path).exists() and user_path(str(beside)).exists() else path
+
+
+def size_in_bytes(text: str | None, what: str) -> int | None:
+    """500M, 2G, 1.5GiB, or bytes; powers of 1024."""
+    if text is None:
+        return None
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(number[-1:], 0)
+    try:
+        size = int(float(number[:-1] if unit else number) * 2**unit)
+    except (ValueError, OverflowError):  # infinity is a number to float
+        size = 0
+    if size <= 0:
+        raise UserError(f"{what} {text}", where="command line", hint="write 500M or 2G")
+    return size

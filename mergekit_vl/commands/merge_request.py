@@ -1,0 +1,229 @@
+"""The words of `merge` and `check`, or the recipe among them, as a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import options, yaml_text
+from mergekit_vl.commands.terminal import check_device, device_of, registry
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.recipe import set_option
+from mergekit_vl.system.regular_files import read_text, user_path
+
+if TYPE_CHECKING:
+    from mergekit_vl.merge_files.plan import MergePlan
+
+WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep", "rebasin")
+RECIPES = (".yaml", ".yml")
+
+
+def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) -> bool:
+    """Whether the words of `check` are models, or a recipe of a merge of weights."""
+    first = user_path(words[0])
+    if base is not None or strategy is not None or sum("=" not in word for word in words) > 1:
+        return True
+    if first.suffix not in RECIPES:
+        return first.exists()
+    try:
+        content = _content(first)
+    except UserError:  # which `load_recipe` tells
+        return False
+    return isinstance(content, Mapping) and ("weights" in content or "merge_method" in content)
+
+
+def _content(file: Path) -> Any:
+    return yaml_text.parse(read_text(file, most=yaml_text.MOST_BYTES), where=str(file))
+
+
+@dataclass(frozen=True)
+class Asked:
+    plan: MergePlan
+    notes: list[str] = field(default_factory=list)
+
+
+def ask(
+    words: Sequence[str],
+    *,
+    base: str | None = None,
+    strategy: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] | None = None,
+    rebasin: bool = False,
+    device: str = "cpu",
+) -> Asked:
+    """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
+    from mergekit_vl.merge_files.plan import MergePlan
+
+    settings = [word for word in words if "=" in word and not os.path.exists(word)]
+    models = [word for word in words if word not in settings]
+    section, notes, where = {"models": models}, [], "command line"
+    if any(word.endswith(RECIPES) for word in models):
+        if len(models) > 1:
+            raise UserError("a recipe names its models itself", where=where, hint="give the recipe alone")
+        where = models[0]
+        section, notes = read_recipe(where)
+    given = section.get("strategy") or {}
+    given = {"name": given} if isinstance(given, str) else given
+    name = strategy if strategy is not None else given.get("name")
+    if not isinstance(name, str):
+        raise UserError("which strategy?", where=where, hint="give --strategy linear, for instance")
+    named = _name_models(section["models"], base if base is not None else section.get("base"), where=where)
+    cls = closed_form(name, where=where)
+    chosen = {key: value for key, value in given.items() if key != "name"}
+    if chosen and given.get("name") != name:
+        notes = [
+            *notes,
+            f"{where}: the options of {given.get('name')} ({', '.join(chosen)}) are not those of {name}: left out",
+        ]
+        chosen = {}
+    method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
+    keep = keep or section.get("keep") or ()
+    if "" in keep:
+        raise UserError("--keep '' is part of every name", where=where, hint="give a part of the names to be kept")
+    plan = MergePlan(
+        name,
+        method,
+        named.paths,
+        named.base,
+        named.labels,
+        "".join(named.base_label),
+        seed if seed is not None else section.get("seed", 0),
+        dtype if dtype is not None else section.get("dtype"),
+        (keep,) if isinstance(keep, str) else tuple(keep),
+        rebasin or section.get("rebasin", False),
+        _device(method, device),
+    )
+    return Asked(plan, notes)
+
+
+def _device(method: Any, asked: str) -> str:
+    """Where SVDs are taken; a method without one stays on the CPU."""
+    if not hasattr(method, "svds"):
+        check_device(asked)
+        return "cpu"
+    device = device_of(asked)
+    if device == "cpu":
+        return device
+    import torch
+
+    torch.zeros(1, device=device)  # what the driver takes is there before --max-ram is counted
+    return device
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Models with labels of their own; `weights` as far as a recipe tells them."""
+
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    base: str | None
+    base_label: tuple[str, ...]
+    weights: dict[str, Any]
+
+
+def _name_models(models: Sequence[Any], base: Any, *, where: str) -> _Named:
+    """From the entries of a recipe (paths, or mappings with path, label and weight) or the words of the command line."""
+    from mergekit_vl.checkpoints.reader import label_of
+
+    if not models:
+        raise UserError("no model to merge", where=where, hint="name the models, or a recipe")
+    paths, labels, weights = [], [], {}
+    for model in ([base] if base is not None else []) + list(models):
+        entry = model if isinstance(model, Mapping) else {"path": model}
+        for key in entry:
+            if key not in ("path", "label", "weight"):
+                raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
+        if not isinstance(entry.get("path"), str):
+            raise UserError(f"{model!r} is no model", where=where, hint="write {path: FILE, weight: 0.5}")
+        label = str(entry.get("label") or label_of(entry["path"]))
+        while label in labels:
+            stem, _, number = label.rpartition("-")
+            label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
+        paths.append(entry["path"])
+        labels.append(label)
+        if "weight" in entry:
+            weights[label] = entry["weight"]
+    first = 0 if base is None else 1
+    return _Named(
+        tuple(paths[first:]), tuple(labels[first:]), paths[0] if first else None, tuple(labels[:first]), weights
+    )
+
+
+def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str) -> dict[str, Any]:
+    """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
+    known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
+    weighed = (*(named.base_label if getattr(cls, "weighs_base", False) else ()), *named.labels)
+    weights = dict(named.weights)
+    for word in settings:
+        key, _, value = word.partition("=")
+        if key in weighed and key not in known:
+            holder: dict[str, Any] = {}
+            set_option(holder, word, "v", value)
+            weights[key] = holder["v"]
+        elif key.partition(".")[0] in known:
+            set_option(chosen, word, key, value)
+        else:
+            raise unknown("option or model", key, (*known, *weighed), where="command line")
+    if not weights:
+        return chosen
+    per_model = getattr(cls, "per_model", "weights")
+    by_word = any(word.partition("=")[0] == per_model for word in settings)
+    if by_word or (per_model in chosen and named.weights):
+        both = f"{per_model}= and weights by label ({', '.join(weights)})"
+        raise UserError(both, where="command line" if by_word else where, hint="give one of them")
+    if per_model not in known:
+        raise UserError("takes no weight per model", where=where, hint=f"its options are {', '.join(known) or 'none'}")
+    for label in weighed:
+        if label not in weights:
+            raise UserError(f"{label} has no weight", where=where, hint=f"write {label}=NUMBER too")
+    if left := [label for label in weights if label not in weighed]:
+        raise UserError(f"the base {left[0]} takes no weight", where=where, hint="leave it out")
+    return {**chosen, per_model: [weights[label] for label in weighed]}
+
+
+def closed_form(name: str, *, where: str) -> type:
+    """The class of a registered strategy that merges weights without data."""
+    cls = registry().find("strategies", name, where=where).resolve()
+    if not hasattr(cls, "merge_chunk"):
+        raise UserError(f"{name} needs data or an evaluation", where=where, hint="use `mergekit-vl run` with it")
+    return cls
+
+
+def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
+    """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
+    content = _content(user_path(path))
+    if isinstance(content, Mapping) and "merge_method" in content:
+        from mergekit_vl.merge_files.mergekit_yaml import translate
+
+        return translate(content, where=path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("weights"), Mapping):
+        raise UserError("has no `weights:` section", where=path, hint="use `mergekit-vl run` for an experiment")
+    section = content["weights"]
+    for key in content:
+        if key != "weights":
+            raise UserError(f"{key!r} beside `weights:`", where=path, hint="a merge of weights has one section")
+    for key in section:
+        if key not in WEIGHTS_KEYS:
+            raise unknown("key", key, WEIGHTS_KEYS, where=f"{path}: weights")
+    if not isinstance(section.get("models"), list) or not section["models"]:
+        raise UserError(
+            "weights.models is a list of models", where=path, hint="write models: [a.safetensors, b.safetensors]"
+        )
+    seed, keep, strategy = section.get("seed", 0), section.get("keep", []), section.get("strategy", "")
+    if not isinstance(section.get("dtype"), str | None):
+        raise UserError(f"dtype={section['dtype']!r}", where=path, hint="write dtype: bfloat16")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed={seed!r}", where=path, hint="a whole number from 0")
+    if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):
+        raise UserError(f"keep={keep!r}", where=path, hint="parts of tensors' names")
+    if not isinstance(section.get("rebasin", False), bool):
+        raise UserError(f"rebasin={section['rebasin']!r}", where=path, hint="write rebasin: true")
+    if not isinstance(strategy, str | Mapping):
+        raise UserError(f"strategy={strategy!r}", where=path, hint="write strategy: {name: ties, density: 0.2}")
+    return section, []

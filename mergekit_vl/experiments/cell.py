@@ -1,0 +1,260 @@
+"""A cell: one task, one seed, one folder. Its models are made, kept and scored here, a row at a time, each written when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.models.model import Classes, Ensemble, Mixture, Single
+from mergekit_vl.registry import sources
+from mergekit_vl.strategies.base import trains
+from mergekit_vl.system.atomic_files import slug, write_json
+
+if TYPE_CHECKING:
+    from mergekit_vl.models.model import Model
+    from mergekit_vl.protocols.base import Task
+    from mergekit_vl.registry.plugins import Registry
+
+WITHOUT = (
+    *("strategies", "tuners", "recipe", "experiments.landscape", "storage.export"),
+    *("reports.report", "reports.html", "reports.card", "reports.landscape_page"),
+    *("bench.report", "bench.table", "bench.page", "bench.plots", "bench.wording"),
+)
+"""Modules that not all rows depend on: what is in the recipe, and what shows them."""
+
+
+@dataclass
+class Cell:
+    task: Task
+    inputs: MergeInputs
+    """Of the base alone; `anchors` gives those with the tuned models."""
+    folder: Path
+    registry: Registry
+    """For the adapters that stored models are of."""
+    code: tuple[Any, ...] = ()
+    """What all rows are made by: names of modules, and objects whose classes' modules are meant."""
+    told: set[str] = field(default_factory=set)
+    """Reasons that were given for making rows again."""
+    given: dict[str, Any] = field(default_factory=dict)
+    tuners: tuple[Any, ...] = ()
+    warn: Callable[[str], None] = lambda text: None
+
+    def claim(self, tuners: tuple[Any, ...], warn: Callable[[str], None]) -> None:
+        """Keep what rows are made of beside code. Those that were made of something else are made again, and `warn` says why."""
+        tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
+        chosen_on = [data.val for data in tasks if data.val is not None]
+        splits = [data.train for data in self.task.data] + chosen_on + [split for _, _, split in self.task.tests]
+        self.given = {
+            "weights": self.inputs.base.backbone.digest,
+            "images": [split.key for split in splits],
+            "checkpoints": [_digest(t) for t in tuners if not hasattr(t, "tune")],
+        }
+        self.tuners, self.warn = tuners, warn
+
+    def scratch(self, makers: Iterable[Any]) -> Path:
+        """Where a training keeps what it needs to go on after a kill, on the same images, weights and code alone."""
+        made_of = {name: repr(value) for name, value in self.made_of(makers).items()}
+        return self.folder / "scratch" / sources.digest(made_of)
+
+    def made_of(self, makers: Iterable[Any]) -> dict[str, Any]:
+        """What a row depends on: images, weights, checkpoints, and the code of all rows and of these strategies and tuners."""
+        code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(makers))
+        return {**self.given, "code": code}
+
+    def fresh(self, kept: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:
+        """Whether a row that is on record is what would be made now; what has changed since is told once."""
+        if kept is None:
+            return False
+        before, now = kept.get("made_of"), self.made_of(makers)
+        if before == now:
+            return True
+        if before is None:
+            why = "rows of an earlier version"
+        else:
+            files = sources.changed(before["code"], now["code"])
+            what = [name for name in self.given if before.get(name) != now[name]]
+            more = f" and {len(files) - 5} more files" if len(files) > 5 and not what else ""
+            why = f"{', '.join(what or files[:5])}{more} changed since: rows that depend on it"
+        if why not in self.told:
+            self.told.add(why)
+            self.warn(f"{why} are made again")
+        return False
+
+    def keep_shots(self, dataset: str, seed: int) -> None:
+        """Write the few-shot selection: rows of each split, and the files they are where there are files."""
+        tested = {name: classes for _, classes, _ in self.task.tests for name in classes.names}
+        first = self.task.tests[0][1]
+        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
+        out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
+        for name in ("train", "val"):
+            out[name] = []
+            for data in self.task.data:
+                split = getattr(data, name)
+                files = getattr(split.source, "files", None) if split is not None else None
+                out[name] += [
+                    {"row": row, "class": data.classes.names[label]} | ({"file": files[row]} if files else {})
+                    for row, label in (zip(split.rows.tolist(), split.labels.tolist()) if split is not None else ())
+                ]
+        write_json(self.folder / "shots.json", out)
+
+    def anchors(
+        self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool
+    ) -> tuple[list[dict[str, Any]], MergeInputs]:
+        """The rows of the base and of each tuned model, and the inputs that merges get."""
+        rows = [self.row(base, "zero-shot", lambda: self.inputs.base)[1]]
+        tuned, data = [], []
+        for label, tuner, i in self._to_tune(tuners, joint):
+            inputs = dataclasses.replace(self.inputs, data=(self.task.data[i],), scratch=self.scratch((tuner,)))
+            make = lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs)  # noqa: E731
+            model, row = self.row(label, "tuned", make, makers=(tuner,))
+            tuned.append(model)
+            data.append(self.task.data[i])
+            rows.append(row)
+        labels = tuple(row["row"] for row in rows[1:])
+        return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data), labels=labels)
+
+    def _to_tune(self, tuners: tuple[tuple[str, Any], ...], joint: bool) -> list[tuple[str, Any, int]]:
+        """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""
+        if not joint or not all(hasattr(tuner, "tune") for _, tuner in tuners):
+            return [(label, tuner, i if joint else 0) for i, (label, tuner) in enumerate(tuners)]
+        tasks = range(len(self.task.data))
+        return [(f"{label} on {self.task.tests[i][0]}", tuner, i) for label, tuner in tuners for i in tasks]
+
+    def row(
+        self,
+        label: str,
+        kind: str,
+        make: Callable[[], Model],
+        *,
+        makers: Iterable[Any] = (),
+        strategy: Any = None,
+        main: bool = False,
+        name: str | None = None,
+    ) -> tuple[Model, dict[str, Any]]:
+        """A model and its scores: from the folder's files of this name if they are there, else made now and written at once.
+
+        `makers` are the strategies and tuners that it depends on.
+        """
+        from mergekit_vl.storage import model_files
+
+        name = name or slug(label)
+        file = self.folder / f"{name}.json"
+        makers = tuple(makers)
+        if self.fresh(kept := read_record(file), makers):
+            found = model_files.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
+            return found or make(), without_makers(kept)  # type: ignore[arg-type]
+        model_files.forget(self.folder, name)
+        model, seconds = self.timed(make)
+        if model_files.can_save(model) and _keeps(kind, model, strategy, main):
+            model_files.save(model, self.folder, name)
+        row = {"row": label, "kind": kind, **self.scores(model)}
+        row["cost"]["seconds"] = seconds
+        row |= choice_of(model, kind)
+        write_json(file, row | {"made_of": self.made_of(makers)})
+        return model, row
+
+    def timed(self, make: Callable[[], Model]) -> tuple[Model, float]:
+        """A model, and the seconds it took without encoding images for the store: those features serve every row, whoever asks first."""
+        encoding, began = self.inputs.features.seconds, time.perf_counter()
+        model = make()
+        return model, time.perf_counter() - began - (self.inputs.features.seconds - encoding)
+
+    def scores(self, model: Model) -> dict[str, Any]:
+        """Of a model on all tests of the task, as plain data."""
+        from mergekit_vl.models.evaluate import evaluate
+
+        found = {
+            test: evaluate(model, classes, split, self.inputs.features) for test, classes, split in self.task.tests
+        }
+        tests = {test: each.scores.as_dict() for test, each in found.items()}
+        return {
+            "tests": tests,
+            "score": self.task.metric.of({test: scores["acc1"] for test, scores in tests.items()}),
+            "right": {test: "".join("01"[int(hit)] for hit in each.right) for test, each in found.items()},
+            "digest": {test: each.digest for test, each in found.items()},
+            "parameters": model.parameters,
+            "forwards": model.forwards,
+            "cost": {"ms_per_sample": 1000 * max(each.seconds for each in found.values())},
+        }
+
+    def facts(self, name: str, seed: int) -> dict[str, Any]:
+        """What a report tells of the cell beside its rows."""
+        backbone = self.inputs.base.backbone
+        return {
+            "dataset": name,
+            "seed": seed,
+            "backbone": {"spec": backbone.spec, "pretrained": backbone.pretrained, "digest": backbone.digest},
+            "note": self.task.note,
+            "metric": dataclasses.asdict(self.task.metric),
+            "counts": {
+                "train": sum(len(data.train) for data in self.task.data),
+                "val": sum(len(data.val or ()) for data in self.task.data),
+                **{name: len(split) for name, _, split in self.task.tests},
+            },
+        }
+
+
+def choice_of(model: Model, kind: str) -> dict[str, Any]:
+    """What was chosen while a row's model was made and on which images, and what was learnt: as its record tells it."""
+    from mergekit_vl.adapters.linear_head import LinearHead
+    from mergekit_vl.adapters.tower import Tower
+    from mergekit_vl.models.by_distance import ByDistance
+
+    choice = model.choice if isinstance(model, (Single, Mixture, Ensemble, ByDistance)) else None
+    if choice is None and kind == "tuned" and isinstance(model, Single):
+        adapter = model.adapter
+        if isinstance(adapter, (LinearHead, Tower)) and adapter.chosen:  # tuners choose on validation images
+            choice = Choice(adapter.chosen)
+    if choice is None or not choice.values:
+        return {"chosen": {}, "learnt": {}, "chosen_on": None}
+    values = dict(choice.values)
+    return {
+        "chosen": {} if choice.learnt else values,
+        "learnt": values if choice.learnt else {},
+        "chosen_on": choice.split,
+    }
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A row as it was written, or None where it was not, or is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def without_makers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as reports tell it."""
+    return {key: value for key, value in row.items() if key != "made_of"}
+
+
+def _keeps(kind: str, model: Model, strategy: Any, main: bool) -> bool:
+    """Whole towers are kept where they were trained and for the main row; a closed form makes the others again."""
+    from mergekit_vl.adapters.tower import Tower
+
+    members = getattr(model, "members", (model,))
+    towers = any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
+    return not towers or kind in ("tuned", "control") or main or trains(strategy)
+
+
+def _tune(tuner: Any, inputs: MergeInputs) -> Model:
+    """What a tuner makes; or a checkpoint's model, whose head is told the start that its file does not tell."""
+    from mergekit_vl.storage.tuned import with_start
+
+    return tuner.tune(inputs) if hasattr(tuner, "tune") else with_start(tuner, inputs)
+
+
+def _digest(model: Model) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.adapter.tensors.values():  # type: ignore[attr-defined]
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]

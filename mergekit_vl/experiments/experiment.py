@@ -1,0 +1,376 @@
+"""From a recipe to a report: `build` checks every name and option, `run` tunes, merges and evaluates cell by cell.
+
+A cell is one (dataset, seed). Each row of a cell is written as soon as it is done, so the same command continues a killed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import options
+from mergekit_vl.datasets.base import Progress
+from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.experiments.cell import WITHOUT, Cell
+from mergekit_vl.models.inputs import MergeInputs, TaskData
+from mergekit_vl.models.model import Classes
+from mergekit_vl.recipe import Recipe, Spec, TunedSpec
+from mergekit_vl.registry import sources
+from mergekit_vl.registry.plugins import Registry
+from mergekit_vl.system.atomic_files import cell_name, slug
+
+if TYPE_CHECKING:
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.datasets.base import Dataset
+    from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.models.model import Model, Single
+    from mergekit_vl.protocols.base import Task
+
+PATH_POINTS = 11
+ROOTS = (__name__, "mergekit_vl.models.evaluate", "mergekit_vl.models.features", "mergekit_vl.backbones.backbone")
+"""What every row is made by, beside the classes that the recipe names."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Live, checked objects; buildable without YAML."""
+
+    recipe: Recipe
+    backbone: Any
+    datasets: tuple[Any, ...]
+    protocol: Any
+    tuners: tuple[Any, ...]
+    """A tuner, or the spec of a checkpoint."""
+    tuned_labels: tuple[str, ...]
+    strategies: tuple[tuple[str, Any], ...]
+    """(label, strategy); the first is the recipe's main one."""
+
+    registry: Registry
+    """For the adapters that stored models are of."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return (
+            self.base_label,
+            *self.tuned_labels,
+            *(label for label, _ in self.controls),
+            *(label for label, _ in self.strategies),
+        )
+
+    @property
+    def base_label(self) -> str:
+        return getattr(self.backbone, "base", "zero-shot")
+
+    @property
+    def joint(self) -> bool:
+        """Whether all datasets make one cell, a model being tuned on each and those merged."""
+        return getattr(self.protocol, "joint", False)
+
+    @property
+    def makers(self) -> tuple[Any, ...]:
+        """What every row is made by: modules, and objects of the recipe."""
+        return (*ROOTS, self.backbone, *self.datasets, self.protocol)
+
+    def code(self) -> dict[str, str]:
+        """Of everything that is in the report: module -> hash."""
+        rows = [t for t in self.tuners if not isinstance(t, TunedSpec)] + [
+            s for _, s in (*self.controls, *self.strategies)
+        ]
+        return sources.closure(sources.modules_of(self.makers), WITHOUT) | sources.closure(
+            sources.modules_of(["mergekit_vl.experiments.landscape", "mergekit_vl.storage.tuned", *rows])
+        )
+
+    def check_by_task(self, label: str, strategy: Any) -> None:
+        """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
+        one_each = len(self.tuners) == 1 or any(isinstance(tuner, TunedSpec) for tuner in self.tuners)
+        if getattr(strategy, "by_task", False) and not (self.joint and one_each):
+            raise Unsuitable(
+                "makes a model for each task, of one tuned model each",
+                where=f"{self.recipe.name}: {label}",
+                hint="use the protocol multi_task with one tuner, or set its option task",
+            )
+
+    @property
+    def controls(self) -> tuple[tuple[str, Any], ...]:
+        """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms."""
+        from mergekit_vl.strategies.mergetune import MergeTune
+
+        main = next((s for _, s in self.strategies if isinstance(s, MergeTune)), None)
+        if main is None or not self.recipe.controls:
+            return ()
+        plain = dataclasses.replace(main, lambda_=0.0, beta=0.0)
+        return (("continued", dataclasses.replace(plain, tau=1.0)), ("CE only", plain))
+
+
+def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Experiment:
+    """Resolve every name and check every option; reads no weights and imports no torch. A bench has its strategies elsewhere."""
+
+    def make(kind: str, spec) -> Any:
+        return options.build(registry.find(kind, spec.name, where=spec.where).resolve(), spec.options, where=spec.where)
+
+    if recipe.every and not of_bench:
+        raise UserError(
+            "strategy: all is for bench", where=recipe.name, hint="name strategies, or use mergekit-vl bench"
+        )
+
+    tuners, labels = [], []
+    for i, item in enumerate(recipe.tuned):
+        if item.tuner is not None:
+            tuners.append(make("tuners", item.tuner))
+            labels.append(item.tuner.label)
+        else:
+            path = Path(str(item.checkpoint)).expanduser()
+            if not path.exists():
+                raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", hint="give the file of a tuned model")
+            tuners.append(item)
+            labels.append(item.label or path.stem)
+    experiment = Experiment(
+        recipe=recipe,
+        backbone=make("backbones", recipe.backbone),
+        datasets=tuple(make("datasets", spec) for spec in recipe.datasets),
+        protocol=make("protocols", recipe.protocol),
+        tuners=tuple(tuners),
+        tuned_labels=tuple(labels),
+        strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
+        registry=registry,
+    )
+    checkpoints = sum(isinstance(tuner, TunedSpec) for tuner in tuners)
+    if experiment.joint and checkpoints and not checkpoints == len(tuners) == len(recipe.datasets):
+        raise UserError(
+            f"{checkpoints} checkpoints among {len(tuners)} tuned models for {len(recipe.datasets)} data sets",
+            where=f"{recipe.name}: tuned",
+            hint="give tuners, or one checkpoint per data set, in the order of the data sets",
+        )
+    for label, strategy in experiment.strategies:
+        experiment.check_by_task(label, strategy)
+    files = [slug(row) for row in experiment.rows]
+    twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
+    if twice:
+        raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, hint="give one of them a label")
+    if taken := [row for row, file in zip(experiment.rows, files) if file in ("key", "shots")]:
+        raise UserError(f"no row can be called {taken[0]!r}", where=recipe.name, hint="give it another label")
+    for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
+        for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
+            value, most = getattr(what, name, None), 1 if name == "crop" else sys.float_info.max
+            if value is not None and not 0 < value <= most:
+                hint = "it must be positive" if value <= 0 else "at most 1" if name == "crop" else "a finite number"
+                raise UserError(f"{name}={value}", where=f"{recipe.name}: {type(what).__name__}", hint=hint)
+    return experiment
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An experiment whose backbone, data and checkpoints are loaded and fit."""
+
+    experiment: Experiment
+    backbone: Backbone
+    datasets: tuple[Dataset, ...]
+    device: str
+    more: tuple[str, ...] = ()
+    """Modules that rows are made by beside the experiment's."""
+    told: set[str] = field(default_factory=set)
+    """Reasons that were given for making rows again."""
+
+    def tasks(self, protocol: Any, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
+        """(dataset, seed, task) of each cell; raises UserError where a test needs a text tower that is not there."""
+        out = []
+        for dataset in [self.datasets] if self.experiment.joint else self.datasets:
+            name = " + ".join(d.name for d in dataset) if isinstance(dataset, tuple) else dataset.name
+            out += [(name, seed, protocol.task(dataset, seed)) for seed in seeds]
+        if self.experiment.joint or any(has_novel_classes(task) for _, _, task in out):
+            self.backbone.require_text()
+        return out
+
+    def everywhere(self, tasks: Sequence[tuple[str, int, Task]], seed: int) -> tuple[TaskData, ...]:
+        """What one model is chosen on for all data sets: their tasks of a seed, where checkpoints are tested on each of them."""
+        checkpoints = all(tuned.checkpoint is not None for tuned in self.experiment.recipe.tuned)
+        if self.experiment.joint or not checkpoints:
+            return ()
+        return tuple(task.data[0] for _, of, task in tasks if of == seed)
+
+    def cell(
+        self,
+        task: Task,
+        seed: int,
+        folder: Path,
+        store: FeatureStore,
+        progress: Progress,
+        everywhere: tuple[TaskData, ...] = (),
+    ) -> Cell:
+        inputs = MergeInputs(
+            _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, progress, folder / "scratch"
+        )
+        inputs = dataclasses.replace(inputs, everywhere=everywhere)
+        code = (*self.experiment.makers, *self.more)
+        return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
+
+    def anchors(self, cell: Cell) -> tuple[list[dict[str, Any]], MergeInputs]:
+        """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
+        made = self.experiment
+        return cell.anchors(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
+
+
+def has_novel_classes(task: Task) -> bool:
+    """Whether a test asks for classes that nothing is tuned on."""
+    known = {name for data in task.data for name in data.classes.names}
+    return not all(known.issuperset(classes.names) for _, classes, _ in task.tests)
+
+
+def prepare(experiment: Experiment, *, device: str, progress: Progress, warn: Callable[[str], None]) -> Ready:
+    """Load what an experiment names; a class name that is nothing to the tokenizer, or a damaged file, ends it here."""
+    progress(0, 0, "loading torch and the backbone")
+    from mergekit_vl.system.reproducible import make_reproducible
+
+    make_reproducible(device)
+    backbone = experiment.backbone.build(device)
+    for note in backbone.notes:
+        warn(note)
+    datasets = load_datasets(experiment.recipe.datasets, experiment.datasets, progress)
+    for dataset in datasets if backbone.text is not None else ():
+        for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
+            backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
+        _warn_of_unknown_words(backbone, dataset, warn)
+    tuners = tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
+    return Ready(dataclasses.replace(experiment, tuners=tuners), backbone, tuple(datasets), device)
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    device: str,
+    store: FeatureStore,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run every cell into `out` and return the report as plain data (also written there).
+
+    All data are read, and all shots drawn, before anything is trained: bad input ends a run at its start.
+    """
+    from mergekit_vl.reports import report
+
+    began = time.time()
+    ready = prepare(experiment, device=device, progress=progress, warn=warn)
+    tasks = ready.tasks(experiment.protocol, experiment.recipe.seeds)
+    cells, first = [], None
+    for number, (name, seed, task) in enumerate(tasks, 1):
+        if len(tasks) > 1:
+            progress(number - 1, len(tasks), "all cells")
+        where = f"[{number}/{len(tasks)}] {name} seed {seed}"
+        told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
+        store.report = told
+        folder = out / "state" / cell_name(name, seed)
+        cell = ready.cell(task, seed, folder, store, told, ready.everywhere(tasks, seed))
+        main, facts = _run_cell(ready, cell, name, seed, warn)
+        first = main if number == 1 else first
+        cells.append(facts)
+    progress(0, 0, "writing the report")
+    return report.write(
+        experiment.recipe,
+        cells,
+        first,
+        out,
+        base=experiment.base_label,
+        code=experiment.code(),
+        device=device,
+        seconds=time.time() - began,
+    )
+
+
+def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
+    """The model before fine-tuning: zero-shot, or the nearest class mean where there is no text tower."""
+    import torch
+
+    from mergekit_vl.adapters.linear_head import class_means
+    from mergekit_vl.adapters.zero_shot import ZeroShot
+    from mergekit_vl.models.model import ImageEncoder, Single
+
+    if backbone.text is not None:
+        return Single(backbone, ZeroShot())
+    data = task.data[0]
+    features = store.features(ImageEncoder(backbone), data.train)
+    head = class_means(features, torch.from_numpy(data.train.labels), data.classes, normalise=False)
+    return Single(backbone, head.to(backbone.device))
+
+
+def load_datasets(specs: tuple[Spec, ...], given: tuple[Any, ...], progress: Progress) -> list[Dataset]:
+    """The datasets, under their recipe's labels where it gives some."""
+    out: list[Dataset] = []
+    for spec, made in zip(specs, given):
+        progress(0, 0, f"reading {getattr(made, getattr(made, 'named_by', ''), spec.name)}")
+        dataset = made.load(progress)
+        if spec.label != spec.name:
+            dataset = dataclasses.replace(dataset, name=spec.label)
+        if dataset.name in [other.name for other in out]:
+            raise UserError(
+                f"two datasets are called {dataset.name!r}", where=spec.where, hint="give one of them a label"
+            )
+        out.append(dataset)
+    return out
+
+
+def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[[str], None]) -> None:
+    words = backbone.warn(dataset.classes)
+    if words:
+        shown = ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
+        warn(
+            f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy"
+        )
+
+
+def _loaded(tuner: Any, backbone: Backbone, registry: Registry) -> Any:
+    """A tuner as it is; a checkpoint as the model it holds, read before anything is computed."""
+    from mergekit_vl.models.model import Single
+    from mergekit_vl.storage.tuned import load_tuned
+
+    if not isinstance(tuner, TunedSpec):
+        return tuner
+    path = Path(str(tuner.checkpoint)).expanduser()
+    return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
+
+
+def _run_cell(
+    ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]
+) -> tuple[Model, dict[str, Any]]:
+    """The main strategy's model, and the cell as plain data."""
+    from mergekit_vl.experiments import landscape
+
+    experiment = ready.experiment
+    cell.claim(experiment.tuners, warn)
+    cell.keep_shots(name, seed)
+    rows, inputs = ready.anchors(cell)
+    inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
+    for label, control in experiment.controls:
+        by = (*cell.tuners, control)
+        given = dataclasses.replace(inputs, scratch=cell.scratch(by))
+        make = lambda control=control, given=given: control.merge(given)  # noqa: E731
+        rows.append(cell.row(label, "control", make, makers=by)[1])
+    tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
+    merged: dict[str, Model] = {}
+    makers: dict[str, tuple[Any, ...]] = {}
+    for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
+        makers[label] = (*makers.get(spec.of or "", cell.tuners), strategy)
+        scratch = cell.scratch(makers[label])
+        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=scratch)
+        if spec.of is not None:
+            model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
+            given = dataclasses.replace(given, tuned=(model,), data=(data,), labels=(spec.of,))
+        make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
+        merged[label], row = cell.row(label, "merged", make, makers=makers[label], strategy=strategy, main=not merged)
+        rows.append(row)
+    shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
+    main = next(iter(merged.values()))
+    path: list[dict[str, Any]] = []
+    if not experiment.joint:
+        cell.inputs.progress(0, 0, "path")
+        for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
+            # by way of the merged model between classifiers alone, where a point costs next to nothing
+            segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
+            path += landscape.lines(between, cell.task.tests, PATH_POINTS, segments)
+    return main, {**cell.facts(name, seed), "rows": rows, "path": path}

@@ -1,0 +1,122 @@
+"""Finished runs and plain backbones as models to be used: what `eval` and `predict` start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import options
+from mergekit_vl.adapters.linear_head import LinearHead
+from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.recipe import Recipe, load_recipe
+from mergekit_vl.storage import model_files
+from mergekit_vl.storage.tuned import load_tuned
+from mergekit_vl.system.atomic_files import slug
+from mergekit_vl.system.regular_files import read_json, user_path
+
+if TYPE_CHECKING:
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.models.model import Model
+    from mergekit_vl.registry.plugins import Registry
+
+FORMS = "a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote"
+
+
+@dataclass(frozen=True)
+class Used:
+    """A model with the classes that it was tested on, where they are known."""
+
+    model: Model
+    label: str
+    classes: Classes | None = None
+    recipe: Recipe | None = None
+
+
+def open_model(
+    given: str,
+    registry: Registry,
+    *,
+    row: str | None,
+    device: str,
+    checkpoint: Path | None = None,
+    allow_env: Sequence[str] = (),
+) -> Used:
+    """A row of a finished run, or a backbone as it is, or that backbone with a tuned checkpoint on it."""
+    folder = user_path(given)
+    if (folder / "recipe.yaml").is_file() and (folder / "state").is_dir():
+        return _of_run(folder, registry, row, device, allow_env)
+    if row is not None:
+        raise UserError("--row is for runs", where=given, hint="give a run folder")
+    backbone = _backbone(given, registry, device)
+    if checkpoint is not None:
+        return Used(Single(backbone, load_tuned(checkpoint, backbone, registry.adapter)), checkpoint.name)
+    if backbone.text is not None:
+        return Used(Single(backbone, ZeroShot()), f"{backbone.spec}, zero-shot")
+    own = backbone.classifier
+    if own is None:
+        raise UserError("an image classifier without a classifier of its own", where=given, hint="give it a checkpoint")
+    head = LinearHead(own.weight, own.bias, (), normalise=False).to(backbone.device)
+    return Used(Single(backbone, head), backbone.spec)
+
+
+def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> Used:
+    recipe = load_recipe(str(folder / "recipe.yaml"), allow_env=allow_env)
+    report = folder / "report.json"
+    if not report.is_file():
+        raise UserError(
+            "this run is not finished", where=str(folder), hint="finish it with the command that started it"
+        )
+    main, rows, dataset, seed = read_json(report, _first_cell)
+    label = row or main
+    if label not in rows:
+        raise unknown("row", label, rows, where=str(folder))
+    from mergekit_vl.system.atomic_files import cell_name
+
+    state = folder / "state" / cell_name(dataset, seed)
+    backbone = _built(registry, recipe.backbone.name, recipe.backbone.options, device)
+    model = model_files.load(state, slug(label), backbone, registry.adapter)
+    if model is None:
+        raise UserError(
+            f"the run keeps no file of its row {label!r}",
+            where=str(state),
+            hint="towers of closed forms are kept for the main strategy alone: put it first in the recipe and run again",
+        )
+    return Used(model, label, read_json(state / "shots.json", _classes), recipe)
+
+
+def _first_cell(report: Any) -> tuple[str, list[str], str, int]:
+    """The main row, the rows, the data set and the seed."""
+    cell = report["cells"][0]
+    rows, seed = [row["row"] for row in cell["rows"]], cell["seed"]
+    if not all(isinstance(text, str) for text in (report["main"], cell["dataset"], *rows)) or not isinstance(seed, int):
+        raise ValueError("labels are text, a seed is a number")
+    return report["main"], rows, cell["dataset"], seed
+
+
+def _classes(shots: Any) -> Classes:
+    names, templates = tuple(shots["classes"]), tuple(shots["templates"])
+    if not names or not templates or not all(isinstance(text, str) for text in (*names, *templates)):
+        raise ValueError("classes and templates are texts")
+    return Classes(names, templates)
+
+
+def _backbone(given: str, registry: Registry, device: str) -> Backbone:
+    if (Path(given).expanduser() / "open_clip_config.json").is_file():
+        return _built(registry, "clip", {"arch": f"local-dir:{given}"}, device)
+    name, _, rest = given.partition(":")
+    if name not in registry.entries["backbones"]:
+        raise UserError(f"{given!r} is no model", where="command line", hint=f"give {FORMS}")
+    if not rest:
+        return _built(registry, name, {}, device)
+    prefix = next((p for p in ("local-dir:", "hf-hub:") if rest.startswith(p)), "")
+    arch, _, pretrained = rest.removeprefix(prefix).partition(":")
+    return _built(registry, name, {"arch": prefix + arch} | ({"pretrained": pretrained} if pretrained else {}), device)
+
+
+def _built(registry: Registry, name: str, given, device: str) -> Backbone:
+    cls = registry.find("backbones", name).resolve()
+    return options.build(cls, given, where=f"backbone {name}").build(device)

@@ -1,0 +1,1 @@
+"""Merging checkpoints on disk: the plan, its memory, the merge itself, what it records."""

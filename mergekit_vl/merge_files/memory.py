@@ -1,0 +1,58 @@
+"""What a merge of files takes in memory, and the size of its chunks under --max-ram."""
+
+from __future__ import annotations
+
+from mergekit_vl.alignment import rebasin
+from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files.plan import AlignedCheckpoints
+from mergekit_vl.merging.chunks import BLOCK, CHUNK_SIZE
+from mergekit_vl.system.memory import anonymous_memory
+
+SPARE = 24 << 20
+"""Bytes kept free of --max-ram for the interpreter's own growth."""
+AT_EASE = 64 << 20
+"""Bytes that chunks may take where no --max-ram is given: smaller ones would not be faster."""
+
+
+def piece_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> int:
+    """Bytes that the chunks take at most; each method tells how many arrays it holds.
+
+    Of flat chunks every thread may hold one of the largest; of whole tensors each is there once.
+    """
+    method, n = opened.plan.method, len(opened.tuned)
+    tensors = opened.models.tensors
+    widest = max(t.wide.itemsize for t in tensors)
+    flat = method.held(n) * chunk_size * widest
+    if method.form == "rows":
+        flat = method.held(n) * max(chunk_size, max(t.row for t in tensors)) * widest
+    reading = 0
+    if opened.symmetries:
+        largest = {"tensor": max(t.size for t in tensors), "rows": max(t.row for t in tensors)}.get(method.form, 0)
+        reading = rebasin.reading(opened.shapes, opened.symmetries.groups, max(chunk_size, largest)) * widest
+    if method.form != "tensor":
+        return threads * (flat + reading)
+    arrays = getattr(method, "whole", lambda tensor, n: method.held(n))
+    needs = [*(arrays(t, n) * t.size * t.wide.itemsize for t in tensors), *(flat,) * threads]
+    return sum(sorted(needs)[-threads:]) + threads * reading
+
+
+def alignment_memory(opened: AlignedCheckpoints) -> int:
+    """Bytes that aligning the models takes, before the first chunk is read."""
+    return rebasin.memory(opened.shapes, opened.symmetries.groups) if opened.symmetries else 0
+
+
+def chunk_for(opened: AlignedCheckpoints, threads: int, max_ram: int | None) -> int:
+    """Elements of a chunk so that --max-ram is kept; raises UserError where it cannot be."""
+    used = anonymous_memory()
+    room = max_ram - used - SPARE if max_ram is not None else AT_EASE
+    chunk_size = CHUNK_SIZE
+    needed = piece_memory(opened, threads, chunk_size)
+    while chunk_size > BLOCK and room < needed > (less := piece_memory(opened, threads, chunk_size // 2)):
+        chunk_size, needed = chunk_size // 2, less
+    needed = max(needed, alignment_memory(opened))
+    if max_ram is not None and needed > room:
+        raise UserError(
+            f"--max-ram {max_ram >> 20}M is too little: {(used + SPARE + needed) >> 20}M are needed at {threads} threads",
+            hint="raise it, or lower --threads",
+        )
+    return chunk_size

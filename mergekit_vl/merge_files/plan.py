@@ -1,0 +1,188 @@
+"""What is merged, how: the plan of a merge of files, and its models as headers that agree. No tensor is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mergekit_vl.alignment.symmetries import Symmetries, find, heads_told
+from mergekit_vl.checkpoints.checkpoint import Checkpoint
+from mergekit_vl.checkpoints.dtypes import FLOATS, NAMES, float_code
+from mergekit_vl.checkpoints.reader import open_checkpoint
+from mergekit_vl.checkpoints.writer import Slot
+from mergekit_vl.errors import UserError
+from mergekit_vl.merging.chunks import Models, Tensor
+from mergekit_vl.merging.coefficients import depths, matches
+from mergekit_vl.merging.engine import ClosedForm, checked
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is merged, how: plain data and a checked method, buildable without a command line."""
+
+    strategy: str
+    method: ClosedForm
+    models: tuple[str, ...]
+    base: str | None = None
+    labels: tuple[str, ...] = ()
+    base_label: str = ""
+    seed: int = 0
+    dtype: str | None = None
+    keep: tuple[str, ...] = ()
+    """Tensors that are not merged but taken from the base (or the first model) as they are: filters as in `coefficients`."""
+    rebasin: bool = False
+    """Whether every model but the base (or the first) is first reordered to match that one."""
+    device: str = "cpu"
+    """Where matrices are decomposed: cpu, or a GPU as torch names it."""
+
+
+@dataclass
+class AlignedCheckpoints:
+    """The plan's models as headers that agree, and what will become of their tensors."""
+
+    plan: MergePlan
+    base: Checkpoint | None
+    tuned: tuple[Checkpoint, ...]
+    models: Models
+    copied: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    notes: list[str] = field(default_factory=list)
+    symmetries: Symmetries | None = None
+    """Where the models are aligned first: the reorderings that are tried."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {tensor.name: tensor.shape for tensor in self.models.tensors}
+
+    @property
+    def all(self) -> tuple[Checkpoint, ...]:
+        return (*((self.base,) if self.base else ()), *self.tuned)
+
+    @property
+    def reference(self) -> Checkpoint:
+        return self.all[0]
+
+    def close(self) -> None:
+        for checkpoint in self.all:
+            checkpoint.close()
+
+
+def open_plan(plan: MergePlan) -> AlignedCheckpoints:
+    """Read every header and raise UserError for what cannot be merged; reads no tensor."""
+    tuned = tuple(
+        open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
+    )
+    base = open_checkpoint(plan.base, plan.base_label) if plan.base is not None else None
+    everyone = (*((base,) if base else ()), *tuned)
+    reference = everyone[0]
+    for key in plan.keep:
+        if not any(matches(name, key) for name in reference.tensors):
+            raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
+    kept = {name for name in reference.tensors if any(matches(name, key) for key in plan.keep)}
+    _check_same(everyone, kept, plan.keep)
+    floats = [name for name in reference.floats if name not in kept]
+    if not floats:
+        raise UserError("holds no float tensor to merge", where=reference.label)
+    deep = depths(floats)
+    tensors = tuple(
+        Tensor(
+            name,
+            reference.tensors[name].shape,
+            deep[name],
+            np.dtype(np.float64 if any(c.tensors[name].code == "F64" for c in everyone) else np.float32),
+            reference.twins.get(name, ""),
+        )
+        for name in floats
+    )
+    code = float_code(plan.dtype) if plan.dtype is not None else None
+    slots = tuple(
+        Slot(name, code if code and stored.code in FLOATS else stored.code, stored.shape)
+        for name, stored in reference.tensors.items()
+    )
+    models = Models(
+        base,
+        tuned,
+        tensors,
+        tuple(c.label for c in tuned),
+        plan.seed,
+        base.label if base else "zero-shot",
+        plan.device,
+    )
+    copied = tuple(name for name in reference.tensors if name not in deep)
+    opened = AlignedCheckpoints(plan, base, tuned, models, copied, slots)
+    checked(plan.method, models)
+    opened.notes = _notes(opened)
+    if plan.rebasin:
+        opened.symmetries = _symmetries(opened, kept)
+        opened.notes += opened.symmetries.notes
+    return opened
+
+
+def _symmetries(opened: AlignedCheckpoints, kept: set[str]) -> Symmetries:
+    if len(opened.all) < 2:
+        raise UserError("--rebasin has one model and none that it is to match", hint="name more models, or a --base")
+    reference = opened.reference
+    heads = next((told for c in opened.all if (told := heads_told(c.config))), {})
+    return find({name: reference.tensors[name].shape for name in reference.floats}, heads, kept)
+
+
+def _check_same(everyone: tuple[Checkpoint, ...], kept: set[str], keep: tuple[str, ...]) -> None:
+    first = everyone[0]
+    for other in everyone[1:]:
+        differing = []
+        for name in [*first.tensors, *(n for n in other.tensors if n not in first.tensors)]:
+            if name in kept or (name not in first.tensors and any(matches(name, key) for key in keep)):
+                continue
+            shapes = [c.tensors[name].shape if name in c.tensors else "missing" for c in (first, other)]
+            kinds = [c.tensors[name].code in FLOATS for c in (first, other) if name in c.tensors]
+            if shapes[0] != shapes[1]:
+                differing.append(f"{name}: {shapes[0]} against {shapes[1]}")
+            elif len(set(kinds)) > 1:
+                differing.append(f"{name}: {first.tensors[name].code} against {other.tensors[name].code}")
+        if differing:
+            more = f" and {len(differing) - 3} more tensors" if len(differing) > 3 else ""
+            raise UserError(
+                f"{first.label} and {other.label} differ in {'; '.join(differing[:3])}{more}",
+                hint="merge models of one architecture, or --keep what differs as the first has it",
+            )
+
+
+def warnings(opened: AlignedCheckpoints) -> list[str]:
+    """What is done but may not be what was meant: `check` tells it, and `merge` warns of it."""
+    plan, files = opened.plan, [path for c in opened.all for path in c.files]
+    found = []
+    if getattr(plan.method, "by_task", False):
+        found.append(
+            f"no task=LABEL: {plan.strategy} writes the vector of all tasks unmasked, which it does not use by itself"
+        )
+    if opened.base and getattr(plan.method, "ignores_base", lambda n: False)(len(opened.tuned)):
+        found.append(f"{plan.strategy} merges the tuned models alone: of the base it takes nothing but integer tensors")
+    found += [
+        f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: save them alone to merge them"
+        for c in opened.all
+        if c.passed_over
+    ]
+    if len(set(files)) < len(files):
+        found.append("the same file is given twice")
+    return found
+
+
+def _notes(opened: AlignedCheckpoints) -> list[str]:
+    reference, plan = opened.reference, opened.plan
+    notes = warnings(opened)
+    whole = [name for name in opened.copied if reference.tensors[name].code not in FLOATS]
+    if whole:
+        notes.append(
+            f"{len(whole)} integer tensors ({', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}) come from {reference.label}"
+        )
+    dtypes = {c.label: sorted({t.code for t in c.tensors.values() if t.code in FLOATS}) for c in opened.all}
+    if len({tuple(codes) for codes in dtypes.values()}) > 1:
+        told = "; ".join(f"{label} {'+'.join(NAMES[c] for c in codes)}" for label, codes in dtypes.items())
+        notes.append(f"dtypes differ: {told}; merged in float32, written as {plan.dtype or f'in {reference.label}'}")
+    twins = {c.label: len(c.twins) for c in opened.all if c.twins}
+    if twins:
+        notes.append(
+            f"tied weights: {', '.join(f'{k} in {label}' for label, k in twins.items())}; written as separate tensors"
+        )
+    return notes

@@ -1,0 +1,145 @@
+"""What a merge of files tells of itself: the resolved recipe with its inputs' hashes, in the metadata and as a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from mergekit_vl import __version__, options
+from mergekit_vl.checkpoints.checkpoint import Checkpoint
+from mergekit_vl.checkpoints.reader import facts, open_checkpoint, read_header
+from mergekit_vl.checkpoints.writer import METADATA_KEY
+from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files.plan import AlignedCheckpoints
+from mergekit_vl.printable import in_code, in_markdown
+from mergekit_vl.system.regular_files import check_shape
+
+NO_HASH = "0" * 64
+ADAPTER = ("adapter", "backbone", "init", "names", "normalise", "unseen", "head")
+
+
+class Input(TypedDict):
+    label: str
+    path: str
+    blake3: dict[str, str]
+
+
+class Metadata(TypedDict):
+    """What `describe` tells, beside what an adapter tells of itself."""
+
+    version: str
+    strategy: str
+    options: dict[str, Any]
+    models: list[Input]
+    base: Input | None
+    seed: int
+    dtype: str | None
+    keep: list[str]
+    rebasin: bool
+    device: str
+
+
+def canonical(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The resolved recipe with its inputs' hashes: what `verify` needs to do it again."""
+    plan = opened.plan
+
+    def model(checkpoint: Checkpoint, given: str) -> dict[str, Any]:
+        return {
+            "label": checkpoint.label,
+            "path": given,
+            "blake3": {file.name: hashes[file] for file in checkpoint.hashed},
+        }
+
+    return _adapter(opened) | {
+        "version": __version__,
+        "strategy": plan.strategy,
+        "options": option_values(plan.method),
+        "models": [model(c, given) for c, given in zip(opened.tuned, plan.models)],
+        "base": model(opened.base, plan.base) if opened.base and plan.base else None,
+        "seed": plan.seed,
+        "dtype": plan.dtype,
+        "keep": list(plan.keep),
+        "rebasin": plan.rebasin,
+        "device": plan.device,
+    }
+
+
+def _adapter(opened: AlignedCheckpoints) -> dict[str, Any]:
+    """What a run wrote into the files of an adapter, so that the merge is one too; it must be the same in all, the order of a head's classes included.
+
+    What was chosen while a model was tuned is its own, and not the merge's.
+    """
+    told = [facts(c) for c in opened.all]
+    adapters = [{key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told]
+    for adapter in adapters:
+        if isinstance(adapter.get("head"), Mapping):
+            adapter["head"] = {key: value for key, value in adapter["head"].items() if key != "chosen"}
+    for checkpoint, adapter in zip(opened.all, adapters):
+        for key in adapter.keys() | adapters[0].keys():
+            if adapter.get(key) != adapters[0].get(key):
+                raise UserError(
+                    f"{opened.reference.label} and {checkpoint.label} are adapters of different {key}",
+                    hint="merge adapters that were tuned in the same way; `run` merges heads by class name",
+                )
+    return adapters[0]
+
+
+def option_values(method: Any) -> dict[str, Any]:
+    """A method's options as a recipe writes them."""
+    values = {options.key_of(f): getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return json.loads(json.dumps(values))
+
+
+def model_card(opened: AlignedCheckpoints, metadata: Mapping[str, Any]) -> str:
+    """The README.md of the output."""
+    plan = opened.plan
+    lines = [
+        "---",
+        "library_name: mergekit-vl",
+        "tags: [merge, mergekit-vl]",
+        "---",
+        "",
+        f"# A merge with {in_markdown(plan.strategy)}",
+        "",
+        (type(plan.method).__doc__ or "").strip().splitlines()[0],
+        "",
+        f"Made by mergekit-vl {metadata['version']} of",
+        "",
+    ]
+    for role, model in [("base", metadata["base"]), *(("model", m) for m in metadata["models"])]:
+        if model:
+            lines.append(f"- {role} **{in_markdown(model['label'])}**: {in_code(model['path'])}")
+            lines += [f"  - {in_markdown(name)} blake3 `{value}`" for name, value in model["blake3"].items()]
+    lines += ["", "| option | value |", "|---|---|"]
+    lines += [f"| {in_markdown(key)} | {in_code(json.dumps(value))} |" for key, value in metadata["options"].items()]
+    if plan.rebasin:
+        lines.append(f"| rebasin | every model is reordered to match {in_code(opened.reference.label)} |")
+    lines += [f"| seed | `{plan.seed}` |", f"| dtype | `{plan.dtype or 'as the first model'}` |", ""]
+    lines += ["`mergekit-vl verify` of this folder repeats the merge from the same files and compares every byte.", ""]
+    return "\n".join(lines)
+
+
+def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """What `describe` wrote, and the merged checkpoint."""
+    checkpoint = open_checkpoint(str(folder))
+    found = checkpoint.metadata
+    if not found:
+        first = next((f for f in checkpoint.files if f.suffix == ".safetensors"), None)
+        found = read_header(first)[1] if first else {}
+    if METADATA_KEY not in found:
+        raise UserError("no merge of mergekit-vl", where=str(folder), hint="give the folder that merge wrote")
+    checkpoint.metadata = found
+    metadata = facts(checkpoint)
+    check_shape(metadata, Metadata, what="was merged by an early version, or is no merge", where=str(folder))
+    if not metadata["models"]:
+        raise UserError("is no merge: it names no model", where=str(folder), hint="merge again")
+    return metadata, checkpoint

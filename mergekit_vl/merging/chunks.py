@@ -1,0 +1,215 @@
+"""What a closed-form method sees: models of aligned tensors, read chunk by chunk.
+
+A chunk is a flat stretch of one tensor. It is read from a model when the method asks for it and never kept, so a method that asks
+model by model holds two arrays however many models there are. Arrays come as float32 (float64 for a tensor that a model holds in
+float64) and belong to the caller, who may overwrite them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.merging.coefficients import Coefficient, check_filters, value_at
+
+CHUNK_SIZE = 1 << 17
+"""Elements of a chunk where nothing asks for fewer: 512 KiB of float32, which stays in a core's cache."""
+BLOCK = 1 << 13
+"""Pieces start at multiples of this, so that draws and sums do not depend on the size of the chunks."""
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
+"""`run(function, jobs)` gives the results in the order of the jobs, computed by several threads."""
+
+
+class Source(Protocol):
+    """Where one model's tensors are read from: files, or arrays in memory."""
+
+    def read(self, name: str, start: int, stop: int, wide: np.dtype) -> Array:
+        """Elements start..stop of the flattened tensor, widened; a fresh array."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A float tensor that all models hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    depth: float = 0.0
+    """0 at the first block, 1 at the last (`coefficients.depths`)."""
+    wide: np.dtype = np.dtype(np.float32)
+    """The dtype in which it is merged."""
+    tied_to: str = ""
+    """The tensor whose storage this one shares (tied weights); random draws and statistics are those of that one."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Elements of one slice along the first axis; a vector is a single row."""
+        return self.size // self.shape[0] if len(self.shape) > 1 and self.shape[0] else self.size
+
+
+Whole = Callable[[Tensor, int], int]
+"""How many arrays of its size a tensor takes that is merged whole, for n tuned models; 0 if it is merged in flat chunks."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """`tuned` in the order of the recipe, `base` (the zero-shot model) never among them; `tensors` in the order of the file."""
+
+    base: Source | None
+    tuned: tuple[Source, ...]
+    tensors: tuple[Tensor, ...]
+    labels: tuple[str, ...]
+    """Of the tuned models."""
+    seed: int = 0
+    base_label: str = "zero-shot"
+    device: str = "cpu"
+    """Where matrices are decomposed (`svd.py`); everything else is numpy's on the CPU."""
+
+    @property
+    def members(self) -> tuple[Source, ...]:
+        """The base, where there is one, and the tuned models: what an average averages."""
+        return (self.base, *self.tuned) if self.base is not None else self.tuned
+
+    @property
+    def member_labels(self) -> tuple[str, ...]:
+        return (self.base_label, *self.labels) if self.base is not None else self.labels
+
+    def chunks(
+        self,
+        form: str = "elementwise",
+        chunk_size: int = CHUNK_SIZE,
+        tensor: Tensor | None = None,
+        whole: Whole | None = None,
+    ) -> Iterator[Chunk]:
+        """Every tensor (or one) cut into chunks: of `chunk` elements, of whole rows, or whole tensors.
+
+        `whole` tells which tensors the form "tensor" leaves whole; without it, all.
+        """
+        for each in self.tensors if tensor is None else (tensor,):
+            step = max(1, each.size)
+            flat = form == "tensor" and whole is not None and not whole(each, len(self.tuned))
+            if flat or form in ("accumulating", "elementwise"):
+                step = chunk_size
+            elif form == "rows" and each.row:
+                step = each.row * max(1, chunk_size // each.row)
+            for start in range(0, each.size, step):
+                yield Chunk(self, each, start, min(start + step, each.size))
+
+    def check_count(self, method: str, *, at_least: int = 1, at_most: int | None = None, base: bool = False) -> None:
+        """Raise UserError for too few or too many tuned models, or a missing base."""
+        n = len(self.tuned)
+        if base and self.base is None:
+            raise Unsuitable(
+                "needs the model that the others were tuned from", where=method, hint="give it with --base"
+            )
+        if n < at_least or (at_most is not None and n > at_most):
+            wanted = f"{at_least}" if at_least == at_most else f"at least {at_least}" if n < at_least else f"{at_most}"
+            one = " tuned model" if wanted == "1" else " tuned models"
+            raise Unsuitable(
+                f"{wanted}{one}, not {n}",
+                where=method,
+                hint="use linear for several" if at_most is not None and n > at_most else "name more models",
+            )
+
+    def check_weights(self, method: str, weights: tuple[Coefficient, ...], labels: tuple[str, ...], what: str) -> None:
+        """Raise UserError unless there is none or one coefficient per label, and each filter covers a tensor."""
+        if weights and len(weights) != len(labels):
+            raise Unsuitable(
+                f"{len(weights)} {what} for {len(labels)} tuned models",
+                where=method,
+                hint=f"one each: {', '.join(labels)}",
+            )
+        for weight in weights:
+            self.check_coefficient(method, weight, what)
+
+    def check_coefficient(
+        self, method: str, coefficient: Coefficient, what: str, low: float = -math.inf, high: float = math.inf
+    ) -> None:
+        """Raise UserError for a filter that covers nothing, and for a value outside low..high for some tensor."""
+        where = f"{method}: {what}"
+        check_filters(coefficient, [t.name for t in self.tensors], where=where)
+        for tensor in self.tensors:
+            value = value_at(coefficient, tensor.name, tensor.depth, where=where)
+            if not low <= value <= high:  # NaN too
+                raise UserError(f"{what}={value:g}", where=method, hint=f"it lies in {low:g} .. {high:g}")
+
+    def weight_at(self, weights: tuple[Coefficient, ...], tensor: Tensor, n: int) -> tuple[float, ...]:
+        """One number per model for this tensor; ones where no weights are given."""
+        return tuple(value_at(w, tensor.name, tensor.depth) for w in weights) if weights else (1.0,) * n
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements start..stop of one flattened tensor, in every model."""
+
+    models: Models
+    tensor: Tensor
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self, source: Source) -> Array:
+        return source.read(self.tensor.name, self.start, self.stop, self.tensor.wide)
+
+    @cached_property
+    def base(self) -> Array:
+        """The base's values; read once, not to be overwritten."""
+        assert self.models.base is not None
+        return self.read(self.models.base)
+
+    def tuned(self, i: int) -> Array:
+        return self.read(self.models.tuned[i])
+
+    def delta(self, i: int) -> Array:
+        """The task vector of model i: tuned minus base."""
+        values = self.tuned(i)
+        values -= self.base
+        return values
+
+    def deltas(self) -> list[Array]:
+        """The task vectors of all tuned models."""
+        return [self.delta(i) for i in range(len(self.models.tuned))]
+
+    def members(self) -> Iterator[Array]:
+        """The base, where there is one, and the tuned models, one after the other."""
+        return (self.read(source) for source in self.models.members)
+
+    def at(self, coefficient: Coefficient) -> float:
+        """A coefficient's value for this tensor."""
+        return value_at(coefficient, self.tensor.name, self.tensor.depth)
+
+    def weights(self, weights: tuple[Coefficient, ...], n: int | None = None) -> tuple[float, ...]:
+        """One number per tuned model (or per `n`) for this tensor; ones where no weights are given."""
+        return self.models.weight_at(weights, self.tensor, len(self.models.tuned) if n is None else n)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A model held in memory: stored arrays by name, each with its dtype code."""
+
+    tensors: dict[str, tuple[Array, str]]
+
+    def read(self, name: str, start: int, stop: int, wide: np.dtype) -> Array:
+        from mergekit_vl.checkpoints.dtypes import widen
+
+        array, code = self.tensors[name]
+        stored = array.reshape(-1)[start:stop]
+        values = widen(stored, code, wide)
+        return values.copy() if values is stored or np.shares_memory(values, stored) else values

@@ -1,0 +1,150 @@
+"""Parts that the task-vector methods share: the sum, sign election, random drops and counter-based draws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.errors import unknown
+from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.prepass import absolute_sums
+from mergekit_vl.options import check_effect
+
+DRAWS = 8
+"""32-bit draws in one step of the counter of Philox 4x64; chunks start at multiples of it."""
+
+
+def add_to_base(chunk: Chunk, merged: Array, scale: float) -> Array:
+    """base + scale * merged."""
+    merged *= merged.dtype.type(scale)
+    merged += chunk.base
+    return merged
+
+
+def weighted(vector: Array, weight: float) -> Array:
+    return vector if weight == 1 else vector * vector.dtype.type(weight)
+
+
+def weighted_sum(vectors: Iterable[Array], weights: Sequence[float]) -> Array:
+    """sum_i w_i * v_i, in the order given; overwrites the vectors."""
+    total = None
+    for vector, weight in zip(vectors, weights):
+        if weight != 1:
+            vector *= vector.dtype.type(weight)
+        total = vector if total is None else np.add(total, vector, out=total)
+    assert total is not None
+    return total
+
+
+def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, mean: bool) -> Array:
+    """Sign election and the disjoint merge of TIES (sections 3.2 and 3.3 of its paper).
+
+    The sign of an element is that of its sum over the models (`elect=raw`) or of its weighted sum (`weighted`); a sum of exactly
+    zero elects nobody. Only non-zero elements of that sign count: their weighted sum, or with `mean` their weighted mean.
+    """
+    scaled = [weighted(vector, weight) for vector, weight in zip(vectors, weights)]
+    voters = scaled if elect == "weighted" else vectors
+    elected = voters[0].copy()
+    for voter in voters[1:]:
+        elected += voter
+    up, down = elected > 0, elected < 0
+    total = np.zeros_like(elected)
+    share = np.zeros_like(elected) if mean else None
+    for vector, voter, weight in zip(scaled, voters, weights):
+        agrees = (voter > 0) & up
+        agrees |= (voter < 0) & down
+        total += vector * agrees
+        if share is not None:
+            share += weighted(agrees.astype(share.dtype), weight)
+    if share is not None:
+        share += share == 0  # nobody agrees: 0 / 1
+        total /= share
+    return total
+
+
+def sign(values: Array) -> Array:
+    """-1, 0 or 1. numpy's own takes ten times as long on signs that no processor can foresee; NaN has none here."""
+    return np.subtract(values > 0, values < 0, dtype=values.dtype)
+
+
+def draw(chunk: Chunk, model: int) -> Array:
+    """A uniform 32-bit number for each element of the chunk, from (seed, tensor's name, model, position) and nothing else.
+
+    Philox 4x64 (Salmon et al. 2011), keyed by a hash of the first three, its counter at the position: any chunk of any tensor is
+    drawn alone, in any order and by any thread, with the same result.
+    """
+    name = chunk.tensor.tied_to or chunk.tensor.name
+    key = hashlib.sha256(json.dumps([chunk.models.seed, name, model]).encode()).digest()[:16]
+    first, rest = divmod(chunk.start, DRAWS)
+    stream = np.random.Philox(key=np.frombuffer(key, "<u8"), counter=[first, 0, 0, 0])
+    words = stream.random_raw(-(-(rest + chunk.size) // DRAWS) * 4)
+    return words.astype("<u8", copy=False).view("<u4")[rest : rest + chunk.size]
+
+
+def keep_at_random(chunk: Chunk, model: int, density: float) -> Array:
+    """True where an element is kept: with probability `density`, to within 2^-33."""
+    if density >= 1:
+        return np.ones(chunk.size, bool)
+    return draw(chunk, model) < np.uint32(min(round(density * 2**32), 2**32 - 1))
+
+
+class TaskVectors(Protocol):
+    """The options that methods on sparse task vectors share."""
+
+    form: str
+    density: Coefficient
+    densities: tuple[Coefficient, ...]
+    weights: tuple[Coefficient, ...]
+    scale: Coefficient
+
+
+def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
+    """Raise UserError for a missing base, a number of weights or densities that is not the models', a density outside 0..1."""
+    models.check_count(where, base=True)
+    models.check_coefficient(where, method.scale, "scale")
+    models.check_weights(where, method.weights, models.labels, "weights")
+    models.check_weights(where, method.densities, models.labels, "densities")
+    for density in each_density(method, models):
+        models.check_coefficient(where, density, "density", 0, 1)
+    if method.densities:
+        check_effect(method, ("density",), where=where, why="beside densities")
+
+
+def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:
+    """The density of every tuned model: `densities`, or `density` for all."""
+    return method.densities or (method.density,) * len(models.tuned)
+
+
+def chosen_task(where: str, task: str | int | None, models: Models) -> int | None:
+    """The number of the tuned model that `task` names by its label or number, None for none; raises UserError where there is no such."""
+    if task is None:
+        return None
+    names = [*models.labels, *map(str, range(len(models.labels)))]
+    if str(task) not in names:
+        raise unknown("task", task, names, where=where)
+    return names.index(str(task)) % len(models.labels)
+
+
+Thin = Callable[[TaskVectors, Chunk, int], Array]
+"""The sparse task vector of model i in a chunk, by the method's options."""
+
+
+def l1_ratios(models: Models, method: TaskVectors, thin: Thin, run: Run, chunk_size: int) -> dict[str, Array]:
+    """By tensor name, for each model, the factor that gives its sparse task vector the L1 norm of the dense one."""
+    n = len(models.tuned)
+
+    def both(chunk: Chunk) -> list[Array]:
+        return [vector for i in range(n) for vector in (chunk.delta(i), thin(method, chunk, i))]
+
+    ratios = {}
+    for name, sums in absolute_sums(models, both, run, chunk_size, method.form).items():
+        before, after = sums[0::2], sums[1::2]
+        small = (before < 1e-7) | (after < 1e-7)
+        ratios[name] = np.where(small, 1.0, before / np.where(small, 1.0, after))
+    return ratios

@@ -1,0 +1,72 @@
+"""What a strategy and a tuner are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mergekit_vl.datasets.base import Progress, silent
+from mergekit_vl.errors import Unsuitable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mergekit_vl.datasets.base import Split
+    from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.models.model import Classes, Model, Single
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The few-shot images that a tuner or a strategy may read; never the test split."""
+
+    classes: Classes
+    train: Split
+    val: Split | None = None
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """`base` is the model before fine-tuning (zero-shot; class means where there is no text tower); `tuned` the fine-tuned ones in recipe order, base never among them; `data` aligned with `tuned`."""
+
+    base: Single
+    tuned: tuple[Model, ...]
+    data: tuple[TaskData, ...]
+    features: FeatureStore
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = silent
+    scratch: Path | None = None
+    """A folder for what a long training needs to go on after a kill; none: it starts again."""
+
+    everywhere: tuple[TaskData, ...] = ()
+    """The tasks of all data sets, where the same models are tested on each: what is chosen for them is chosen on all; empty: `data`."""
+    labels: tuple[str, ...] = ()
+    """What reports call the tuned models, aligned with `tuned`; empty: nothing."""
+    batch_norm: Literal["images", "mean"] = "images"
+    """Running statistics of a merged tower: estimated again on the training images, or as the strategy makes them of the models'."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tuned models: their labels, or tuned.0 and so on."""
+        return self.labels or tuple(f"tuned.{i}" for i in range(len(self.tuned)))
+
+    def validated(self, where: str, hint: str) -> TaskData:
+        """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
+        tasks = {id(task) for task in self.data}
+        if len(tasks) != 1:
+            raise Unsuitable(
+                f"nothing can be chosen on validation images of {len(tasks)} tasks at once", where=where, hint=hint
+            )
+        if self.data[0].val is None or not len(self.data[0].val):
+            raise Unsuitable(
+                "there are no validation images", where=where, hint=f"give the dataset a val split, or {hint}"
+            )
+        return self.data[0]
+
+    def to_choose_on(self, where: str, hint: str) -> tuple[TaskData, ...]:
+        """The tasks with validation images on which a single model is chosen; raises Unsuitable where one has none."""
+        tasks = self.everywhere or tuple({id(task): task for task in self.data}.values())
+        if not tasks or any(task.val is None or not len(task.val) for task in tasks):
+            raise Unsuitable("there are no validation images", where=where, hint=hint)
+        return tasks

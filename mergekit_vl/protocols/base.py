@@ -1,0 +1,57 @@
+"""What a protocol makes of a dataset: images to tune on, tests, and how a test's accuracies become the headline of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_vl.datasets.base import Split
+    from mergekit_vl.models.inputs import TaskData
+    from mergekit_vl.models.model import Classes
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Columns are plain means of the accuracies of their tests; the headline is the mean of the columns."""
+
+    headline: str
+    """Its name: HM, accuracy, mean of ID and OOD."""
+    columns: Mapping[str, tuple[str, ...]]
+    harmonic: bool = False
+    normalised: bool = False
+    """Also report accuracies divided by those of the model that was tuned on the column's own task."""
+
+    def column(self, name: str, accuracies: Mapping[str, Any]) -> Any:
+        """Of one column, from accuracies (numbers or arrays) by test."""
+        tests = self.columns[name]
+        return sum(accuracies[test] for test in tests) / len(tests)
+
+    def score(self, columns: Sequence[Any]) -> Any:
+        """The headline of the columns' values, in their order; numbers or arrays of them. A harmonic mean with a zero is zero."""
+        import numpy as np
+
+        if not self.harmonic:
+            return sum(columns) / len(columns)
+        values = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
+        with np.errstate(divide="ignore"):
+            mean = len(values) / (1 / values).sum(0)
+        return mean if mean.ndim else float(mean)
+
+    def of(self, accuracies: Mapping[str, Any]) -> Any:
+        return self.score([self.column(name, accuracies) for name in self.columns])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is tuned on and what is tested: `data` never overlaps a test, each test is (name, classes, split)."""
+
+    data: tuple[TaskData, ...]
+    """One, or one per model to be tuned where models of several tasks are merged."""
+    tests: tuple[tuple[str, Classes, Split], ...]
+    metric: Metric
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Named halves of the classes, where there are any."""
+    note: str = ""
+    """What a reader of its table must know."""

@@ -1,0 +1,1 @@
+"""The files of a finished run: data, page, plots, model card, intervals."""

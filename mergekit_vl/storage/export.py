@@ -1,0 +1,112 @@
+"""A whole tuned or merged model as a folder that plain open_clip or timm loads, without this toolkit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.adapters import stored
+from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.models.model import Model
+
+OPEN_CLIP, TIMM = "open_clip_model.safetensors", "model.safetensors"
+
+
+def is_whole(model: Model) -> bool:
+    """Whether the model is weights of its backbone (and not a prompt, a head alone, or several models)."""
+    return isinstance(getattr(model, "adapter", None), Tower)
+
+
+def export(model: Model, folder: Path) -> None:
+    """Write the folder whole, or not at all.
+
+    open_clip: weights and open_clip_config.json, for `create_model_and_transforms("local-dir:FOLDER")`; a tokenizer of Hugging Face
+    beside them. timm: model.safetensors with the classifier under its own name, for `create_model(arch, num_classes=K,
+    checkpoint_path=FILE)`, and config.json with the class names. A linear head on a CLIP is no part of open_clip's model: it goes
+    into linear_head.safetensors beside the folder.
+    """
+    from safetensors.torch import save_file
+
+    tower = model.adapter  # type: ignore[union-attr]
+    assert isinstance(tower, Tower)
+    backbone: Backbone = tower.on(model.backbone)  # type: ignore[union-attr]
+    tensors = backbone.model.state_dict()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if "model_cfg" in backbone.config:
+            save_file(stored.separate(tensors), partial / OPEN_CLIP, metadata={"format": "pt"})
+            _write(partial / "open_clip_config.json", _open_clip_config(backbone))
+            tokenizer = getattr(backbone.text.tokenizer, "tokenizer", None)  # type: ignore[union-attr]
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(partial)
+        else:
+            tensors = {**tensors, **_classifier(tower, backbone)}
+            save_file(stored.separate(tensors), partial / TIMM, metadata={"format": "pt"})
+            _write(partial / "config.json", _timm_config(tower, backbone))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(folder), hint="make room, or choose another --out"
+        ) from None
+    if tower.head is not None and backbone.text is not None:
+        tower.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _open_clip_config(backbone: Backbone) -> dict[str, Any]:
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    preprocess = {key: backbone.preprocess[key] for key in keys if key in backbone.preprocess}
+    return {"model_cfg": backbone.config["model_cfg"], "preprocess_cfg": preprocess}
+
+
+def _classifier(tower: Tower, backbone: Backbone) -> dict[str, Tensor]:
+    names = backbone.config["classifier"]
+    if tower.head is None:
+        return {}
+    if tower.head.normalise or len(names) != 1:
+        raise UserError(
+            f"the head of {backbone.spec} cannot be written as timm's own classifier",
+            hint="use the run's state folder with mergekit-vl, or an architecture with one classifier on raw features",
+        )
+    head = tower.head
+    return {f"{names[0]}.weight": head.weight, f"{names[0]}.bias": head.bias}
+
+
+def _timm_config(tower: Tower, backbone: Backbone) -> dict[str, Any]:
+    """As timm's own `save_for_hf` writes it, so that `create_model("local-dir:FOLDER")` reads it too."""
+    settings = backbone.preprocess
+    size = settings["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    classes = (
+        {} if tower.head is None else {"num_classes": len(tower.head.weight), "label_names": list(tower.head.names)}
+    )
+    modes = {"shortest": "center", "squash": "squash", "longest": "border"}
+    pretrained = {
+        "input_size": [3, height, width],
+        "mean": settings["mean"],
+        "std": settings["std"],
+        "interpolation": settings["interpolation"],
+        "crop_pct": settings["crop_pct"],
+        "crop_mode": modes[settings["resize_mode"]],
+        "classifier": backbone.config["classifier"][0],
+        **({"num_classes": classes["num_classes"]} if classes else {}),
+    }
+    return {"architecture": backbone.config["architecture"], "pretrained_cfg": pretrained, **classes}

@@ -1,0 +1,193 @@
+"""Merging adapters in memory: the closed forms of `engine.py` on the tensors of models that agree in name, shape and space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit_vl.checkpoints.dtypes import Array, Narrowing
+from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.merging.chunks import CHUNK_SIZE, Arrays, Chunk, Models, Tensor
+from mergekit_vl.merging.coefficients import Coefficient, depths
+from mergekit_vl.merging.engine import BATCH_NORM, SERIAL, ClosedForm, apply, workers
+from mergekit_vl.system.memory import threads_available
+
+if TYPE_CHECKING:
+    from torch import Tensor as TorchTensor
+
+    from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.models.model import Model, Single
+
+    Tensors = Mapping[str, TorchTensor]
+
+MATRICES = 4
+"""Tensors that are decomposed at once, each with several arrays of its size."""
+
+
+def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
+    """Raise UserError with the first three tensors that differ in name or shape."""
+    first = models[0]
+    for name, other in zip(names[1:], models[1:]):
+        differing = []
+        for key in sorted(first.keys() | other.keys()):
+            shapes = [tuple(m[key].shape) if key in m else "missing" for m in (first, other)]
+            if shapes[0] != shapes[1]:
+                differing.append(f"{key}: {shapes[0]} against {shapes[1]}")
+        if differing:
+            raise Unsuitable(
+                f"{names[0]} and {name} differ in {'; '.join(differing[:3])}",
+                hint="merge models of one architecture and one adapter",
+            )
+
+
+def check_own_space(where: str, space: str) -> None:
+    """Raise UserError for a merge of tensors that was asked for in the space of classifiers."""
+    if space != "own":
+        raise UserError(f"space={space} merges classifiers, not tensors", where=where, hint="use `mergekit-vl run`")
+
+
+def check_numbers(where: str, given: Sequence[Coefficient], what: str) -> tuple[float, ...]:
+    """Coefficients of classifiers; raises UserError for one by depth or by name, which are of tensors."""
+    numbers = tuple(value for value in given if isinstance(value, float))
+    if len(numbers) < len(given):
+        raise UserError(
+            f"{what} by depth or by name in the space features", where=where, hint="give numbers, or set space=own"
+        )
+    return numbers
+
+
+def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
+    """The `merge` of every closed-form strategy: its chunks, written into arrays."""
+    base, tuned = anchors(inputs)
+    models = [{name: _array(t) for name, t in m.adapter.tensors.items()} for m in (base, *tuned)]
+    deep = depths(models[0])
+    tensors = tuple(
+        Tensor(
+            name,
+            array.shape,
+            deep[name],
+            np.dtype(np.float64 if any(m[name][1] == "F64" for m in models) else np.float32),
+        )
+        for name, (array, _) in models[0].items()
+    )
+    out = {name: (np.empty(array.shape, array.dtype), code) for name, (array, code) in models[0].items()}
+
+    narrowing = Narrowing()
+
+    def write(chunk: Chunk, merged: Array) -> None:
+        array, code = out[chunk.tensor.name]
+        array.reshape(-1)[chunk.start : chunk.stop] = narrowing(chunk.tensor.name, merged, code)
+
+    labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
+    sources = [Arrays(m) for m in models]
+    given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
+    alone = inputs.device != "cpu" or not hasattr(method, "svds")  # small chunks are not worth a team of threads
+    apply(method, given, write, SERIAL if alone else workers(min(MATRICES, threads_available())), CHUNK_SIZE)
+    narrowing.check("use smaller weights, or models in {dtype}")
+    merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
+    return as_model(base, merged, inputs)
+
+
+def merge_by_task(method: Any, inputs: MergeInputs) -> Model:
+    """The `merge` of a closed form that makes a model for each task: all of them, bound late, or that of its option `task`."""
+    from mergekit_vl.models.by_task import ByTask, check_tasks
+
+    if method.task is not None:
+        return merge_adapters(method, inputs)
+    tasks = tuple(data.classes for data in inputs.data)
+    check_tasks(tasks)
+    return ByTask(tuple(merge_adapters(replace(method, task=i), inputs) for i in range(len(inputs.tuned))), tasks)
+
+
+def _array(tensor: TorchTensor) -> tuple[Array, str]:
+    """A torch tensor as a stored array with its dtype code."""
+    import torch
+
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    if tensor.dtype not in codes:
+        raise Unsuitable(f"an adapter of {tensor.dtype} cannot be merged", hint="convert it to float32")
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), codes[tensor.dtype]
+
+
+def _tensor(array: Array, code: str, *, like: TorchTensor) -> TorchTensor:
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if code == "BF16" else tensor).to(like.device)
+
+
+def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
+    """The zero-shot point in the space of the tuned models, and the tuned models; checked to be of one space and shape."""
+    from mergekit_vl.models.model import Single
+
+    tuned = inputs.tuned
+    if not tuned:
+        raise Unsuitable("there is no fine-tuned model to merge", hint="name at least one under `tuned`")
+    for model in tuned:
+        if not isinstance(model, Single):
+            raise Unsuitable(
+                f"a {type(model).__name__.lower()} has no tensors of its own to merge", hint="merge its members"
+            )
+    spaces = [m.adapter.space for m in tuned]  # type: ignore[attr-defined]
+    if len(set(spaces)) > 1:
+        raise Unsuitable(
+            f"models of different spaces cannot be merged: {', '.join(spaces)}",
+            hint="merge in the space `features`, or ensemble them",
+        )
+    tuned = _by_class_name(tuned)  # type: ignore[arg-type]
+    first = tuned[0]
+    start = first.adapter.anchor(first.backbone)
+    check_aligned(
+        [start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))]
+    )
+    return Single(first.backbone, start), tuned
+
+
+def _by_class_name(tuned: tuple[Single, ...]) -> tuple[Single, ...]:
+    """The models, the rows of their linear heads in one order of classes; raises UserError for prompts of different classes."""
+    from mergekit_vl.adapters.linear_head import LinearHead, by_class_name
+    from mergekit_vl.models.model import Single
+
+    heads = [getattr(m.adapter, "head", m.adapter) for m in tuned]  # a tower's, or the adapter itself
+    names = [getattr(head, "names", ()) for head in heads]
+    if all(isinstance(head, LinearHead) for head in heads):
+        found = by_class_name(heads)
+        if all(new is old for new, old in zip(found, heads)):
+            return tuned
+        return tuple(
+            Single(m.backbone, replace(m.adapter, head=head) if hasattr(m.adapter, "head") else head)  # type: ignore[type-var]
+            for m, head in zip(tuned, found)
+        )
+    if len(set(names)) > 1 and all(names):
+        raise Unsuitable(
+            "class-specific prompts of different classes, or of another order, cannot be merged",
+            where=f"classes of the first: {', '.join(names[0][:5])}",
+            hint="tune them on the same classes, or with class_specific=false",
+        )
+    return tuned
+
+
+def as_model(like: Model, tensors: Tensors, inputs: MergeInputs | None = None) -> Single:
+    """A model like `like`, with other tensors.
+
+    Where these hold BatchNorm's running statistics and `inputs` have images, the statistics are estimated again
+    (`batch_norm.py`); not of one of the models that were merged, which has its own.
+    """
+    from mergekit_vl.models.model import Single
+
+    assert isinstance(like, Single)
+    model = Single(like.backbone, like.adapter.with_tensors(tensors))
+    if inputs is None or inputs.batch_norm == "mean" or not inputs.data:
+        return model
+    if like.adapter.space != "tower" or not any(BATCH_NORM.search(name) for name in tensors):
+        return model
+    for member in (like, *inputs.tuned):
+        if all(tensors[name].equal(tensor) for name, tensor in member.adapter.tensors.items()):  # type: ignore[attr-defined]
+            return model
+    from mergekit_vl.estimators.batch_norm import estimated
+
+    return estimated(model, inputs)

@@ -1,0 +1,249 @@
+"""MergeTune's objective against a literal float64 transcription that shares no code with the product."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_vl import tuners
+from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.backbones import micro
+from mergekit_vl.backbones.micro import Micro
+from mergekit_vl.datasets.base import Split
+from mergekit_vl.errors import UserError
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.inputs import MergeInputs, TaskData
+from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.strategies import mergetune
+from mergekit_vl.strategies.mergetune import MergeTune
+from mergekit_vl.tuners.context import encoder
+
+ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def literal_text(model, context, names):
+    """The classes' text features by open_clip's own forward of all 24 tokens, the context written over the slots."""
+    ids = micro.tokenizer()([f"x x x x {name}." for name in names])
+    rows = context.expand(len(names), *context.shape[-2:])
+    hook = model.token_embedding.register_forward_hook(lambda m, a, out: torch.cat([out[:, :1], rows, out[:, 5:]], 1))
+    try:
+        return model.encode_text(ids)
+    finally:
+        hook.remove()
+
+
+def literal_ce(scale, text, images, labels):
+    """Mean over images of -log softmax(scale * cos)[label], pair by pair."""
+    total = 0.0
+    for x, y in zip(images, labels):
+        logits = torch.stack([scale * (x @ t) / (x.norm() * t.norm()) for t in text])
+        total = total + logits.exp().sum().log() - logits[y]
+    return total / len(images)
+
+
+def literal_loss(model, ctx, w1, w2, names, images, labels, *, alphas, lam, beta, path, surrogate):
+    """L(w) of the paper term by term; w1 and w2 are (context, text features)."""
+    scale = model.logit_scale.exp()
+    text = literal_text(model, ctx, names)
+    total = literal_ce(scale, text, images, labels)
+    for a in alphas:
+        if path == "features":
+            point = a * text + (1 - a) * w2[1]
+        else:
+            point = literal_text(model, a * ctx + (1 - a) * w2[0], names)
+        total = total + beta / len(alphas) * literal_ce(scale, point, images, labels)
+    w, anchor = (text, w1[1]) if path == "features" else (ctx, w1[0])
+    terms = []
+    for r, r1 in zip(w.reshape(-1, w.shape[-1]), anchor.reshape(-1, w.shape[-1])):
+        terms.append(1 - (r @ r1) / (r.norm() * r1.norm()) if surrogate == "cosine" else ((r - r1) ** 2).sum())
+    pull = sum(terms) if (surrogate, path) == ("l2", "weights") else sum(terms) / len(terms)
+    return total + lam * pull
+
+
+@dataclass
+class Step:
+    """One training step in float64: the product's objective and the literal one, at a context away from all anchors."""
+
+    inputs: MergeInputs
+    names: tuple
+    ctx: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def product(self, **options):
+        strategy = MergeTune(**options)
+        start, loss = strategy.objective(self.inputs)
+        ctx = self.ctx.clone().requires_grad_(True)
+        encode = encoder(start.backbone, self.inputs.data[0].classes, start.adapter)
+        value = loss(encode, ctx, self.images, self.labels)
+        value.backward()
+        return value.item(), ctx.grad
+
+    def literal(self, *, alphas=ALPHAS, template=True, **options):
+        model = self.inputs.base.backbone.model
+        word = {p: model.token_embedding(micro.tokenizer()([p]))[0, 1:5] for p in ("a photo of a", "a sketch of a")}
+        w1, w2 = ((c, literal_text(model, c, self.names)) for c in word.values())
+        if template:
+            w1 = (w1[0], model.encode_text(micro.tokenizer()([f"an image of the {name}." for name in self.names])))
+        ctx = self.ctx.clone().requires_grad_(True)
+        value = literal_loss(model, ctx, w1, w2, self.names, self.images, self.labels, alphas=alphas, **options)
+        value.backward()
+        return value.item(), ctx.grad
+
+
+@pytest.fixture(scope="module")
+def step():
+    backbone = Micro().build("cpu")
+    backbone.model.double()
+    classes = Classes(("dog", "car", "apple"), ("an image of the {}.",))
+    draw = torch.Generator().manual_seed(5)
+    start = backbone.embed("a photo of a")
+    ctx = start + start.std() * torch.randn(start.shape, generator=draw, dtype=torch.float64)
+    images = torch.nn.functional.normalize(torch.randn(6, 128, generator=draw, dtype=torch.float64), dim=-1)
+    tuned = Single(backbone, Prompt(backbone.embed("a sketch of a"), "a photo of a"))
+    inputs = MergeInputs(Single(backbone, ZeroShot()), (tuned,), (TaskData(classes, None),), None, seed=3)
+    return Step(inputs, classes.names, ctx, images, torch.tensor([0, 2, 1, 1, 0, 2]))
+
+
+def agrees(ours, literal):
+    return abs(ours[0] - literal[0]) < 1e-6 and (ours[1] - literal[1]).abs().max() < 1e-6
+
+
+CELLS = [{"path": p, "surrogate": s} for p in ("features", "weights") for s in ("cosine", "l2")]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['path']}-{cell['surrogate']}")
+def test_loss_and_gradient_are_those_of_the_formula(step, cell):
+    """Every cell of the docstring's table, loss and gradient with respect to the context, to 1e-6 in float64."""
+    ours = step.product(lambda_=3.0, beta=0.7, **cell)
+    assert agrees(ours, step.literal(lam=3.0, beta=0.7, **cell))
+    assert ours[1].norm() > 1e-3
+
+
+def test_the_other_anchor_and_drawn_alphas(step):
+    cell = {"path": "features", "surrogate": "cosine"}
+    ours = step.product(lambda_=3.0, beta=0.7, anchor="context", **cell)
+    assert agrees(ours, step.literal(lam=3.0, beta=0.7, template=False, **cell))
+    drawn = torch.rand(2, generator=torch.Generator().manual_seed(4)).tolist()
+    ours = step.product(lambda_=3.0, beta=0.7, alphas=(), n_alpha=2, **cell)
+    assert agrees(ours, step.literal(lam=3.0, beta=0.7, alphas=drawn, **cell))
+
+
+MUTATIONS = {
+    "interpolate": lambda w, w2, alphas: w + alphas.view(-1, 1, 1) * (w2 - w),
+    "surrogates.cosine": lambda w, w1: 2 * (1 - torch.cosine_similarity(w, w1, dim=-1)).mean(),
+    "cross_entropy": lambda scale, text, images, labels: tuners.context.cross_entropy(scale, text, images, labels) / 2,
+}
+
+
+@pytest.mark.parametrize("term", MUTATIONS)
+def test_a_mutated_term_is_noticed(step, monkeypatch, term):
+    """Endpoints exchanged (the grid is symmetric, so an unsymmetric one is used), a doubled distance, a halved cross-entropy."""
+    options = {"beta": 0.7, "path": "features", "surrogate": "cosine"}
+    literal = step.literal(lam=3.0, alphas=(0.1, 0.4), **options)
+    assert agrees(step.product(lambda_=3.0, alphas=(0.1, 0.4), **options), literal)
+    monkeypatch.setattr(f"mergekit_vl.strategies.mergetune.{term}", MUTATIONS[term])
+    assert not agrees(step.product(lambda_=3.0, alphas=(0.1, 0.4), **options), literal)
+
+
+def test_each_weight_counts(step):
+    options = {"path": "features", "surrogate": "cosine"}
+    literal = step.literal(lam=3.0, beta=0.7, **options)
+    assert not agrees(step.product(lambda_=3.0, beta=0.8, **options), literal)
+    assert not agrees(step.product(lambda_=3.1, beta=0.7, **options), literal)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A three-class task on the micro CLIP whose images are drawn at random."""
+
+    class Noise:
+        key = "noise"
+        pictures = np.random.default_rng(0).integers(0, 255, (9, 48, 48, 3), dtype=np.uint8)
+
+        def __len__(self):
+            return 9
+
+        def load(self, index):
+            from PIL import Image
+
+            return Image.fromarray(self.pictures[index])
+
+    backbone = Micro().build("cpu")
+    split = Split(Noise(), np.arange(9), np.arange(9) % 3)
+    classes = Classes(("dog", "car", "apple"))
+    base = Single(backbone, ZeroShot())
+    tuned = Single(backbone, Prompt(backbone.embed("a sketch of a"), "a photo of a"))
+    store = FeatureStore(tmp_path_factory.mktemp("cache"))
+    return MergeInputs(base, (tuned,), (TaskData(classes, split),), store, seed=3)
+
+
+@pytest.mark.parametrize("path", ["features", "weights"])
+def test_a_step_has_one_text_forward_and_no_image_forward(task, monkeypatch, path):
+    """Three epochs of three steps: nine text forwards beside the anchors' two; the nine images' views are encoded once, then never."""
+    strategy = MergeTune(epochs=3, batch=3, path=path)
+    strategy.merge(task)
+    backbone = task.base.backbone
+    calls = {"text": 0, "image": 0}
+
+    def counted(kind, inner):
+        def call(*args, **kwargs):
+            calls[kind] += 1
+            return inner(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(backbone.model.transformer, "forward", counted("text", backbone.model.transformer.forward))
+    monkeypatch.setattr(backbone.model.visual, "forward", counted("image", backbone.model.visual.forward))
+    strategy.merge(task)
+    assert calls == {"text": 9 + 2, "image": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 1.5}, r"tau=1.5 \(between 0, zero-shot, and 1, fine-tuned\)"),
+        ({"lambda_": -1.0}, "lambda=-1.0"),
+        ({"alphas": (0.5, 2.0)}, "alphas="),
+        ({"alphas": (), "n_alpha": 0}, "n_alpha=0"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        MergeTune(**options)
+
+
+def test_a_context_per_class_merges_too(task):
+    ctx = task.tuned[0].adapter.ctx.expand(3, -1, -1).clone()
+    tuned = Single(task.base.backbone, Prompt(ctx, "a photo of a", task.data[0].classes.names))
+    for path in ("features", "weights"):
+        merged = MergeTune(epochs=1, path=path).merge(replace(task, tuned=(tuned,)))
+        assert merged.adapter.ctx.shape == (3, 4, 128)
+
+
+def test_endpoints_of_tau(task, monkeypatch):
+    monkeypatch.setattr(mergetune, "fit_context", lambda backbone, start, *args, **kwargs: start)
+    backbone = task.base.backbone
+    assert torch.equal(MergeTune(tau=0.0).merge(task).adapter.ctx, backbone.embed("a photo of a"))
+    assert torch.equal(MergeTune(tau=1.0).merge(task).adapter.ctx, task.tuned[0].adapter.ctx)
+
+
+def test_inputs_are_unchanged_and_the_seed_decides(task):
+    before = task.tuned[0].adapter.ctx.clone()
+    first, second = (MergeTune(epochs=2, batch=4, alphas=(), n_alpha=2).merge(task).adapter.ctx for _ in range(2))
+    assert torch.equal(task.tuned[0].adapter.ctx, before)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, before)
+
+
+def test_a_strong_pull_ends_at_zero_shot(task):
+    pulled = MergeTune(lambda_=2000.0, beta=0.0, tau=1.0, epochs=40, batch=9, lr=2e-5).merge(task)
+    free = MergeTune(lambda_=0.0, beta=0.0, tau=1.0, epochs=40, batch=9, lr=2e-5).merge(task)
+    classes = task.data[0].classes
+    zero = task.base.text_features(classes)
+    cosine = [
+        torch.nn.functional.cosine_similarity(m.text_features(classes), zero).mean().item() for m in (pulled, free)
+    ]
+    assert cosine[0] > cosine[1] + 0.01

@@ -74,7 +74,7 @@ def blamed(error: BaseException, modules: dict[str, str]) -> str | None:
     found, ours = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "")
-        ours |= module.startswith(f"{PACKAGE}.") and not module.endswith(".cli")
+        ours |= module.startswith(f"{PACKAGE}.") and not module.endswith(".commands.app")
         name = next((name for own, name in modules.items() if f"{module}.".startswith(f"{own}.")), None)
         if name is not None and (ours or not isinstance(error, SystemExit)):
             found = name

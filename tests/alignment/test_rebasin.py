@@ -38,7 +38,7 @@ def test_a_permuted_model_reads_the_same_in_any_pieces(monkeypatch):
     orders = {"w": {0: rng.permutation(6), 1: rng.permutation(4)}, "v": {0: rng.permutation(7)}}
     expected = {"w": tensors["w"][orders["w"][0]][:, orders["w"][1]], "v": tensors["v"][orders["v"][0]]}
     for chunk_size in (1 << 17, 8):  # whole tensors, and row by row
-        monkeypatch.setattr(rebasin, "CHUNK", chunk_size)
+        monkeypatch.setattr(rebasin, "CHUNK_SIZE", chunk_size)
         permuted = rebasin.Permuted(source(tensors), shapes_of(tensors), orders)
         for name, array in expected.items():
             flat = array.reshape(-1)

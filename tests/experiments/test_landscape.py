@@ -71,7 +71,7 @@ def test_one_batch_or_many(world, monkeypatch):
     models, tests, store = world
     (between, _) = landscape.landscapes(models["zero-shot"], models["tuned"], None, store)
     whole = landscape.lines(between, tests, 5, landscape.SEGMENTS)
-    monkeypatch.setattr(landscape, "CHUNK", 2 * 12 * 3)  # two points at once
+    monkeypatch.setattr(landscape, "CHUNK_SIZE", 2 * 12 * 3)  # two points at once
     apart = landscape.lines(between, tests, 5, landscape.SEGMENTS)
     assert [p["leg"] for p in whole] == ["zero-shot -> tuned"] * 5
     for one, other in zip(whole, apart, strict=True):

@@ -82,8 +82,8 @@ class Model(Protocol):
 
 
 def image_encoders(model: Model, classes: Classes) -> tuple[ImageEncoder, ...]:
-    """The paths whose features the model's head for these classes reads: all, unless its `paths_for` tells which."""
-    encoders_for = getattr(model, "paths_for", None)
+    """The paths whose features the model's head for these classes reads: all, unless its `encoders_for` tells which."""
+    encoders_for = getattr(model, "encoders_for", None)
     return encoders_for(classes) if encoders_for else model.paths
 
 

@@ -124,7 +124,7 @@ def test_every_builtin_resolves(kind, name):
 def test_loading_imports_no_builtin():
     kinds = tuple(f"mergekit_vl.{kind}" for kind in KINDS)
     done = run(
-        "import sys; from mergekit_vl import plugins; plugins.entry_points = lambda group: (); plugins.load_plugins()\n"
+        "import sys; from mergekit_vl.registry import plugins; plugins.entry_points = lambda group: (); plugins.load_plugins()\n"
         f"print([name for name in sys.modules if name == 'torch' or name.startswith({kinds!r})])"
     )
     assert done.stdout.strip() == "[]", done.stderr
@@ -133,7 +133,7 @@ def test_loading_imports_no_builtin():
 def test_light_modules_import_without_torch():
     done = run(
         "import sys; sys.modules['torch'] = None\n"
-        "from mergekit_vl import builtins, options, plugins; plugins.entry_points = lambda group: ()\n"
+        "from mergekit_vl import options; from mergekit_vl.registry import builtin_plugins as builtins, plugins; plugins.entry_points = lambda group: ()\n"
         "for kind, entries in plugins.load_plugins().entries.items():\n"
         "    for entry in entries.values():\n"
         "        if kind != 'backbones':\n"

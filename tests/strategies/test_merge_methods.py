@@ -786,7 +786,7 @@ def test_the_method_in_the_docs_works():
     names = {
         "dataclass": dataclass,
         "Models": Models,
-        "Piece": Chunk,
+        "Chunk": Chunk,
         "Any": Any,
         "np": np,
         "merge_adapters": merge_adapters,

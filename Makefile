@@ -1,6 +1,7 @@
 # `make demo` runs the main job, `make test` the tests; both make their own environment in .venv first.
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test fuzz bench lint clean
@@ -16,8 +17,9 @@ $(READY): pyproject.toml $(wildcard plugins/*/pyproject.toml)
 demo: $(READY)
 	$(VENV)/bin/mergekit-vl run recipes/mergetune_coop.yaml
 
+# two workers with one thread each: most tests start processes that load torch, and wait for it
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # 10,000 headers and indexes, 5,000 pickles and zips ...: the counts stand in tests/fuzz
 fuzz: $(READY)

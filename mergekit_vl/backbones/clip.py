@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
-from mergekit_vl.system.regular_files import MOST_TEXT, check_shape, parse_json, read_regular
+from mergekit_vl.system.regular_files import MOST_TEXT, check_shape, parse_json, read_regular, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Clip:
     )
 
     def __post_init__(self) -> None:
-        if not self.pretrained or Path(self.pretrained).expanduser().exists():
+        if not self.pretrained or user_path(self.pretrained).exists():
             return
         where = f"backbone clip arch={self.arch} pretrained={self.pretrained}"
         if self.arch.partition(":")[0] in ("local-dir", "hf-hub"):
@@ -85,7 +85,7 @@ class Clip:
                 )
         told = dict(config)  # as open_clip knows it, without folders of this machine
         if self.hf_text:
-            config["text_cfg"] = {**config["text_cfg"], "hf_model_name": str(Path(self.hf_text).expanduser())}
+            config["text_cfg"] = {**config["text_cfg"], "hf_model_name": str(user_path(self.hf_text))}
         tokenizer = load_tokenizer(config["text_cfg"], self.tokenizer or self.hf_text or source.folder, where)
         model = construct(config, where)
         if state is not None:
@@ -111,10 +111,10 @@ class Clip:
 
         from mergekit_vl.backbones.huggingface_names import has_quick_gelu
 
-        given = Path(self.pretrained).expanduser() if self.pretrained else None
+        given = user_path(self.pretrained) if self.pretrained else None
         kind, _, name = self.arch.partition(":")
         if kind == "local-dir":
-            folder = Path(name).expanduser()
+            folder = user_path(name)
             source = _from_folder(folder, where)
             return replace(source, weights=given or folder)
         if kind == "hf-hub":
@@ -268,7 +268,7 @@ def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: st
     name = text.get("hf_tokenizer_name")
     if not name:
         return SimpleTokenizer(**options)
-    source = str(Path(folder).expanduser()) if folder else name
+    source = str(user_path(str(folder))) if folder else name
     hint = f"copy the tokenizer's files of {name} into a folder and set backbone.tokenizer=FOLDER"
     return _fetched(
         lambda: HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options),

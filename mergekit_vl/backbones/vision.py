@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
+from mergekit_vl.system.regular_files import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Vision:
 
     def __post_init__(self) -> None:
         given = self.pretrained
-        if given and is_a_path(given) and not Path(given).expanduser().exists():
+        if given and is_a_path(given) and not user_path(given).exists():
             where = f"backbone vision arch={self.arch} pretrained={given}"
             raise UserError("no such checkpoint", where=where, hint="give a file, a folder or a tag")
 
@@ -90,7 +91,7 @@ class Vision:
         arch, _, tag = self.arch.partition(".")
         if not timm.is_model(arch):
             raise unknown("arch", arch, timm.list_models(), where="backbone vision")
-        given = Path(self.pretrained).expanduser() if self.pretrained else None
+        given = user_path(self.pretrained) if self.pretrained else None
         if given and given.exists():
             return _from_checkpoint(arch, given)
         tag = self.pretrained or tag

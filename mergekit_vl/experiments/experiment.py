@@ -24,6 +24,7 @@ from mergekit_vl.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
 from mergekit_vl.system.atomic_files import cell_name, slug
+from mergekit_vl.system.regular_files import user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
@@ -125,7 +126,7 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
             tuners.append(make("tuners", item.tuner))
             labels.append(item.tuner.label)
         else:
-            path = Path(str(item.checkpoint)).expanduser()
+            path = user_path(str(item.checkpoint))
             if not path.exists():
                 raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", hint="give the file of a tuned model")
             tuners.append(item)
@@ -331,7 +332,7 @@ def _loaded(tuner: Any, backbone: Backbone, registry: Registry) -> Any:
 
     if not isinstance(tuner, TunedSpec):
         return tuner
-    path = Path(str(tuner.checkpoint)).expanduser()
+    path = user_path(str(tuner.checkpoint))
     return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
 
 

@@ -105,7 +105,7 @@ def _classes(shots: Any) -> Classes:
 
 
 def _backbone(given: str, registry: Registry, device: str) -> Backbone:
-    if (Path(given).expanduser() / "open_clip_config.json").is_file():
+    if (user_path(given) / "open_clip_config.json").is_file():
         return _built(registry, "clip", {"arch": f"local-dir:{given}"}, device)
     name, _, rest = given.partition(":")
     if name not in registry.entries["backbones"]:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 def user_path(given: str) -> Path:
     """A path that a user, a recipe or another file gives, `~` expanded; raises UserError for one that no file can have."""
+    if not given:
+        raise UserError("an empty path", hint="write `.` for this folder")
     if "\0" in given:
         raise UserError("a path holds no NUL character", where=given, hint="correct the path")
     try:

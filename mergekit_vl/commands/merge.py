@@ -133,23 +133,25 @@ def _quiet(method: Any) -> AbstractContextManager[Any]:
 
 
 def estimates(opened: AlignedCheckpoints) -> list[str]:
-    from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, piece_memory
+    from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, chunk_memory
     from mergekit_vl.merge_files.provenance import option_values
+    from mergekit_vl.merging.method import whole_arrays
     from mergekit_vl.system.memory import anonymous_memory, threads_available
 
     plan, n = opened.plan, len(opened.tuned)
     threads = threads_available()
-    passes = 1 + getattr(plan.method, "passes", 0)
-    chunks = piece_memory(opened, threads, chunk_for(opened, threads, None))
+    info, passes = opened.info, 1 + opened.info.passes
+    chunks = chunk_memory(opened, threads, chunk_for(opened, threads, None))
     memory = max(chunks, alignment_memory(opened)) + anonymous_memory()
     read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
     seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
-    held = f"{plan.method.held(n)} arrays of a piece at a time"
-    if hasattr(plan.method, "whole"):
+    form = info.chunks
+    if form == "tensor":
         matrices = [t for t in opened.models.tensors if plan.method.whole(t, n)]
-        held = f"{max((plan.method.whole(t, n) for t in matrices), default=0)} arrays of a matrix's size at a time"
-        svds = getattr(plan.method, "svds", lambda n: 0)(n)
-        seconds += svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices) / threads
+        form += (
+            f", at most {max((whole_arrays(info, t) for t in matrices), default=0)} arrays of a matrix's size at a time"
+        )
+        seconds += info.svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices) / threads
     given = ", ".join(f"{key}={value}" for key, value in option_values(plan.method).items())
     aligned = []
     if opened.symmetries:
@@ -161,7 +163,7 @@ def estimates(opened: AlignedCheckpoints) -> list[str]:
     return [
         *aligned,
         f"strategy  {plan.strategy}: {given or 'no options'}",
-        f"form      {plan.method.form}, {held}, {passes} pass{'es' if passes > 1 else ''} over the files",
+        f"form      {form}, {passes} pass{'es' if passes > 1 else ''} over the files",
         f"memory    about {memory >> 20} MB at {threads} threads",
         f"disk      {written / 1e6:.1f} MB to write",
         f"time      about {seconds:.1f} s where the files are cached and the disk writes 1 GB/s",
@@ -184,7 +186,7 @@ def verify(
     if wrong := [word for word in where or [] if "=" not in word]:
         raise UserError(f"{wrong[0]!r} is no LABEL=PATH", where="command line", hint="write A=moved/A.safetensors")
     moved = dict(word.split("=", 1) for word in where or [])
-    cls = closed_form(metadata["strategy"], where=str(folder))
+    cls, _ = closed_form(metadata["strategy"], where=str(folder))
     models = [m for m in (metadata["base"], *metadata["models"]) if m]
     for label in moved:
         if label not in [m["label"] for m in models]:

@@ -17,6 +17,7 @@ from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_files.plan import MergePlan
+    from mergekit_vl.merging.method import ClosedForm, MethodInfo
 
 WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep", "rebasin")
 RECIPES = (".yaml", ".yml")
@@ -74,7 +75,7 @@ def ask(
     if not isinstance(name, str):
         raise UserError("which strategy?", where=where, hint="give --strategy linear, for instance")
     named = _name_models(section["models"], base if base is not None else section.get("base"), where=where)
-    cls = closed_form(name, where=where)
+    cls, info = closed_form(name, where=where)
     chosen = {key: value for key, value in given.items() if key != "name"}
     if chosen and given.get("name") != name:
         notes = [
@@ -82,7 +83,7 @@ def ask(
             f"{where}: the options of {given.get('name')} ({', '.join(chosen)}) are not those of {name}: left out",
         ]
         chosen = {}
-    method = options.build(cls, _choose(cls, chosen, settings, named, where=where), where=f"strategy {name}")
+    method = options.build(cls, _choose(cls, info, chosen, settings, named, where=where), where=f"strategy {name}")
     keep = keep or section.get("keep") or ()
     if "" in keep:
         raise UserError("--keep '' is part of every name", where=where, hint="give a part of the names to be kept")
@@ -97,14 +98,14 @@ def ask(
         dtype if dtype is not None else section.get("dtype"),
         (keep,) if isinstance(keep, str) else tuple(keep),
         rebasin or section.get("rebasin", False),
-        _device(method, device),
+        _device(method, len(named.paths), device),
     )
     return Asked(plan, notes)
 
 
-def _device(method: Any, asked: str) -> str:
-    """Where SVDs are taken; a method without one stays on the CPU."""
-    if not hasattr(method, "svds"):
+def _device(method: ClosedForm, n: int, asked: str) -> str:
+    """Where SVDs of n models are taken; a method without one stays on the CPU."""
+    if not method.describe(n).svds:
         check_device(asked)
         return "cpu"
     device = device_of(asked)
@@ -155,10 +156,12 @@ def _name_models(models: Sequence[Any], base: Any, *, where: str) -> _Named:
     )
 
 
-def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str) -> dict[str, Any]:
+def _choose(
+    cls: type, info: MethodInfo, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str
+) -> dict[str, Any]:
     """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
     known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
-    weighed = (*(named.base_label if getattr(cls, "weighs_base", False) else ()), *named.labels)
+    weighed = (*(named.base_label if info.weighs_base else ()), *named.labels)
     weights = dict(named.weights)
     for word in settings:
         key, _, value = word.partition("=")
@@ -172,27 +175,29 @@ def _choose(cls: type, chosen: dict[str, Any], settings: Sequence[str], named: _
             raise unknown("option or model", key, (*known, *weighed), where="command line")
     if not weights:
         return chosen
-    per_model = getattr(cls, "per_model", "weights")
-    by_word = any(word.partition("=")[0] == per_model for word in settings)
-    if by_word or (per_model in chosen and named.weights):
-        both = f"{per_model}= and weights by label ({', '.join(weights)})"
+    by_word = any(word.partition("=")[0] == info.weights for word in settings)
+    if by_word or (info.weights in chosen and named.weights):
+        both = f"{info.weights}= and weights by label ({', '.join(weights)})"
         raise UserError(both, where="command line" if by_word else where, hint="give one of them")
-    if per_model not in known:
+    if info.weights not in known:
         raise UserError("takes no weight per model", where=where, hint=f"its options are {', '.join(known) or 'none'}")
     for label in weighed:
         if label not in weights:
             raise UserError(f"{label} has no weight", where=where, hint=f"write {label}=NUMBER too")
     if left := [label for label in weights if label not in weighed]:
         raise UserError(f"the base {left[0]} takes no weight", where=where, hint="leave it out")
-    return {**chosen, per_model: [weights[label] for label in weighed]}
+    return {**chosen, info.weights: [weights[label] for label in weighed]}
 
 
-def closed_form(name: str, *, where: str) -> type:
-    """The class of a registered strategy that merges weights without data."""
+def closed_form(name: str, *, where: str) -> tuple[type, MethodInfo]:
+    """The class of a registered strategy that merges weights without data, and what it is."""
+    from mergekit_vl.merging.method import info_of
+
     cls = registry().find("strategies", name, where=where).resolve()
-    if not hasattr(cls, "merge_chunk"):
+    info = info_of(cls)
+    if info is None:
         raise UserError(f"{name} needs data or an evaluation", where=where, hint="use `mergekit-vl run` with it")
-    return cls
+    return cls, info
 
 
 def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:

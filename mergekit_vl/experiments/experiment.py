@@ -89,8 +89,11 @@ class Experiment:
 
     def check_by_task(self, label: str, strategy: Any) -> None:
         """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
+        from mergekit_vl.merging.method import described
+
         one_each = len(self.tuners) == 1 or any(isinstance(tuner, TunedSpec) for tuner in self.tuners)
-        if getattr(strategy, "by_task", False) and not (self.joint and one_each):
+        info = described(strategy, len(self.tuners))
+        if info is not None and info.by_task and not (self.joint and one_each):
             raise Unsuitable(
                 "makes a model for each task, of one tuned model each",
                 where=f"{self.recipe.name}: {label}",

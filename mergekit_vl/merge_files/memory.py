@@ -6,34 +6,28 @@ from mergekit_vl.alignment import rebasin
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.plan import AlignedCheckpoints
 from mergekit_vl.merging.chunks import BLOCK, CHUNK_SIZE
+from mergekit_vl.merging.method import flat_memory, prepass_memory, whole_arrays
 from mergekit_vl.system.memory import anonymous_memory
 
 SPARE = 24 << 20
 """Bytes kept free of --max-ram for the interpreter's own growth."""
-AT_EASE = 64 << 20
-"""Bytes that chunks may take where no --max-ram is given: smaller ones would not be faster."""
+AT_EASE = 128 << 20
+"""Bytes that chunks may take at most where no --max-ram is given: smaller ones would not be faster."""
 
 
-def piece_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> int:
-    """Bytes that the chunks take at most; each method tells how many arrays it holds.
-
-    Of flat chunks every thread may hold one of the largest; of whole tensors each is there once.
-    """
-    method, n = opened.plan.method, len(opened.tuned)
+def chunk_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> int:
+    """Bytes that the chunks take at most: of flat ones every thread may hold one of the largest, of whole tensors each is there once."""
+    info, method, n = opened.info, opened.plan.method, len(opened.tuned)
     tensors = opened.models.tensors
-    widest = max(t.wide.itemsize for t in tensors)
-    flat = method.held(n) * chunk_size * widest
-    if method.form == "rows":
-        flat = method.held(n) * max(chunk_size, max(t.row for t in tensors)) * widest
+    flat = max(flat_memory(info, tensor, n, chunk_size) for tensor in tensors)
     reading = 0
     if opened.symmetries:
-        largest = {"tensor": max(t.size for t in tensors), "rows": max(t.row for t in tensors)}.get(method.form, 0)
-        reading = rebasin.reading(opened.shapes, opened.symmetries.groups, max(chunk_size, largest)) * widest
-    if method.form != "tensor":
-        return threads * (flat + reading)
-    arrays = getattr(method, "whole", lambda tensor, n: method.held(n))
-    needs = [*(arrays(t, n) * t.size * t.wide.itemsize for t in tensors), *(flat,) * threads]
-    return sum(sorted(needs)[-threads:]) + threads * reading
+        sizes = {"tensor": [t.size for t in tensors], "rows": [t.row for t in tensors]}.get(info.chunks, [0])
+        stretch = rebasin.reading(opened.shapes, opened.symmetries.groups, max(chunk_size, *sizes))
+        reading = stretch * max(t.wide.itemsize for t in tensors)
+    whole = [t for t in tensors if info.chunks == "tensor" and method.whole(t, n)]
+    needs = [*(whole_arrays(info, t) * t.size * t.wide.itemsize for t in whole), *(flat,) * threads]
+    return sum(sorted(needs)[-threads:]) + threads * reading + prepass_memory(info, tensors, n)
 
 
 def alignment_memory(opened: AlignedCheckpoints) -> int:
@@ -46,8 +40,8 @@ def chunk_for(opened: AlignedCheckpoints, threads: int, max_ram: int | None) -> 
     used = anonymous_memory()
     room = max_ram - used - SPARE if max_ram is not None else AT_EASE
     chunk_size = CHUNK_SIZE
-    needed = piece_memory(opened, threads, chunk_size)
-    while chunk_size > BLOCK and room < needed > (less := piece_memory(opened, threads, chunk_size // 2)):
+    needed = chunk_memory(opened, threads, chunk_size)
+    while chunk_size > BLOCK and room < needed > (less := chunk_memory(opened, threads, chunk_size // 2)):
         chunk_size, needed = chunk_size // 2, less
     needed = max(needed, alignment_memory(opened))
     if max_ram is not None and needed > room:

@@ -14,7 +14,8 @@ from mergekit_vl.checkpoints.writer import Slot
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Models, Tensor
 from mergekit_vl.merging.coefficients import depths, matches
-from mergekit_vl.merging.engine import ClosedForm, checked
+from mergekit_vl.merging.engine import checked
+from mergekit_vl.merging.method import ClosedForm, MethodInfo
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class AlignedCheckpoints:
     """The plan's models as headers that agree, and what will become of their tensors."""
 
     plan: MergePlan
+    info: MethodInfo
     base: Checkpoint | None
     tuned: tuple[Checkpoint, ...]
     models: Models
@@ -110,8 +112,8 @@ def open_plan(plan: MergePlan) -> AlignedCheckpoints:
         plan.device,
     )
     copied = tuple(name for name in reference.tensors if name not in deep)
-    opened = AlignedCheckpoints(plan, base, tuned, models, copied, slots)
-    checked(plan.method, models)
+    info = checked(plan.method, models)
+    opened = AlignedCheckpoints(plan, info, base, tuned, models, copied, slots)
     opened.notes = _notes(opened)
     if plan.rebasin:
         opened.symmetries = _symmetries(opened, kept)
@@ -152,11 +154,11 @@ def warnings(opened: AlignedCheckpoints) -> list[str]:
     """What is done but may not be what was meant: `check` tells it, and `merge` warns of it."""
     plan, files = opened.plan, [path for c in opened.all for path in c.files]
     found = []
-    if getattr(plan.method, "by_task", False):
+    if opened.info.by_task:
         found.append(
             f"no task=LABEL: {plan.strategy} writes the vector of all tasks unmasked, which it does not use by itself"
         )
-    if opened.base and getattr(plan.method, "ignores_base", lambda n: False)(len(opened.tuned)):
+    if opened.base and opened.info.ignores_base:
         found.append(f"{plan.strategy} merges the tuned models alone: of the base it takes nothing but integer tensors")
     found += [
         f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: save them alone to merge them"

@@ -1,17 +1,17 @@
 """What a closed-form method sees: models of aligned tensors, read chunk by chunk.
 
-A chunk is a flat stretch of one tensor. It is read from a model when the method asks for it and never kept, so a method that asks
-model by model holds two arrays however many models there are. Arrays come as float32 (float64 for a tensor that a model holds in
-float64) and belong to the caller, who may overwrite them.
+A chunk is a flat stretch of one tensor. It is read from a model when the method asks for it and never kept (`PerModel`), so a method
+that asks model by model holds two arrays however many models there are. Arrays come as float32 (float64 for a tensor that a model
+holds in float64) and belong to the caller, who may overwrite them; the base's alone is kept, and read only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -61,8 +61,30 @@ class Tensor:
         return self.size // self.shape[0] if len(self.shape) > 1 and self.shape[0] else self.size
 
 
-Whole = Callable[[Tensor, int], int]
-"""How many arrays of its size a tensor takes that is merged whole, for n tuned models; 0 if it is merged in flat chunks."""
+Whole = Callable[[Tensor, int], bool]
+"""Whether a tensor of n tuned models is merged whole, and not in flat chunks."""
+
+
+@dataclass(frozen=True)
+class PerModel(Sequence[Array]):
+    """One array per model. Each is read when it is asked for and again the next time: a fresh one, which the caller may overwrite."""
+
+    number: int
+    read: Callable[[int], Array]
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, i: int) -> Array: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Array]: ...
+    def __getitem__(self, i: int | slice) -> Array | list[Array]:
+        which = range(self.number)[i]
+        return self.read(which) if isinstance(which, int) else [self.read(each) for each in which]
+
+    def __iter__(self) -> Iterator[Array]:
+        return map(self.read, range(self.number))
 
 
 @dataclass(frozen=True)
@@ -147,6 +169,14 @@ class Models:
             if not low <= value <= high:  # NaN too
                 raise UserError(f"{what}={value:g}", where=method, hint=f"it lies in {low:g} .. {high:g}")
 
+    def check_sum(
+        self, method: str, weights: tuple[Coefficient, ...], n: int, hint: str = "change them, or set normalise=false"
+    ) -> None:
+        """Raise UserError for n weights that sum to zero for some tensor, by which they are to be divided."""
+        for tensor in self.tensors:
+            if abs(sum(self.weight_at(weights, tensor, n))) < 1e-12:
+                raise UserError("the weights sum to zero", where=method, hint=hint)
+
     def weight_at(self, weights: tuple[Coefficient, ...], tensor: Tensor, n: int) -> tuple[float, ...]:
         """One number per model for this tensor; ones where no weights are given."""
         return tuple(value_at(w, tensor.name, tensor.depth) for w in weights) if weights else (1.0,) * n
@@ -174,22 +204,28 @@ class Chunk:
         assert self.models.base is not None
         return self.read(self.models.base)
 
-    def tuned(self, i: int) -> Array:
-        return self.read(self.models.tuned[i])
+    @property
+    def tuned(self) -> PerModel:
+        """The values of each tuned model."""
+        return self._of(self.models.tuned)
 
-    def delta(self, i: int) -> Array:
-        """The task vector of model i: tuned minus base."""
-        values = self.tuned(i)
+    @property
+    def members(self) -> PerModel:
+        """The values of the base, where there is one, and of each tuned model."""
+        return self._of(self.models.members)
+
+    @property
+    def task_vectors(self) -> PerModel:
+        """Tuned minus base, of each tuned model."""
+        return PerModel(len(self.models.tuned), self._task_vector)
+
+    def _of(self, sources: tuple[Source, ...]) -> PerModel:
+        return PerModel(len(sources), lambda i: self.read(sources[i]))
+
+    def _task_vector(self, i: int) -> Array:
+        values = self.read(self.models.tuned[i])
         values -= self.base
         return values
-
-    def deltas(self) -> list[Array]:
-        """The task vectors of all tuned models."""
-        return [self.delta(i) for i in range(len(self.models.tuned))]
-
-    def members(self) -> Iterator[Array]:
-        """The base, where there is one, and the tuned models, one after the other."""
-        return (self.read(source) for source in self.models.members)
 
     def at(self, coefficient: Coefficient) -> float:
         """A coefficient's value for this tensor."""

@@ -10,13 +10,27 @@ block of a tower and 1 at its last; what comes before the blocks has depth 0, wh
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from mergekit_vl.errors import Unsuitable, UserError
 
 Coefficient = float | tuple[float, ...] | dict[str, float | tuple[float, ...]]
+
+
+def coefficient(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
+    """An option that is a coefficient within low..high at every tensor, or None."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
+
+
+def per_model(help: str, *, instead_of: str = "") -> Any:
+    """An option with one coefficient per tuned model or none; `instead_of` names the field that is the same for all of them."""
+    return dataclasses.field(default=(), metadata={"help": help, "per_model": instead_of})
+
 
 VISUAL = re.compile(r"^(visual|vision|image_encoder|vision_model|vision_tower|image_tower)\b|\.(visual|vision_model)\.")
 GROUPS: dict[str, re.Pattern[str]] = {

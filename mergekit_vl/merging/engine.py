@@ -1,21 +1,6 @@
-"""Closed-form methods: written once, tensor by tensor, for merges in memory and for merges of files.
+"""The engine of closed forms (`method.py`): checks one, merges every tensor chunk by chunk, and checks what comes back.
 
-A method is a frozen dataclass with
-
-    form            what a chunk is: "accumulating" and "elementwise" take flat chunks (the first reads model by model and its memory
-                    does not grow with their number), "rows" whole slices along the first axis, "tensor" whole tensors
-    averages        True where it is a weighted mean of the models; otherwise BatchNorm statistics take the plain mean of the tuned ones
-    held(n)         how many arrays of a chunk it holds at most for n tuned models, its results included
-    whole(t, n)     optional, for the form "tensor": that number for the tensor t, or 0 for one that it takes in flat chunks after all
-    svds(n)         beside it: how many SVDs of such a tensor it takes, for the time that `check` tells
-    check(models)   raises UserError for options that do not fit the models; reads no tensor
-    passes          optional: over the files before that of the merge, for the time that `check` tells
-    ignores_base(n) optional: True where a base gives nothing but integer tensors to the merge of n tuned models
-    by_task         optional: True where a method that makes a model for each task is not told which (`in_memory.merge_by_task`)
-    prepass(...)     optional: what must be known of all tensors before the first is merged (`prepass.py`); further passes over the files
-    merge_chunk     the method itself
-
-`checked` refuses one that is not so, and `apply` runs one. What they give is checked too: a plugin's is nobody else's word.
+What a method gives is checked, for a plugin's is nobody else's word.
 """
 
 from __future__ import annotations
@@ -25,58 +10,43 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
 from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.method import ClosedForm, MethodInfo
 from mergekit_vl.registry.calls import calling, is_plugins, named
 
-FORMS = ("accumulating", "elementwise", "rows", "tensor")
 BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
 
 
-class ClosedForm(Protocol):
-    form: Literal["accumulating", "elementwise", "rows", "tensor"]
-    averages: bool
-
-    def held(self, n: int) -> int: ...
-    def check(self, models: Models) -> None: ...
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array: ...
-
-
-def checked(method: ClosedForm, models: Models) -> None:
-    """Raise UserError for a method that is no closed form, or whose options do not fit the models."""
-    needed = ("form", "averages", "held", "check", "merge_chunk")
-    if missing := [name for name in needed if not hasattr(method, name)]:
-        raise Failed(f"has no {missing[0]}", where=named(method), hint="see docs/plugins.md")
-    with calling(method, "form"):
-        form = method.form
-    with calling(method, "held"):
-        held = method.held(len(models.tuned))
-    if form not in FORMS or not isinstance(held, int) or held < 1:
-        wrong = f"form={form!r}" if form not in FORMS else f"held gives {held!r}"
-        hint = f"one of {', '.join(FORMS)}" if form not in FORMS else "a number of arrays"
-        raise Failed(wrong, where=named(method), hint=hint)
+def checked(method: ClosedForm, models: Models) -> MethodInfo:
+    """What the method is for these models; raises UserError for one that is no closed form, or whose options do not fit the models."""
+    if not isinstance(method, ClosedForm):
+        raise Failed("is no closed form", where=named(method), hint="write @closed_form(...) above its class")
+    with calling(method, "describe"):
+        info = method.describe(len(models.tuned))
+    if not isinstance(info, MethodInfo):
+        raise Failed(f"describe gives {info!r}", where=named(method), hint="a MethodInfo")
     with calling(method, "check"):
         method.check(models)
+    return info
 
 
 def apply(method: ClosedForm, models: Models, write: Callable[[Chunk, Array], None], run: Run, chunk_size: int) -> None:
     """Merge every tensor of `models`, chunk by chunk, into `write`."""
-    checked(method, models)
-    if not method.averages:
+    info = checked(method, models)
+    if not info.averages:
         statistics = replace(models, tensors=tuple(t for t in models.tensors if BATCH_NORM.search(t.name)))
         run(lambda chunk: write(chunk, _finite(chunk, _mean(chunk))), statistics.chunks("accumulating", chunk_size))
         models = replace(models, tensors=tuple(t for t in models.tensors if not BATCH_NORM.search(t.name)))
-    with np.errstate(all="ignore"):
-        prepass = getattr(method, "prepass", None)
-        with calling(method, "prepass"):
-            stats = prepass(models, run, chunk_size) if prepass else None
-    chunks = models.chunks(method.form, chunk_size, whole=getattr(method, "whole", None))
-    with one_blas_thread() if hasattr(method, "svds") else nullcontext():
+    with np.errstate(all="ignore"), calling(method, "prepass"):
+        stats = method.prepass(models, run, chunk_size)
+    chunks = models.chunks(info.chunks, chunk_size, whole=method.whole)
+    with one_blas_thread() if info.svds else nullcontext():
         run(lambda chunk: write(chunk, _merged(method, chunk, stats)), chunks)
 
 
@@ -106,10 +76,11 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 
 
 def _mean(chunk: Chunk) -> Array:
-    total = chunk.tuned(0)
-    for i in range(1, len(chunk.models.tuned)):
-        total += chunk.tuned(i)
-    total /= len(chunk.models.tuned)
+    models = iter(chunk.tuned)
+    total = next(models)
+    for values in models:
+        total += values
+    total /= len(chunk.tuned)
     return total
 
 

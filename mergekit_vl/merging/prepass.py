@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ INFINITE = 0x7F80
 
 
 def delta(chunk: Chunk, i: int) -> Array:
-    return chunk.delta(i)
+    return chunk.task_vectors[i]
 
 
 def magnitude(values: Array) -> Array:
@@ -131,20 +131,22 @@ class _Select:
         return [float(value) for value in np.array(bits, np.uint32).view(np.float32)]
 
 
-def products(models: Models, vectors: Callable[[Chunk], list[Array]], run: Run, chunk_size: int) -> dict[str, Array]:
+def products(
+    models: Models, vectors: Callable[[Chunk], Iterable[Array]], run: Run, chunk_size: int
+) -> dict[str, Array]:
     """By tensor name, the Gram matrix [n, n] of the n vectors that `vectors` gives for a chunk, in float64.
 
-    Norms, angles and everything that lies in the span of the models follow from it, so that whole tensors need not be held.
+    Norms, angles and everything that lies in the span of the models follow from it, so that whole tensors need not be held. All n
+    vectors are there at once: the more models, the shorter the stretches.
     """
+    step = max(BLOCK, chunk_size // len(models.members) // BLOCK * BLOCK)
 
     def job(segment: tuple[Tensor, int]) -> tuple[str, Array]:
         tensor, start = segment
         stop, total = min(start + SEGMENT, tensor.size), np.zeros((0, 0))
-        for begin in range(start, stop, chunk_size):
-            xs = [
-                x.astype(np.float64, copy=False)
-                for x in vectors(Chunk(models, tensor, begin, min(begin + chunk_size, stop)))
-            ]
+        for begin in range(start, stop, step):
+            chunk = Chunk(models, tensor, begin, min(begin + step, stop))
+            xs = [x.astype(np.float64, copy=False) for x in vectors(chunk)]
             if not total.size:
                 total = np.zeros((len(xs), len(xs)))
             for i, j in zip(*np.triu_indices(len(xs))):

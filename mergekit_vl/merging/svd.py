@@ -11,7 +11,6 @@ rounding, not bit by bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -34,11 +33,6 @@ def is_matrix(tensor: Tensor, averaged: Sequence[str]) -> bool:
     return len(tensor.shape) == 2 and not any(matches(tensor.name, key) for key in averaged)
 
 
-def svd_arrays(tensor: Tensor) -> int:
-    """Arrays of float32 of the matrix's size that its SVD takes beside its input: 8 of float64 for a square one, as measured."""
-    return ceil(min(16.0, 6 + 15 * min(tensor.shape) / max(*tensor.shape, 1)))
-
-
 def check_averaged(where: str, models: Models, averaged: Sequence[str]) -> None:
     """Raise UserError for a filter of `averaged` that covers no tensor, except the default's: not every model has a text tower."""
     given = {key: 0.0 for key in averaged if key not in AVERAGED}
@@ -48,7 +42,7 @@ def check_averaged(where: str, models: Models, averaged: Sequence[str]) -> None:
 def add_mean(chunk: Chunk, scale: float) -> Array:
     """base + scale * the mean of the task vectors, read one by one."""
     n = len(chunk.models.tuned)
-    return weighted_sum(chunk.members(), (1 - scale, *(scale / n,) * n))
+    return weighted_sum(chunk.members, (1 - scale, *(scale / n,) * n))
 
 
 def add_matrix(chunk: Chunk, matrix: Matrix, scale: float) -> Array:
@@ -87,7 +81,7 @@ def namespace(matrix: Matrix) -> Any:
 
 def task_matrix(chunk: Chunk, i: int) -> Matrix:
     """The task vector of model i as a matrix of float64."""
-    matrix = placed(chunk, chunk.delta(i))
+    matrix = placed(chunk, chunk.task_vectors[i])
     return matrix.astype(np.float64, copy=False) if isinstance(matrix, np.ndarray) else matrix.double()
 
 
@@ -95,7 +89,7 @@ def sum_of_tasks(chunk: Chunk) -> Matrix:
     """The sum of the task vectors as a matrix of float64: task arithmetic's."""
     total = task_matrix(chunk, 0)
     for i in range(1, len(chunk.models.tuned)):
-        total += placed(chunk, chunk.delta(i))
+        total += placed(chunk, chunk.task_vectors[i])
     return total
 
 

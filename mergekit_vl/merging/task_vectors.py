@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import unknown
-from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
-from mergekit_vl.merging.prepass import absolute_sums
-from mergekit_vl.options import check_effect
+from mergekit_vl.merging.chunks import Chunk, Models
 
 DRAWS = 8
 """32-bit draws in one step of the counter of Philox 4x64; chunks start at multiples of it."""
@@ -94,33 +90,6 @@ def keep_at_random(chunk: Chunk, model: int, density: float) -> Array:
     return draw(chunk, model) < np.uint32(min(round(density * 2**32), 2**32 - 1))
 
 
-class TaskVectors(Protocol):
-    """The options that methods on sparse task vectors share."""
-
-    form: str
-    density: Coefficient
-    densities: tuple[Coefficient, ...]
-    weights: tuple[Coefficient, ...]
-    scale: Coefficient
-
-
-def check_task_vectors(where: str, method: TaskVectors, models: Models) -> None:
-    """Raise UserError for a missing base, a number of weights or densities that is not the models', a density outside 0..1."""
-    models.check_count(where, base=True)
-    models.check_coefficient(where, method.scale, "scale")
-    models.check_weights(where, method.weights, models.labels, "weights")
-    models.check_weights(where, method.densities, models.labels, "densities")
-    for density in each_density(method, models):
-        models.check_coefficient(where, density, "density", 0, 1)
-    if method.densities:
-        check_effect(method, ("density",), where=where, why="beside densities")
-
-
-def each_density(method: TaskVectors, models: Models) -> tuple[Coefficient, ...]:
-    """The density of every tuned model: `densities`, or `density` for all."""
-    return method.densities or (method.density,) * len(models.tuned)
-
-
 def chosen_task(where: str, task: str | int | None, models: Models) -> int | None:
     """The number of the tuned model that `task` names by its label or number, None for none; raises UserError where there is no such."""
     if task is None:
@@ -129,22 +98,3 @@ def chosen_task(where: str, task: str | int | None, models: Models) -> int | Non
     if str(task) not in names:
         raise unknown("task", task, names, where=where)
     return names.index(str(task)) % len(models.labels)
-
-
-Thin = Callable[[TaskVectors, Chunk, int], Array]
-"""The sparse task vector of model i in a chunk, by the method's options."""
-
-
-def l1_ratios(models: Models, method: TaskVectors, thin: Thin, run: Run, chunk_size: int) -> dict[str, Array]:
-    """By tensor name, for each model, the factor that gives its sparse task vector the L1 norm of the dense one."""
-    n = len(models.tuned)
-
-    def both(chunk: Chunk) -> list[Array]:
-        return [vector for i in range(n) for vector in (chunk.delta(i), thin(method, chunk, i))]
-
-    ratios = {}
-    for name, sums in absolute_sums(models, both, run, chunk_size, method.form).items():
-        before, after = sums[0::2], sums[1::2]
-        small = (before < 1e-7) | (after < 1e-7)
-        ratios[name] = np.where(small, 1.0, before / np.where(small, 1.0, after))
-    return ratios

@@ -4,24 +4,25 @@ arXiv 2405.07813: TALL-masks, and the consensus of them).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing, weighted_sum
 from mergekit_vl.options import check_effect, option
-from mergekit_vl.strategies.in_memory import merge_adapters
-from mergekit_vl.strategies.ties import Ties, trimmed
+from mergekit_vl.strategies.closed_form import closed_form
+from mergekit_vl.strategies.ties import TRIM, Ties
 
-WHERE = "strategy consensus"
 Vector = Literal["sum", "ties"]
 
 
+@closed_form("consensus", needs_base=True, at_least=2)
 @dataclass(frozen=True)
 class Consensus:
     """base + scale * the multi-task vector, at the elements that at least k tasks use; 0 at the others.
@@ -33,36 +34,32 @@ class Consensus:
     to 0.6) and scale (of 0.1 to 1) on validation images; these defaults are ours.
     """
 
-    lambda_: Coefficient = option(0.4, "the larger, the fewer elements a task uses")
-    lambdas: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `lambda`")
+    lambda_: Coefficient = coefficient(0.4, "the larger, the fewer elements a task uses", low=0)
+    lambdas: tuple[Coefficient, ...] = per_model("one per tuned model, instead of `lambda`", instead_of="lambda_")
     k: int = option(2, "tasks that must use an element")
     vector: Vector = option("sum", "the multi-task vector: sum of the task vectors, or TIES' disjoint sum")
-    density: float = option(0.2, "with vector=ties, share of each task vector that its trim keeps")
-    scale: Coefficient = option(0.4, "alpha, of the masked multi-task vector")
+    density: float = coefficient(0.2, "with vector=ties, share of each task vector that its trim keeps", low=0, high=1)
+    scale: Coefficient = coefficient(0.4, "alpha, of the masked multi-task vector")
 
     grid = {"lambda": (0.2, 0.4, 0.6), "scale": (0.3, 0.6, 1.0)}
 
-    form, averages = "elementwise", False
+    info: ClassVar[MethodInfo]
 
-    @property
-    def passes(self) -> int:
-        return 2 if self.vector == "ties" else 0
-
-    def held(self, n: int) -> int:
-        return 2 * n + 6
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, passes=passes(self))
 
     def check(self, models: Models) -> None:
-        check_masks(WHERE, self, models)
+        check_masks(self.info.where, self)
         if not 0 <= self.k <= len(models.tuned):
-            raise Unsuitable(f"k={self.k} of {len(models.tuned)} tasks", where=WHERE, hint="from 0 to their number")
-
-    merge = merge_adapters
+            raise Unsuitable(
+                f"k={self.k} of {len(models.tuned)} tasks", where=self.info.where, hint="from 0 to their number"
+            )
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         return trim_thresholds(self, models, run, chunk_size)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        vectors = chunk.deltas()
+        vectors = list(chunk.task_vectors)
         merged = multi_task_vector(self, chunk, vectors, stats)
         users = np.zeros(chunk.size, np.int32)
         for i, vector in enumerate(vectors):
@@ -81,15 +78,7 @@ class Masks(Protocol):
     scale: Coefficient
 
 
-def check_masks(where: str, method: Masks, models: Models) -> None:
-    models.check_count(where, at_least=2, base=True)
-    models.check_weights(where, method.lambdas, models.labels, "lambdas")
-    for value in each_lambda(method, models):
-        models.check_coefficient(where, value, "lambda", 0)
-    models.check_coefficient(where, method.density, "density", 0, 1)
-    models.check_coefficient(where, method.scale, "scale")
-    if method.lambdas:
-        check_effect(method, ("lambda_",), where=where, why="beside lambdas")
+def check_masks(where: str, method: Masks) -> None:
     if method.vector != "ties":
         check_effect(method, ("density",), where=where, why=f"with vector={method.vector}")
 
@@ -99,15 +88,21 @@ def each_lambda(method: Masks, models: Models) -> tuple[Coefficient, ...]:
     return method.lambdas or (method.lambda_,) * len(models.tuned)
 
 
+def passes(method: Masks) -> int:
+    return 2 if method.vector == "ties" else 0
+
+
 def trim_thresholds(method: Masks, models: Models, run: Run, chunk_size: int) -> Any:
     """With vector=ties, the smallest magnitude of each task vector that is kept."""
-    return Ties(method.density).prepass(models, run, chunk_size) if method.vector == "ties" else None
+    return TRIM.prepass(Ties(method.density), models, run, chunk_size) if method.vector == "ties" else None
 
 
 def multi_task_vector(method: Masks, chunk: Chunk, vectors: list[Array], stats: Any) -> Array:
-    """Of the task vectors, which stay as they are; `facts` are `trim_thresholds`."""
+    """Of the task vectors, which stay as they are; `stats` are `trim_thresholds`."""
     if method.vector == "ties":
-        return agreeing(trimmed(chunk, stats), (1.0,) * len(vectors), elect="raw", mean=False)
+        return agreeing(
+            list(TRIM.vectors(Ties(method.density), chunk, stats)), (1.0,) * len(vectors), elect="raw", mean=False
+        )
     return weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors))
 
 

@@ -7,22 +7,39 @@ from typing import Any, Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
-from mergekit_vl.merging.task_vectors import (
-    add_to_base,
-    check_task_vectors,
-    each_density,
-    keep_at_random,
-    l1_ratios,
-    weighted_sum,
-)
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
+from mergekit_vl.merging.task_vectors import keep_at_random
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.sparse import Drop, density_at, l1_ratios, sparse, summed
 
-WHERE = "strategy dare_linear"
 Rescale = Literal["density", "l1", "none"]
 
 
+def dropped(method: Any, chunk: Chunk, i: int) -> Array:
+    """The task vector of model i without the elements that its draws drop."""
+    vector = chunk.task_vectors[i]
+    vector *= keep_at_random(chunk, i, density_at(method, chunk, i))
+    return vector
+
+
+def dare(method: Any, chunk: Chunk, i: int, ratios: Any) -> Array:
+    """The same, rescaled."""
+    vector, density = dropped(method, chunk, i), density_at(method, chunk, i)
+    if method.rescale == "density" and 0 < density < 1:
+        vector *= vector.dtype.type(1 / density)
+    elif method.rescale == "l1":
+        vector *= vector.dtype.type(ratios[chunk.tensor.name][i])
+    return vector
+
+
+def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
+    return l1_ratios(method, models, dropped, "elementwise", run, chunk_size)
+
+
+AT_RANDOM = Drop(dare, ratios, passes=lambda method: int(method.rescale == "l1"))
+
+
+@sparse("dare_linear", AT_RANDOM)
 @dataclass(frozen=True)
 class DareLinear:
     """base + scale * sum_i w_i * DARE(task vector i): each element is dropped with probability 1 - density, the rest divided by density.
@@ -31,49 +48,13 @@ class DareLinear:
     mergekit's variant: rescale=l1 scale=1, weights per model. PEFT's and the paper's: rescale=density.
     """
 
-    density: Coefficient = option(0.1, "share that is kept; the paper drops 0.9 and more")
-    densities: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `density`")
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
-    scale: Coefficient = option(0.4, "of the sum, as in task arithmetic")
+    density: Coefficient = coefficient(0.1, "share that is kept; the paper drops 0.9 and more", low=0, high=1)
+    densities: tuple[Coefficient, ...] = per_model("one per tuned model, instead of `density`", instead_of="density")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: all 1")
+    scale: Coefficient = coefficient(0.4, "of the sum, as in task arithmetic")
     rescale: Rescale = option("density", "divide by density, or match the task vector's L1 norm in each tensor")
 
     grid = {"density": (0.1, 0.3, 0.5), "scale": (0.2, 0.4, 0.7)}
 
-    form, averages = "elementwise", False
-
-    @property
-    def passes(self) -> int:
-        return int(self.rescale == "l1")
-
-    def held(self, n: int) -> int:
-        return 2 * n + 4
-
-    def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, self, models)
-
-    merge = merge_adapters
-
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
-        return l1_ratios(models, self, dropped, run, chunk_size) if self.rescale == "l1" else None
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        vectors = [dare(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
-        return add_to_base(chunk, weighted_sum(vectors, chunk.weights(self.weights)), chunk.at(self.scale))
-
-
-def dropped(method: Any, chunk: Chunk, i: int) -> Array:
-    """The task vector of model i without the elements that its draws drop."""
-    vector = chunk.delta(i)
-    vector *= keep_at_random(chunk, i, chunk.at(each_density(method, chunk.models)[i]))
-    return vector
-
-
-def dare(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
-    """The same, rescaled; `method` is this or `dare_ties`."""
-    vector = dropped(method, chunk, i)
-    density = chunk.at(each_density(method, chunk.models)[i])
-    if method.rescale == "density" and 0 < density < 1:
-        vector *= vector.dtype.type(1 / density)
-    elif method.rescale == "l1":
-        vector *= vector.dtype.type(stats[chunk.tensor.name][i])
-    return vector
+        return summed(self, chunk, AT_RANDOM.vectors(self, chunk, stats))

@@ -10,16 +10,61 @@ import numpy as np
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model, value_at
 from mergekit_vl.merging.prepass import magnitude
-from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors, draw, each_density, l1_ratios
+from mergekit_vl.merging.task_vectors import draw
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.sparse import Drop, density_at, each_density, elected, l1_ratios, sparse
 
-WHERE = "strategy della"
 Rescale = Literal["probability", "l1", "none"]
 
 
+def check_window(where: str, method: Any, models: Models) -> None:
+    """Raise UserError unless every probability of the window lies in 0..1."""
+    half = method.epsilon / 2
+    for density in each_density(method, models):
+        for tensor in models.tensors:
+            if not half <= value_at(density, tensor.name, tensor.depth) <= 1 - half:
+                told = f"density +- epsilon/2 leaves 0 .. 1 at epsilon={method.epsilon:g}"
+                raise UserError(told, where=where, hint="lower epsilon")
+
+
+def thinned(method: Any, chunk: Chunk, i: int) -> tuple[Array, Array]:
+    """The task vector of model i in a chunk of whole rows without what MagPrune drops, and the probability with which each element was kept."""
+    vector = chunk.task_vectors[i]
+    n = chunk.tensor.row
+    keys = magnitude(vector).view(np.uint32).astype(np.uint64).reshape(-1, n)
+    keys <<= np.uint64(32)
+    keys |= np.arange(chunk.size, dtype=np.uint64).reshape(-1, n)  # equal magnitudes rank by position, on every machine
+    keys.sort(axis=1)
+    keys &= np.uint64(2**32 - 1)
+    keep = np.empty(chunk.size, np.float32)
+    keep[keys.view(np.int64)] = np.arange(n, dtype=np.float32)  # its rank, for now
+    density = density_at(method, chunk, i)
+    keep *= np.float32(method.epsilon / max(1, n - 1))
+    keep += np.float32(density - method.epsilon / 2 if n > 1 else density)
+    vector *= draw(chunk, i) < keep.astype(np.float64) * 2**32
+    return vector, keep
+
+
+def magprune(method: Any, chunk: Chunk, i: int, ratios: Any) -> Array:
+    """The same, rescaled."""
+    vector, keep = thinned(method, chunk, i)
+    if method.rescale == "probability":
+        vector /= np.where(keep > 0, keep, 1)
+    elif method.rescale == "l1":
+        vector *= vector.dtype.type(ratios[chunk.tensor.name][i])
+    return vector
+
+
+def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
+    return l1_ratios(method, models, lambda *chunk: thinned(*chunk)[0], "rows", run, chunk_size)
+
+
+MAGPRUNE = Drop(magprune, ratios, passes=lambda method: int(method.rescale == "l1"), check=check_window, chunks="rows")
+
+
+@sparse("della", MAGPRUNE)
 @dataclass(frozen=True)
 class Della:
     """base + scale * disjoint mean of the task vectors, thinned by MagPrune, over the models of the elected sign.
@@ -31,82 +76,16 @@ class Della:
     mergekit's variant: its epsilon is half of ours, rescale=l1 elect=weighted.
     """
 
-    density: Coefficient = option(0.3, "mean share that is kept")
-    densities: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `density`")
+    density: Coefficient = coefficient(0.3, "mean share that is kept", low=0, high=1)
+    densities: tuple[Coefficient, ...] = per_model("one per tuned model, instead of `density`", instead_of="density")
     epsilon: float = option(0.2, "width of the window of probabilities around density")
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
-    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: all 1")
+    scale: Coefficient = coefficient(1.0, "lambda, of the merged task vector")
     rescale: Rescale = option("probability", "divide by the probability, or match the L1 norm in each tensor")
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
     grid = {"density": (0.3, 0.5, 0.7), "scale": (0.3, 0.6, 1.0)}
 
-    form, averages = "rows", False
-
-    @property
-    def passes(self) -> int:
-        return int(self.rescale == "l1")
-
-    def held(self, n: int) -> int:
-        return 2 * n + 9
-
-    def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, self, models)
-        check_window(WHERE, self, models)
-
-    merge = merge_adapters
-
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
-        return l1_ratios(models, self, thinned, run, chunk_size) if self.rescale == "l1" else None
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        vectors = [magprune(self, chunk, i, stats) for i in range(len(chunk.models.tuned))]
-        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(chunk, merged, chunk.at(self.scale))
-
-
-def check_window(where: str, method: Any, models: Models) -> None:
-    """Raise UserError unless every probability of the window lies in 0..1."""
-    half = method.epsilon / 2
-    for density in each_density(method, models):
-        for tensor in models.tensors:
-            if not half <= value_at(density, tensor.name, tensor.depth) <= 1 - half:
-                raise UserError(
-                    f"density +- epsilon/2 leaves 0 .. 1 at epsilon={method.epsilon:g}",
-                    where=where,
-                    hint="lower epsilon",
-                )
-
-
-def thinned(method: Any, chunk: Chunk, i: int) -> Array:
-    """The task vector of model i in a chunk of whole rows, without the elements that MagPrune drops."""
-    return _thin(method, chunk, i)[0]
-
-
-def magprune(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
-    """The same, rescaled; `method` is this or `della_linear`."""
-    vector, keep = _thin(method, chunk, i)
-    if method.rescale == "probability":
-        vector /= np.where(keep > 0, keep, 1)
-    elif method.rescale == "l1":
-        vector *= vector.dtype.type(stats[chunk.tensor.name][i])
-    return vector
-
-
-def _thin(method: Any, chunk: Chunk, i: int) -> tuple[Array, Array]:
-    """The thinned vector, and the probability with which each element was kept."""
-    vector = chunk.delta(i)
-    n = chunk.tensor.row
-    keys = magnitude(vector).view(np.uint32).astype(np.uint64).reshape(-1, n)
-    keys <<= np.uint64(32)
-    keys |= np.arange(chunk.size, dtype=np.uint64).reshape(-1, n)  # equal magnitudes rank by position, on every machine
-    keys.sort(axis=1)
-    keys &= np.uint64(2**32 - 1)
-    keep = np.empty(chunk.size, np.float32)
-    keep[keys.view(np.int64)] = np.arange(n, dtype=np.float32)  # its rank, for now
-    density = chunk.at(each_density(method, chunk.models)[i])
-    keep *= np.float32(method.epsilon / max(1, n - 1))
-    keep += np.float32(density - method.epsilon / 2 if n > 1 else density)
-    vector *= draw(chunk, i) < keep.astype(np.float64) * 2**32
-    return vector, keep
+        return elected(self, chunk, MAGPRUNE.vectors(self, chunk, stats))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import absolute_sums
 from mergekit_vl.merging.task_vectors import add_to_base, chosen_task, sign, weighted_sum
 from mergekit_vl.options import check_effect, option
+from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import merge_by_task
 
-WHERE = "strategy emr"
 
-
+@closed_form("emr", needs_base=True)
 @dataclass(frozen=True)
 class Emr:
     """For task t: base + r_t * the unified task vector where its sign is that of task vector t, 0 elsewhere. Not one model: it needs the task.
@@ -34,35 +35,26 @@ class Emr:
 
     grid = {"norm": ("model", "tensors")}
 
-    form, averages = "elementwise", False
+    info: ClassVar[MethodInfo]
 
-    @property
-    def by_task(self) -> bool:
-        return self.task is None
-
-    @property
-    def passes(self) -> int:
-        return int(self.task is not None)
-
-    def held(self, n: int) -> int:
-        return n + 6
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, passes=int(self.task is not None), by_task=self.task is None)
 
     def check(self, models: Models) -> None:
         if self.task is None:
-            check_effect(self, ("norm",), where=WHERE, why="without a task: there is no rescaling")
-        models.check_count(WHERE, base=True)
-        chosen_task(WHERE, self.task, models)
+            check_effect(self, ("norm",), where=self.info.where, why="without a task: there is no rescaling")
+        chosen_task(self.info.where, self.task, models)
 
     merge = merge_by_task
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """The rescaler of the task, with its number; none without a task."""
-        t = chosen_task(WHERE, self.task, models)
+        t = chosen_task(self.info.where, self.task, models)
         if t is None:
             return None
 
         def both(chunk: Chunk) -> list[Array]:
-            vectors = chunk.deltas()
+            vectors = list(chunk.task_vectors)
             return [vectors[t], masked(unified(vectors), vectors[t])]
 
         sums = absolute_sums(models, both, run, chunk_size)
@@ -72,7 +64,7 @@ class Emr:
         return t, float(own / ours) if ours else 1.0
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        vectors = chunk.deltas()
+        vectors = list(chunk.task_vectors)
         merged = unified(vectors)
         if stats is None:
             return add_to_base(chunk, merged, 1.0)

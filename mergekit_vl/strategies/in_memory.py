@@ -12,7 +12,8 @@ from mergekit_vl.checkpoints.dtypes import Array, Narrowing
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.merging.chunks import CHUNK_SIZE, Arrays, Chunk, Models, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, depths
-from mergekit_vl.merging.engine import BATCH_NORM, SERIAL, ClosedForm, apply, workers
+from mergekit_vl.merging.engine import BATCH_NORM, SERIAL, apply, workers
+from mergekit_vl.merging.method import ClosedForm
 from mergekit_vl.system.memory import threads_available
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
     sources = [Arrays(m) for m in models]
     given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
-    alone = inputs.device != "cpu" or not hasattr(method, "svds")  # small chunks are not worth a team of threads
-    apply(method, given, write, SERIAL if alone else workers(min(MATRICES, threads_available())), CHUNK_SIZE)
+    svds = inputs.device == "cpu" and method.describe(len(tuned)).svds  # small chunks are not worth a team of threads
+    apply(method, given, write, workers(min(MATRICES, threads_available())) if svds else SERIAL, CHUNK_SIZE)
     narrowing.check("use smaller weights, or models in {dtype}")
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged, inputs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Tensor
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
@@ -16,14 +17,12 @@ from mergekit_vl.merging.svd import (
     is_matrix,
     sum_of_tasks,
     svd,
-    svd_arrays,
 )
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy iso_c"
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("iso_c", chunks="tensor", svds=1, needs_base=True)
 @dataclass(frozen=True)
 class IsoC:
     """base + scale * s U V^T, with U S V^T the SVD of the sum of the task matrices and s the mean of its singular values.
@@ -34,28 +33,18 @@ class IsoC:
     spreads it over arbitrary vectors; the paper searches `scale` on validation data, 1 is ours.
     """
 
-    scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
+    scale: Coefficient = coefficient(1.0, "alpha, of the merged task matrix")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
     grid = {"scale": (0.2, 0.4, 0.6, 0.8, 1.2, 1.4, 1.6)}
 
-    form, averages = "tensor", False
+    info: ClassVar[MethodInfo]
 
-    def held(self, n: int) -> int:
-        return 3
-
-    def whole(self, tensor: Tensor, n: int) -> int:
-        return 3 + svd_arrays(tensor) if is_matrix(tensor, self.averaged) else 0
-
-    def svds(self, n: int) -> int:
-        return 1
+    def whole(self, tensor: Tensor, n: int) -> bool:
+        return is_matrix(tensor, self.averaged)
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, base=True)
-        models.check_coefficient(WHERE, self.scale, "scale")
-        check_averaged(WHERE, models, self.averaged)
-
-    merge = merge_adapters
+        check_averaged(self.info.where, models, self.averaged)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         scale = chunk.at(self.scale)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Tensor
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
@@ -17,16 +18,14 @@ from mergekit_vl.merging.svd import (
     orthogonal,
     sum_of_tasks,
     svd,
-    svd_arrays,
     task_matrix,
     zeros,
 )
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy iso_cts"
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("iso_cts", chunks="tensor", needs_base=True, at_least=2)
 @dataclass(frozen=True)
 class IsoCTS:
     """base + scale * s U V^T: the first singular vectors of the sum of the task matrices, then those of what each adds to them.
@@ -38,36 +37,28 @@ class IsoCTS:
     Iso-C's, and the tasks never take more places than there are.
     """
 
-    common: float = option(0.8, "share of the places that the sum's vectors take")
-    scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
+    common: float = coefficient(0.8, "share of the places that the sum's vectors take", low=0, high=1)
+    scale: Coefficient = coefficient(1.0, "alpha, of the merged task matrix")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
     grid = {"common": (0.6, 0.8), "scale": (0.4, 0.7, 1.0, 1.3)}
 
-    form, averages = "tensor", False
+    info: ClassVar[MethodInfo]
 
-    def held(self, n: int) -> int:
-        return 3
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, svds=n + 3)
 
-    def whole(self, tensor: Tensor, n: int) -> int:
-        return 7 + svd_arrays(tensor) if is_matrix(tensor, self.averaged) else 0
-
-    def svds(self, n: int) -> int:
-        return n + 3
+    def whole(self, tensor: Tensor, n: int) -> bool:
+        return is_matrix(tensor, self.averaged)
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, base=True)
-        models.check_coefficient(WHERE, self.scale, "scale")
-        models.check_coefficient(WHERE, self.common, "common", 0, 1)
-        check_averaged(WHERE, models, self.averaged)
-
-    merge = merge_adapters
+        check_averaged(self.info.where, models, self.averaged)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         scale = chunk.at(self.scale)
         if not is_matrix(chunk.tensor, self.averaged):
             return add_mean(chunk, scale)
-        (rows, columns), n = chunk.tensor.shape, len(chunk.models.tuned)
+        (rows, columns), n = chunk.tensor.shape, len(chunk.tuned)
         places = min(rows, columns)
         own = own_places(places, n, self.common)
         total = sum_of_tasks(chunk)

@@ -11,15 +11,16 @@ import numpy as np
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, per_model
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 WHERE = "strategy karcher"
 
 
+@closed_form("karcher", chunks="accumulating", at_least=2, passes=1, ignores_base=True)
 @dataclass(frozen=True)
 class Karcher:
     """(sum_i w_i |x_i|) * mu, with mu the weighted Karcher mean of the directions x_i / |x_i| of flattened tensors.
@@ -30,35 +31,22 @@ class Karcher:
     mergekit's variant: at most 10 steps, until a step is shorter than 1e-5, in float32.
     """
 
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: equal")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: equal")
     steps: int = option(100, "at most")
     tolerance: float = option(1e-10, "stop when a step is shorter than this angle")
 
-    form, averages, passes = "accumulating", False, 1
-
-    def held(self, n: int) -> int:
-        return 3 * n + 2
-
-    def ignores_base(self, n: int) -> bool:
-        return True
-
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2)
-        models.check_weights(WHERE, self.weights, models.labels, "weights")
         for tensor in models.tensors:
             if min(w := models.weight_at(self.weights, tensor, len(models.tuned))) < 0 or not sum(w):
                 raise UserError(f"weights {w} are not a mean", where=WHERE, hint="weights >= 0 with a positive sum")
 
-    merge = merge_adapters
-
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
-        grams = products(models, lambda chunk: [chunk.tuned(i) for i in range(len(models.tuned))], run, chunk_size)
+        grams = products(models, lambda chunk: chunk.tuned, run, chunk_size)
         weights = {t.name: np.array(models.weight_at(self.weights, t, len(models.tuned))) for t in models.tensors}
         return {name: karcher_coefficients(g, weights[name], self.steps, self.tolerance) for name, g in grams.items()}
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        n = len(chunk.models.tuned)
-        return weighted_sum((chunk.tuned(i) for i in range(n)), stats[chunk.tensor.name])
+        return weighted_sum(chunk.tuned, stats[chunk.tensor.name])
 
 
 def karcher_coefficients(gram: Array, weights: Array, steps: int, tolerance: float) -> list[float]:

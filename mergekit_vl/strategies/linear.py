@@ -13,9 +13,11 @@ from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
+from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
 
 
+@closed_form("linear", chunks="accumulating", averages=True, weighs_base=True)
 @dataclass(frozen=True)
 class Linear:
     """sum_i w_i * theta_i over the base (the zero-shot model), where there is one, and the tuned models.
@@ -34,14 +36,8 @@ class Linear:
 
     grid = {"space": ("own", "features")}
 
-    form, averages, weighs_base = "accumulating", True, True
-
-    def held(self, n: int) -> int:
-        return 3
-
     def check(self, models: Models) -> None:
         check_own_space("strategy linear", self.space)
-        models.check_count("strategy linear")
         n = len(models.members)
         if self.weights and len(self.weights) != n:
             raise Unsuitable(
@@ -51,11 +47,8 @@ class Linear:
             )
         for weight in self.weights:
             models.check_coefficient("strategy linear", weight, "weight")
-        for tensor in models.tensors:
-            if self.normalise and abs(sum(models.weight_at(self.weights, tensor, n))) < 1e-12:
-                raise UserError(
-                    "the weights sum to zero", where="strategy linear", hint="change them, or set normalise=false"
-                )
+        if self.normalise:
+            models.check_sum("strategy linear", self.weights, n)
 
     def merge(self, inputs: MergeInputs) -> Model:
         if self.space == "own":
@@ -79,5 +72,5 @@ class Linear:
         return tuple(w / total for w in weights)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        weights = chunk.weights(self.weights, len(chunk.models.members))
-        return weighted_sum(chunk.members(), self._normalised(weights))
+        weights = chunk.weights(self.weights, len(chunk.members))
+        return weighted_sum(chunk.members, self._normalised(weights))

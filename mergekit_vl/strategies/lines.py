@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.merging.chunks import Chunk, Models, Tensor
-from mergekit_vl.merging.coefficients import in_block
+from mergekit_vl.merging.chunks import Chunk, Tensor
+from mergekit_vl.merging.coefficients import coefficient, in_block
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy lines"
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("lines", chunks="accumulating", needs_base=True)
 @dataclass(frozen=True)
 class Lines:
     """base + lambda_l * the task vector, or the sum of several, with lambda_l = alpha + beta (l - 1) / (L - 1) in block l of L.
@@ -26,30 +25,17 @@ class Lines:
     with LiNeS), write its scale as a gradient: `ties scale=[alpha, alpha + beta]`.
     """
 
-    alpha: float | None = option(None, "factor of the first block; empty: 1 / N for a sum of N > 1, otherwise 0.5")
-    beta: float | None = option(None, "what the last block's factor has more; empty: 1 - alpha")
+    alpha: float | None = coefficient(None, "factor of the first block; empty: 1 / N for a sum of N > 1, otherwise 0.5")
+    beta: float | None = coefficient(None, "what the last block's factor has more; empty: 1 - alpha")
     combine: Literal["sum", "mean"] = option("sum", "of several task vectors")
     outside: Literal["alpha", "depth"] = option("alpha", "factor of what is in no block: alpha, or by its depth")
 
     grid = {"alpha": (0.1, 0.3, 0.5), "beta": (0.2, 0.5, 0.8)}
 
-    form, averages = "accumulating", False
-
-    def held(self, n: int) -> int:
-        return 3
-
-    def check(self, models: Models) -> None:
-        models.check_count(WHERE, base=True)
-        for value, what in ((self.alpha, "alpha"), (self.beta, "beta")):
-            if value is not None:
-                models.check_coefficient(WHERE, value, what)
-
-    merge = merge_adapters
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        n = len(chunk.models.tuned)
+        n = len(chunk.tuned)
         factor = self.factor(chunk.tensor, n) / (n if self.combine == "mean" else 1)
-        return weighted_sum(chunk.members(), (1 - n * factor, *(factor,) * n))
+        return weighted_sum(chunk.members, (1 - n * factor, *(factor,) * n))
 
     def factor(self, tensor: Tensor, n: int) -> float:
         """lambda of a tensor, for n task vectors."""

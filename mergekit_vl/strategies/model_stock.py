@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("model_stock", needs_base=True, at_least=2)
 @dataclass(frozen=True)
 class ModelStock:
     """t * mean(tuned) + (1 - t) * base, with t = N cos / (1 + (N - 1) cos) and cos the mean cosine between the N task vectors.
@@ -28,36 +30,25 @@ class ModelStock:
 
     grid = {"along": ("tensor", "row")}
 
-    averages = False
+    info: ClassVar[MethodInfo]
 
-    @property
-    def form(self) -> str:
-        return "accumulating" if self.along == "tensor" else "rows"
-
-    @property
-    def passes(self) -> int:
-        return int(self.along == "tensor")
-
-    def held(self, n: int) -> int:
-        return 3 * n + 4
-
-    def check(self, models: Models) -> None:
-        models.check_count("strategy model_stock", at_least=2, base=True)
-
-    merge = merge_adapters
+    def describe(self, n: int) -> MethodInfo:
+        if self.along == "row":
+            return replace(self.info, chunks="rows")
+        return replace(self.info, chunks="accumulating", passes=1)
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         if self.along == "row":
             return None
-        grams = products(models, Chunk.deltas, run, chunk_size)
+        grams = products(models, lambda chunk: chunk.task_vectors, run, chunk_size)
         return {name: float(ratio(gram)) for name, gram in grams.items()}
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        n = len(chunk.models.tuned)
+        n = len(chunk.tuned)
         if self.along == "tensor":
             t = stats[chunk.tensor.name]
-            return weighted_sum(chunk.members(), (1 - t, *(t / n,) * n))
-        deltas = np.array(chunk.deltas(), np.float64).reshape(n, -1, chunk.tensor.row)
+            return weighted_sum(chunk.members, (1 - t, *(t / n,) * n))
+        deltas = np.array(list(chunk.task_vectors), np.float64).reshape(n, -1, chunk.tensor.row)
         rows = ratio(np.einsum("irk,jrk->ijr", deltas, deltas))[:, None]
         merged = (rows * deltas.mean(0)).reshape(-1) + chunk.base
         return merged.astype(chunk.tensor.wide, copy=False)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.errors import Unsuitable
+from mergekit_vl.merging.chunks import Chunk, Models, PerModel, Run
+from mergekit_vl.merging.coefficients import Coefficient, per_model
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import add_to_base, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 WHERE = "strategy multislerp"
 
 
+@closed_form("multislerp", chunks="accumulating", at_least=2, passes=1)
 @dataclass(frozen=True)
 class MultiSlerp:
     """(sum_i w_i |x_i|) * m / |m|, with m = sum_i w_i x_i / |x_i|, on flattened tensors.
@@ -29,32 +31,21 @@ class MultiSlerp:
     length it is SLERP at 1/2, for other weights it is not SLERP. `karcher` iterates to the mean on the sphere.
     """
 
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: equal")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: equal")
     normalise: bool = option(True, "divide the weights by their sum")
     task_vectors: bool = option(False, "of tuned minus base, added to the base (mergekit: where a base is given)")
 
-    form, averages, passes = "accumulating", False, 1
+    info: ClassVar[MethodInfo]
 
-    def held(self, n: int) -> int:
-        return 3 * n + 2
-
-    def ignores_base(self, n: int) -> bool:
-        return not self.task_vectors
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, needs_base=self.task_vectors, ignores_base=not self.task_vectors)
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, base=self.task_vectors)
-        models.check_weights(WHERE, self.weights, models.labels, "weights")
-        for tensor in models.tensors:
-            if self.normalise and abs(sum(models.weight_at(self.weights, tensor, len(models.tuned)))) < 1e-12:
-                raise UserError("the weights sum to zero", where=WHERE, hint="change them, or set normalise=false")
+        if self.normalise:
+            models.check_sum(WHERE, self.weights, len(models.tuned))
 
-    merge = merge_adapters
-
-    def _vectors(self, chunk: Chunk) -> list[Array]:
-        return list(self._each(chunk))
-
-    def _each(self, chunk: Chunk) -> Any:
-        return (chunk.delta(i) if self.task_vectors else chunk.tuned(i) for i in range(len(chunk.models.tuned)))
+    def _vectors(self, chunk: Chunk) -> PerModel:
+        return chunk.task_vectors if self.task_vectors else chunk.tuned
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         return products(models, self._vectors, run, chunk_size)
@@ -63,7 +54,7 @@ class MultiSlerp:
         weights = np.array(chunk.weights(self.weights))
         if self.normalise:
             weights /= weights.sum()
-        merged = weighted_sum(self._each(chunk), coefficients(stats[chunk.tensor.name], weights, chunk.tensor.name))
+        merged = weighted_sum(self._vectors(chunk), coefficients(stats[chunk.tensor.name], weights, chunk.tensor.name))
         return add_to_base(chunk, merged, 1.0) if self.task_vectors else merged
 
 

@@ -5,24 +5,23 @@ A method of mergekit (2024), without a paper; the arc is Shoemake's, see `slerp`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, per_model
+from mergekit_vl.merging.method import Chunks, MethodInfo
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.slerp import slerp_coefficients, slerp_rows
 
-WHERE = "strategy nuslerp"
 
-
+@closed_form("nuslerp", at_least=2, at_most=2)
 @dataclass(frozen=True)
 class NuSlerp:
     """The arc between two tuned models, or from the base between their task vectors, at t = w_2 / (w_1 + w_2).
@@ -32,37 +31,27 @@ class NuSlerp:
     along=first.
     """
 
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: equal")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: equal")
     along: Literal["tensor", "last", "first"] = option("tensor", "what turns by one angle")
     task_vectors: bool = option(False, "interpolate tuned minus base, and add it to the base")
 
-    averages = False
+    info: ClassVar[MethodInfo]
 
-    @property
-    def form(self) -> str:
-        return {"tensor": "accumulating", "last": "rows", "first": "tensor"}[self.along]
-
-    @property
-    def passes(self) -> int:
-        return int(self.along == "tensor")
-
-    def held(self, n: int) -> int:
-        return 8 if self.along == "tensor" else 16
-
-    def ignores_base(self, n: int) -> bool:
-        return not self.task_vectors
+    def describe(self, n: int) -> MethodInfo:
+        chunks: Chunks = {"tensor": "accumulating", "last": "rows", "first": "tensor"}[self.along]  # type: ignore[assignment]
+        return replace(
+            self.info,
+            chunks=chunks,
+            passes=int(self.along == "tensor"),
+            needs_base=self.task_vectors,
+            ignores_base=not self.task_vectors,
+        )
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, at_most=2, base=self.task_vectors)
-        models.check_weights(WHERE, self.weights, models.labels, "weights")
-        for tensor in models.tensors:
-            if abs(sum(models.weight_at(self.weights, tensor, 2))) < 1e-12:
-                raise UserError("the weights sum to zero", where=WHERE, hint="change them")
-
-    merge = merge_adapters
+        models.check_sum(self.info.where, self.weights, 2, hint="change them")
 
     def _ends(self, chunk: Chunk) -> list[Array]:
-        return [chunk.delta(i) if self.task_vectors else chunk.tuned(i) for i in range(2)]
+        return list(chunk.task_vectors if self.task_vectors else chunk.tuned)
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         return products(models, self._ends, run, chunk_size) if self.along == "tensor" else None

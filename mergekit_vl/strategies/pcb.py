@@ -5,6 +5,7 @@ intra-balancing, inter-balancing, drop, rescale).
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
@@ -13,16 +14,16 @@ import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.merging.prepass import Vector, delta, model_ranks
 from mergekit_vl.merging.task_vectors import add_to_base, sign, weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
-WHERE = "strategy pcb"
 Bounds = tuple[float, float]
 
 
+@closed_form("pcb", needs_base=True, at_least=2, passes=4)
 @dataclass(frozen=True)
 class Pcb:
     """base + scale * sum_i w_i b_i t_i / sum_i b_i, with b_i how well task vector t_i holds its own in the competition for an element.
@@ -36,29 +37,15 @@ class Pcb:
     `pcb-merging.py`; other released scripts take density 0.05, clip 0.01 and scale 1.2, or search the w_i on validation images.
     """
 
-    density: float = option(0.1, "share of each task vector that is kept, by its balance")
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
-    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
-    clip: float = option(0.0001, "share of the magnitudes that is clipped at either end")
+    density: float = coefficient(0.1, "share of each task vector that is kept, by its balance", low=0, high=1)
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: all 1")
+    scale: Coefficient = coefficient(1.0, "lambda, of the merged task vector")
+    clip: float = coefficient(0.0001, "share of the magnitudes that is clipped at either end", low=0, high=0.5)
     inter: Literal["sum", "pairs"] = option(
         "sum", "balance with the sum of the task vectors, or normalised, pair by pair"
     )
 
     grid = {"density": (0.1, 0.2, 0.5), "scale": (0.6, 1.0, 1.4)}
-
-    form, averages, passes = "elementwise", False, 4
-
-    def held(self, n: int) -> int:
-        return 5 * n + 6
-
-    def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, base=True)
-        models.check_weights(WHERE, self.weights, models.labels, "weights")
-        models.check_coefficient(WHERE, self.scale, "scale")
-        models.check_coefficient(WHERE, self.density, "density", 0, 1)
-        models.check_coefficient(WHERE, self.clip, "clip", 0, 0.5)
-
-    merge = merge_adapters
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """Per model: the magnitudes that its task vector is clipped to, and the balances that become 0 and 1."""
@@ -68,11 +55,12 @@ class Pcb:
         low = min(int(self.clip * size), size - 1)
         high = max(low, size - 1 - ceil(self.clip * size))
         clips = [tuple(found) for found in model_ranks(models, delta, [[low, high]] * n, run, chunk_size)]
-        last = threading.local()  # a model's balances need all models: those of a thread's chunk are computed once
+        last = _Last()  # a model's balances need all models: those of a thread's chunk are computed once
 
         def balance(chunk: Chunk, i: int) -> Array:
-            if getattr(last, "chunk", None) is not chunk:
-                last.chunk, last.balances = chunk, self._balances(chunk.deltas(), clips)
+            if last.chunk is not chunk:
+                last.balances = []
+                last.chunk, last.balances = chunk, list(self._balances(list(chunk.task_vectors), clips))
             return last.balances[i]
 
         dropped = int((1 - self.density) * size)
@@ -82,24 +70,32 @@ class Pcb:
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         clips, bounds = stats
-        vectors = chunk.deltas()
+        vectors = list(chunk.task_vectors)
         shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
         clipped = (sign(t) * np.clip(np.abs(t), *clip) * share for t, clip, share in zip(vectors, clips, shares))
         merged = weighted_sum(clipped, chunk.weights(self.weights))
         merged /= np.maximum(weighted_sum(shares, (1.0,) * len(shares)), 1e-12)
         return add_to_base(chunk, merged, chunk.at(self.scale))
 
-    def _balances(self, vectors: list[Array], clips: list[Bounds]) -> list[Array]:
+    def _balances(self, vectors: list[Array], clips: list[Bounds]) -> Iterator[Array]:
         """b_i of each task vector, divided by exp(N), which does not overflow and is the same for all elements."""
         n = len(vectors)
-        places = [place(np.abs(vector), *clip) for vector, clip in zip(vectors, clips)]
         if self.inter == "sum":
             total = weighted_sum((vector.copy() for vector in vectors), (1.0,) * n)
-            inter = [np.tanh(vector * total) for vector in vectors]
+            for vector, clip in zip(vectors, clips):
+                x = place(np.abs(vector), *clip)
+                yield np.exp(n * (x * x - 1)) * np.tanh(vector * total)
         else:
-            signed = [sign(vector) * x for vector, x in zip(vectors, places)]
-            inter = [sum(np.tanh(x * y) for y in signed) for x in signed]
-        return [np.exp(n * (x * x - 1)) * y for x, y in zip(places, inter)]
+            signed = [sign(vector) * place(np.abs(vector), *clip) for vector, clip in zip(vectors, clips)]
+            for x in signed:
+                yield np.exp(n * (x * x - 1)) * sum(np.tanh(x * y) for y in signed)
+
+
+class _Last(threading.local):
+    """Of each thread, the chunk that it had last and its balances."""
+
+    chunk: Chunk | None = None
+    balances: list[Array] = []
 
 
 def place(values: Array, low: float, high: float) -> Array:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
-from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, value_at
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import absolute_sums, magnitude, tensor_ranks
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy sce"
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("sce", needs_base=True, at_least=2)
 @dataclass(frozen=True)
 class Sce:
     """base + sum_i c_i * task vector i, over the elements that vary most between the models and the models of the elected sign.
@@ -32,8 +32,8 @@ class Sce:
     mergekit's variant: density=1 share_of=varying mean=true equal_below=1e-6.
     """
 
-    density: Coefficient = option(0.1, "tau, share of the elements of a tensor that is selected")
-    scale: Coefficient = option(1.0, "of the merged task vector")
+    density: Coefficient = coefficient(0.1, "tau, share of the elements of a tensor that is selected", low=0, high=1)
+    scale: Coefficient = coefficient(1.0, "of the merged task vector")
     share_of: Literal["all", "varying"] = option(
         "all", "what `density` is a share of: all elements, or those that vary"
     )
@@ -43,23 +43,14 @@ class Sce:
 
     grid = {"density": (0.1, 0.3, 0.6, 1.0), "scale": (0.5, 1.0)}
 
-    form, averages = "elementwise", False
+    info: ClassVar[MethodInfo]
 
-    @property
-    def passes(self) -> int:
-        return 1 if self.density == 1 else 3 + (self.share_of == "varying")
-
-    def held(self, n: int) -> int:
-        return 3 * n + 8
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, passes=1 if self.density == 1 else 3 + (self.share_of == "varying"))
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, base=True)
-        models.check_coefficient(WHERE, self.density, "density", 0, 1)
-        models.check_coefficient(WHERE, self.scale, "scale")
         if not self.equal_below >= 0:
-            raise UserError(f"equal_below={self.equal_below:g}", where=WHERE, hint="a number from 0")
-
-    merge = merge_adapters
+            raise UserError(f"equal_below={self.equal_below:g}", where=self.info.where, hint="a number from 0")
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         """By tensor name: the smallest variance that is selected, and the coefficient of each model."""
@@ -72,7 +63,8 @@ class Sce:
             if self.share_of == "all":
                 return [tensor.size - max(1, int(share * tensor.size))] if tensor.size else []
             varying = sum(
-                np.count_nonzero(variance(chunk.deltas())) for chunk in models.chunks("elementwise", chunk_size, tensor)
+                np.count_nonzero(variance(list(chunk.task_vectors)))
+                for chunk in models.chunks("elementwise", chunk_size, tensor)
             )
             kept = int(share * varying)
             return [tensor.size - kept] if kept else []
@@ -80,7 +72,7 @@ class Sce:
         thresholds = dict.fromkeys((t.name for t in models.tensors), 0.0)
         if self.density != 1:
             found = tensor_ranks(
-                models, lambda chunk, _: variance(chunk.deltas()), positions, run, chunk_size, ("variance",)
+                models, lambda chunk, _: variance(list(chunk.task_vectors)), positions, run, chunk_size, ("variance",)
             )
             for tensor in models.tensors:
                 if value_at(self.density, tensor.name, tensor.depth) < 1:
@@ -88,7 +80,7 @@ class Sce:
                     thresholds[tensor.name] = ranks[0] if ranks else np.inf
 
         def squares(chunk: Chunk) -> list[Array]:
-            vectors = selected(chunk.deltas(), thresholds[chunk.tensor.name])
+            vectors = selected(list(chunk.task_vectors), thresholds[chunk.tensor.name])
             return [np.square(vector, dtype=np.float64) for vector in vectors]
 
         sums = absolute_sums(models, squares, run, chunk_size)
@@ -103,7 +95,7 @@ class Sce:
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         threshold, coefficients = stats[chunk.tensor.name]
-        vectors = chunk.deltas()
+        vectors = list(chunk.task_vectors)
         if self.merged == "selected":
             vectors = selected(vectors, threshold)
         merged = agreeing(vectors, coefficients, elect="raw", mean=self.mean)

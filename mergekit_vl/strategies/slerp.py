@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 FLAT = 1e-7
 """Angles in radians (and distances from pi) below which the straight line is taken: it is the same to 1e-14, or undetermined."""
 
 
+@closed_form("slerp", chunks="accumulating", at_most=2, passes=1)
 @dataclass(frozen=True)
 class Slerp:
     """(sin((1-t) o) a + sin(t o) b) / sin o, with o the angle between the flattened tensors a and b.
@@ -30,27 +32,21 @@ class Slerp:
     mergekit's variant: line_above=0.9995, which makes it a straight line for nearly all tensors of models tuned from one start.
     """
 
-    t: Coefficient = option(0.5, "0 is the first model, 1 the second")
+    t: Coefficient = coefficient(0.5, "0 is the first model, 1 the second")
     line_above: float = option(1.0, "the straight line where |cosine| exceeds this")
 
     grid = {"t": (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)}
 
-    form, averages, passes = "accumulating", False, 1
+    info: ClassVar[MethodInfo]
 
-    def held(self, n: int) -> int:
-        return 7
-
-    def ignores_base(self, n: int) -> bool:
-        return n == 2
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, ignores_base=n == 2)
 
     def check(self, models: Models) -> None:
         ends = 2 - len(models.tuned) if models.base is not None else 2
         models.check_count("strategy slerp", at_least=max(1, ends), at_most=2)
-        models.check_coefficient("strategy slerp", self.t, "t")
         if not 0 <= self.line_above <= 1:
             raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", hint="it lies in 0 .. 1")
-
-    merge = merge_adapters
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
         return products(models, _ends, run, chunk_size)
@@ -61,7 +57,7 @@ class Slerp:
 
 
 def _ends(chunk: Chunk) -> list[Array]:
-    return [chunk.tuned(0), chunk.tuned(1)] if len(chunk.models.tuned) == 2 else [chunk.base.copy(), chunk.tuned(0)]
+    return list(chunk.tuned if len(chunk.tuned) == 2 else chunk.members)
 
 
 def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[float, float]:

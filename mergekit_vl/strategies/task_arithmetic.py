@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.merging.chunks import Chunk, Models
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.chunks import Chunk
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.merging.task_vectors import weighted_sum
-from mergekit_vl.options import check_effect, option
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("task_arithmetic", chunks="accumulating", needs_base=True, weights="scales")
 @dataclass(frozen=True)
 class TaskArithmetic:
     """base + sum_i scale_i * (tuned_i - base).
@@ -21,29 +21,11 @@ class TaskArithmetic:
     -s, s, s for A, B, C. Computed as (1 - sum scale_i) * base + sum scale_i * tuned_i, which is the same number rounded less often.
     """
 
-    scale: Coefficient = option(0.4, "the same for every task vector (the paper's rule of thumb is 0.3 to 0.5)")
-    scales: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `scale`")
+    scale: Coefficient = coefficient(0.4, "the same for every task vector (the paper's rule of thumb is 0.3 to 0.5)")
+    scales: tuple[Coefficient, ...] = per_model("one per tuned model, instead of `scale`", instead_of="scale")
 
     grid = {"scale": (0.1, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0)}
 
-    form, averages, per_model = "accumulating", False, "scales"
-
-    def held(self, n: int) -> int:
-        return 3
-
-    def check(self, models: Models) -> None:
-        if self.scales:
-            check_effect(self, ("scale",), where="strategy task_arithmetic", why="beside scales")
-        models.check_count("strategy task_arithmetic", base=True)
-        models.check_weights(
-            "strategy task_arithmetic",
-            self.scales or (self.scale,) * len(models.tuned),
-            models.labels,
-            "scales" if self.scales else "scale",
-        )
-
-    merge = merge_adapters
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        scales = chunk.weights(self.scales or (self.scale,) * len(chunk.models.tuned))
-        return weighted_sum(chunk.members(), (1 - sum(scales), *scales))
+        scales = chunk.weights(self.scales or (self.scale,) * len(chunk.tuned))
+        return weighted_sum(chunk.members, (1 - sum(scales), *scales))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,15 +10,48 @@ import numpy as np
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
-from mergekit_vl.merging.coefficients import Coefficient, value_at
+from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model, value_at
 from mergekit_vl.merging.prepass import delta, magnitude, model_ranks, tensor_ranks
-from mergekit_vl.merging.task_vectors import add_to_base, agreeing, check_task_vectors, each_density
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy ties"
+from mergekit_vl.strategies.sparse import Drop, each_density, elected, sparse
 
 
+def check_trim(where: str, method: Any, models: Models) -> None:
+    if method.trim == "model" and not all(isinstance(density, float) for density in each_density(method, models)):
+        raise UserError("one density for the whole model", where=where, hint="give a number, or set trim=tensor")
+
+
+def smallest_kept(size: int, density: float) -> list[int]:
+    """The ascending position of the smallest of the `density` largest of `size` magnitudes; none where nothing is kept."""
+    return [size - max(1, int(density * size))] if density > 0 and size else []
+
+
+def thresholds(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
+    """The smallest magnitude that is kept: per model, or by tensor and model."""
+    densities = each_density(method, models)
+    if method.trim == "model":
+        size = sum(t.size for t in models.tensors if not t.tied_to)
+        found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk_size)  # type: ignore[arg-type]
+        return [ranks[0] if ranks else np.inf for ranks in found]
+
+    def positions(tensor: Tensor, i: int) -> list[int]:
+        return smallest_kept(tensor.size, value_at(densities[i], tensor.name, tensor.depth))
+
+    by_tensor = tensor_ranks(models, delta, positions, run, chunk_size)
+    return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
+
+
+def trimmed(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
+    """The task vector of model i without the elements that are smaller than its threshold."""
+    vector = chunk.task_vectors[i]
+    vector *= magnitude(vector) >= (stats if method.trim == "model" else stats[chunk.tensor.name])[i]
+    return vector
+
+
+TRIM = Drop(trimmed, thresholds, passes=lambda method: 2, check=check_trim)
+
+
+@sparse("ties", TRIM)
 @dataclass(frozen=True)
 class Ties:
     """base + scale * disjoint mean of the task vectors, each trimmed to its largest magnitudes, over the models of the elected sign.
@@ -31,62 +63,15 @@ class Ties:
     mergekit's variant: trim=tensor elect=weighted. PEFT's: trim=tensor elect=raw, its mean without weights.
     """
 
-    density: Coefficient = option(0.2, "share of each task vector that is kept")
-    densities: tuple[Coefficient, ...] = option((), "one per tuned model, instead of `density`")
-    weights: tuple[Coefficient, ...] = option((), "one per tuned model; empty: all 1")
-    scale: Coefficient = option(1.0, "lambda, of the merged task vector")
+    density: Coefficient = coefficient(0.2, "share of each task vector that is kept", low=0, high=1)
+    densities: tuple[Coefficient, ...] = per_model("one per tuned model, instead of `density`", instead_of="density")
+    weights: tuple[Coefficient, ...] = per_model("one per tuned model; empty: all 1")
+    scale: Coefficient = coefficient(1.0, "lambda, of the merged task vector")
     trim: Literal["model", "tensor"] = option("model", "keep the largest of the whole model, or of each tensor")
     elect: Literal["raw", "weighted"] = option("raw", "elect the sign before or after the weights")
     mean: bool = option(True, "mean over the agreeing models; false: their sum")
 
     grid = {"density": (0.1, 0.2, 0.5), "scale": (0.3, 0.6, 1.0)}
 
-    form, averages, passes = "elementwise", False, 2
-
-    def held(self, n: int) -> int:
-        return 2 * n + 5
-
-    def check(self, models: Models) -> None:
-        check_task_vectors(WHERE, self, models)
-        for density in each_density(self, models):
-            models.check_coefficient(WHERE, density, "density", 0, 1)
-            if self.trim == "model" and not isinstance(density, float):
-                raise UserError(
-                    "one density for the whole model", where=WHERE, hint="give a number, or set trim=tensor"
-                )
-
-    merge = merge_adapters
-
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
-        """The smallest magnitude that is kept: per model, or by tensor and model."""
-        densities = each_density(self, models)
-        if self.trim == "model":
-            size = sum(t.size for t in models.tensors if not t.tied_to)
-            found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk_size)  # type: ignore[arg-type]
-            return [ranks[0] if ranks else np.inf for ranks in found]
-
-        def positions(tensor: Tensor, i: int) -> list[int]:
-            return smallest_kept(tensor.size, value_at(densities[i], tensor.name, tensor.depth))
-
-        by_tensor = tensor_ranks(models, delta, positions, run, chunk_size)
-        return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        vectors = trimmed(chunk, stats if self.trim == "model" else stats[chunk.tensor.name])
-        merged = agreeing(vectors, chunk.weights(self.weights), elect=self.elect, mean=self.mean)
-        return add_to_base(chunk, merged, chunk.at(self.scale))
-
-
-def smallest_kept(size: int, density: float) -> list[int]:
-    """The ascending position of the smallest of the `density` largest of `size` magnitudes; none where nothing is kept."""
-    return [size - max(1, int(density * size))] if density > 0 and size else []
-
-
-def trimmed(chunk: Chunk, thresholds: Sequence[float]) -> list[Array]:
-    """The task vectors without the elements that are smaller than their model's threshold."""
-    vectors = []
-    for i, threshold in enumerate(thresholds):
-        vector = chunk.delta(i)
-        vector *= magnitude(vector) >= threshold
-        vectors.append(vector)
-    return vectors
+        return elected(self, chunk, TRIM.vectors(self, chunk, stats))

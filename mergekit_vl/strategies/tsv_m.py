@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Tensor
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, coefficient
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
@@ -19,15 +19,13 @@ from mergekit_vl.merging.svd import (
     namespace,
     orthogonal,
     svd,
-    svd_arrays,
     task_matrix,
 )
 from mergekit_vl.options import option
-from mergekit_vl.strategies.in_memory import merge_adapters
-
-WHERE = "strategy tsv_m"
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("tsv_m", chunks="tensor", needs_base=True, at_least=2)
 @dataclass(frozen=True)
 class TsvM:
     """base + scale * U S V^T: the first singular vectors of each task matrix side by side, U and V made orthonormal.
@@ -40,34 +38,24 @@ class TsvM:
     zero, and directions without one stay out, where the released code fills them with arbitrary vectors (of equal models, for one).
     """
 
-    scale: Coefficient = option(1.0, "alpha, of the merged task matrix")
+    scale: Coefficient = coefficient(1.0, "alpha, of the merged task matrix")
     rank: float | None = option(None, "share of the singular values that each task keeps; empty: 1 / number of tasks")
     averaged: tuple[str, ...] = option(AVERAGED, "matrices that are averaged, as vectors are: parts of their names")
 
     grid = {"scale": (0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.5)}
 
-    form, averages = "tensor", False
+    info: ClassVar[MethodInfo]
 
-    def held(self, n: int) -> int:
-        return 3
+    def describe(self, n: int) -> MethodInfo:
+        return replace(self.info, svds=n + 2, stacked=max(1.0, n * (self.rank or 0)))
 
-    def whole(self, tensor: Tensor, n: int) -> int:
-        if not self._kept(tensor, n):
-            return 0
-        collected = ceil(max(1.0, n * (self.rank or 0)))  # in matrices of the tensor's size
-        return 7 + svd_arrays(tensor) + 12 * (collected - 1)
-
-    def svds(self, n: int) -> int:
-        return n + 2
+    def whole(self, tensor: Tensor, n: int) -> bool:
+        return self._kept(tensor, n) > 0
 
     def check(self, models: Models) -> None:
-        models.check_count(WHERE, at_least=2, base=True)
-        models.check_coefficient(WHERE, self.scale, "scale")
         if self.rank is not None and not 0 < self.rank <= 1:
-            raise UserError(f"rank={self.rank:g}", where=WHERE, hint="a share above 0, at most 1")
-        check_averaged(WHERE, models, self.averaged)
-
-    merge = merge_adapters
+            raise UserError(f"rank={self.rank:g}", where=self.info.where, hint="a share above 0, at most 1")
+        check_averaged(self.info.where, models, self.averaged)
 
     def _kept(self, tensor: Tensor, n: int) -> int:
         """Singular vectors of each task; 0 for what is averaged."""
@@ -76,7 +64,7 @@ class TsvM:
         return min(tensor.shape) // n if self.rank is None else int(min(tensor.shape) * self.rank)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        n, scale = len(chunk.models.tuned), chunk.at(self.scale)
+        n, scale = len(chunk.tuned), chunk.at(self.scale)
         kept = self._kept(chunk.tensor, n)
         if not kept:
             return add_mean(chunk, scale)

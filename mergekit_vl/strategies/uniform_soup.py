@@ -6,28 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.merging.chunks import Chunk, Models
+from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.task_vectors import weighted_sum
-from mergekit_vl.strategies.in_memory import merge_adapters
+from mergekit_vl.strategies.closed_form import closed_form
 
 
+@closed_form("uniform_soup", chunks="accumulating", averages=True, ignores_base=True)
 @dataclass(frozen=True)
 class UniformSoup:
     """The plain mean of the fine-tuned models; the base is not an ingredient (`linear` makes it one)."""
 
-    form, averages = "accumulating", True
-
-    def held(self, n: int) -> int:
-        return 3
-
-    def ignores_base(self, n: int) -> bool:
-        return True
-
-    def check(self, models: Models) -> None:
-        models.check_count("strategy uniform_soup")
-
-    merge = merge_adapters
-
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        n = len(chunk.models.tuned)
-        return weighted_sum((chunk.tuned(i) for i in range(n)), (1 / n,) * n)
+        n = len(chunk.tuned)
+        return weighted_sum(chunk.tuned, (1 / n,) * n)

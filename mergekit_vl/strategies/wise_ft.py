@@ -14,6 +14,7 @@ from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
+from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
 
 WHERE = "strategy wise_ft"
@@ -21,6 +22,7 @@ ALPHAS = tuple(i / 10 for i in range(11))
 """What validation chooses from."""
 
 
+@closed_form("wise_ft", chunks="accumulating", averages=True, at_most=1, needs_base=True)
 @dataclass(frozen=True)
 class WiseFT:
     """(1 - alpha) * zero-shot + alpha * fine-tuned. One tuned model; the report shows the whole line of coefficients.
@@ -38,14 +40,8 @@ class WiseFT:
 
     grid = {"space": ("own", "features"), "alpha": (0.3, 0.5, 0.7, 0.9)}
 
-    form, averages = "accumulating", True
-
-    def held(self, n: int) -> int:
-        return 3
-
     def check(self, models: Models) -> None:
         check_own_space(WHERE, self.space)
-        models.check_count(WHERE, at_most=1, base=True)
         models.check_coefficient(WHERE, self._alpha(), "alpha")
 
     def merge(self, inputs: MergeInputs) -> Model:
@@ -84,4 +80,4 @@ class WiseFT:
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         alpha = chunk.at(self._alpha())
-        return weighted_sum(chunk.members(), (1 - alpha, alpha))
+        return weighted_sum(chunk.members, (1 - alpha, alpha))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergekit_vl.registry.hookspecs import hookimpl
+from mergekit_vl.strategies.closed_form import closed_form
 
 TOP
 
@@ -29,18 +30,14 @@ def register_strategies(register):
     register("odd", Odd, "odd")
 
 
+@closed_form("odd", chunks="FORM", averages=True)
 @dataclass(frozen=True)
 class Odd:
-    form, averages = "FORM", True
-
-    def held(self, n):
-        return HELD
-
     def check(self, models):
         CHECK
 
     def merge_chunk(self, chunk, stats):
-        x = chunk.tuned(0)
+        x = chunk.tuned[0]
         BODY
 """
 WHERE = "plugin mine: Odd: merge_chunk of w: "
@@ -55,9 +52,9 @@ def elsewhere(tmp_path, monkeypatch):
     sys.modules.pop("mergekit_vl_plugin_mine", None)
 
 
-def load(body="return x", *, top="", form="elementwise", held="3", check="pass"):
+def load(body="return x", *, top="", form="elementwise", check="pass"):
     source = PLUGIN
-    for word, text in (("TOP", top), ("FORM", form), ("HELD", held), ("CHECK", check), ("BODY", body)):
+    for word, text in (("TOP", top), ("FORM", form), ("CHECK", check), ("BODY", body)):
         source = source.replace(word, text)
     Path("plug").mkdir(exist_ok=True)
     Path("plug/mine.py").write_text(source)
@@ -131,18 +128,49 @@ def test_a_float64_model_is_not_merged_in_float32():
 @pytest.mark.parametrize(
     ("plugin", "told"),
     [
-        ({"check": "pass\n\n    def check(self, models, more):\n        pass"}, "plugin mine: Odd: check: TypeError: "),
         ({"check": "1 / 0"}, "plugin mine: Odd: check: ZeroDivisionError: division by zero"),
-        ({"held": "None"}, "plugin mine: Odd: held gives None (a number of arrays)"),
-        ({"held": "1 / 0"}, "plugin mine: Odd: held: ZeroDivisionError"),
-        ({"form": "diagonal"}, "plugin mine: Odd: form='diagonal' (one of accumulating, elementwise, rows, tensor)"),
-        ({"body": "pass\n\n    averages = property()\n\n    del held"}, "plugin mine: Odd: has no "),
+        (
+            {"body": "pass\n\n    def describe(self, n):\n        return n"},
+            "plugin mine: Odd: describe gives 1 (a MethodInfo)",
+        ),
+        (
+            {"body": "pass\n\n    def describe(self, n):\n        1 / 0"},
+            "plugin mine: Odd: describe: ZeroDivisionError",
+        ),
+        (
+            {"body": "pass\n\n    def __post_init__(self):\n        del Odd.whole"},
+            "plugin mine: Odd: is no closed form",
+        ),
     ],
 )
 def test_a_method_that_is_no_closed_form_is_refused_before_a_tensor_is_read(plugin, told):
     with pytest.raises(UserError) as caught:
         merge(**plugin)
     assert str(caught.value).startswith(told) and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "told"),
+    [
+        (
+            {"check": "pass\n\n    def check(self, models, more):\n        pass"},
+            "Odd: check(self, models, more) cannot be called as check(models) (define check(self, models))",
+        ),
+        (
+            {"body": "pass\n\n    def merge_chunk(self, chunk):\n        pass"},
+            "Odd: merge_chunk(self, chunk) cannot be called as merge_chunk(chunk, stats) (define merge_chunk(self, chunk, stats))",
+        ),
+        ({"body": "pass\n\n    merge_chunk = 3"}, "Odd: merge_chunk is no method but 3 (define merge_chunk("),
+        ({"body": "pass\n\n    del merge_chunk"}, "Odd: has no merge_chunk(chunk, stats) (see docs/plugins.md)"),
+        ({"body": "pass\n\n    prepass = property()"}, "Odd: prepass is no method but <property object"),
+        ({"form": "diagonal"}, "strategy odd: chunks='diagonal' (one of accumulating, elementwise, rows, tensor)"),
+        ({"form": 'rows", avreages="'}, "strategy odd: unknown trait 'avreages' (did you mean 'averages'?)"),
+    ],
+)
+def test_a_class_that_is_no_closed_form_is_refused_when_it_is_registered(plugin, told):
+    registry = load(**plugin)
+    assert registry.failures["mine"].removeprefix("Failed: ").removeprefix("UserError: ").startswith(told)
+    assert "odd" not in registry.entries["strategies"] and "linear" in registry.entries["strategies"]
 
 
 def test_a_survey_that_raises_is_named():
@@ -247,7 +275,7 @@ def test_what_plugins_print_at_work_is_not_in_our_output(command):
     assert command("greet")[:2] == (7, "hello\n")  # a plugin's own command has its own output, and its own exit
     assert command("fall")[::2] == (
         2,
-        "at import\nerror: plugin mine: ZeroDivisionError: division by zero (mine.py:18)\n",
+        "at import\nerror: plugin mine: ZeroDivisionError: division by zero (mine.py:19)\n",
     )
 
 
@@ -268,8 +296,7 @@ def test_exceptions_in_a_plugins_code_are_its_own(tmp_path):
     method = registry.find("strategies", "odd").resolve()()
 
     class Ones:
-        def tuned(self, i):
-            return np.ones(2)
+        tuned = (np.ones(2),)
 
     modules = registry.modules()
     assert modules == {"mergekit_vl_plugin_mine": "mine"}

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +13,15 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from mergekit_vl.checkpoints.dtypes import narrow, widen
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging import task_vectors
-from mergekit_vl.merging.chunks import BLOCK, Arrays, Chunk, Models, Tensor
+from mergekit_vl.merging.chunks import BLOCK, Arrays, Models, Tensor
 from mergekit_vl.merging.coefficients import depths
 from mergekit_vl.merging.engine import SERIAL, apply, workers
+from mergekit_vl.merging.method import info_of
 from mergekit_vl.registry.plugins import DEFAULT_PLUGINS, load_plugins
 from mergekit_vl.strategies import della
 from mergekit_vl.strategies.breadcrumbs import Breadcrumbs
 from mergekit_vl.strategies.breadcrumbs_ties import BreadcrumbsTies
+from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.consensus import Consensus
 from mergekit_vl.strategies.dare_linear import DareLinear
 from mergekit_vl.strategies.dare_ties import DareTies
@@ -28,7 +29,6 @@ from mergekit_vl.strategies.della import Della
 from mergekit_vl.strategies.della_linear import DellaLinear
 from mergekit_vl.strategies.ema import Ema
 from mergekit_vl.strategies.emr import Emr
-from mergekit_vl.strategies.in_memory import merge_adapters
 from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.karcher import Karcher
@@ -115,7 +115,7 @@ EVERY = (
 
 def test_every_closed_form_is_tested():
     registered = {e.resolve() for e in load_plugins().entries["strategies"].values() if e.owner in DEFAULT_PLUGINS}
-    assert {cls for cls in registered if hasattr(cls, "merge_chunk")} == {type(m) for m in EVERY} | {WiseFT}
+    assert {cls for cls in registered if info_of(cls)} == {type(m) for m in EVERY} | {WiseFT}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_every_closed_form_is_tested():
     ],
 )
 def test_by_hand(method, base, tuned, expected):
-    for device in DEVICES if hasattr(method, "svds") else ("cpu",):
+    for device in DEVICES if method.info.chunks == "tensor" else ("cpu",):
         given = replace(models(*tuned, base=base), device=device)
         np.testing.assert_allclose(merged(method, given), expected, rtol=1e-6, atol=1e-6)
 
@@ -783,15 +783,8 @@ def test_an_svd_that_does_not_converge_says_what_to_do(monkeypatch):
 def test_the_method_in_the_docs_works():
     page = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class Median" in block)
-    names = {
-        "dataclass": dataclass,
-        "Models": Models,
-        "Chunk": Chunk,
-        "Any": Any,
-        "np": np,
-        "merge_adapters": merge_adapters,
-    }
-    exec("from __future__ import annotations\nArray = None\n" + code, names)
+    names = {"dataclass": dataclass, "closed_form": closed_form, "np": np}
+    exec(code, names)
     median = names["Median"]()
     np.testing.assert_allclose(merged(median, models([1, 5], [2, 4], [9, 3])), [2, 4])
     with pytest.raises(UserError, match="at least 3 tuned models, not 1"):

@@ -1,0 +1,182 @@
+"""What a closed form is: a formula of tensors, written once, for adapters in memory and for files on disk.
+
+`MethodInfo` is all that the engine, `merge`, `check`, `run` and `bench` know of one. `strategies.closed_form.closed_form` makes one of a
+frozen dataclass, and `check_class` refuses, when it is made, what is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+from mergekit_vl.checkpoints.dtypes import Array
+from mergekit_vl.errors import Failed
+from mergekit_vl.merging.chunks import BLOCK, Chunk, Models, Run, Tensor
+from mergekit_vl.options import check_effect, key_of
+
+Chunks = Literal["accumulating", "elementwise", "rows", "tensor"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A closed form, described; what is not said of it here, nobody assumes."""
+
+    name: str
+    """As it is registered; messages begin with it."""
+    chunks: Chunks = "elementwise"
+    """What is merged at a time: "accumulating" and "elementwise" are flat stretches (the first is read model by model, and its memory
+    does not grow with their number), "rows" whole slices along the first axis, "tensor" whole tensors."""
+    averages: bool = False
+    """Whether it is a weighted mean of the models; otherwise BatchNorm statistics take the plain mean of the tuned ones."""
+    needs_base: bool = False
+    at_least: int = 1
+    """Tuned models that it takes; `at_most` None is any number."""
+    at_most: int | None = None
+    ignores_base: bool = False
+    """Whether a base gives nothing but integer tensors to the merge."""
+    passes: int = 0
+    """Over the files before that of the merge (`prepass`)."""
+    svds: int = 0
+    """SVDs of each tensor that is merged whole."""
+    stacked: float = 1.0
+    """Tensors whose singular vectors are held side by side, as a multiple of one that is merged whole."""
+    weights: str = "weights"
+    """The option that takes the models' weights by label, as in `merge A B A=0.3 B=0.7`."""
+    weighs_base: bool = False
+    """Whether the base has a weight there too."""
+    by_task: bool = False
+    """Whether it makes a model for each task and was told none (`strategies.in_memory.merge_by_task`)."""
+
+    def __post_init__(self) -> None:
+        if self.chunks not in get_args(Chunks):
+            raise Failed(f"chunks={self.chunks!r}", where=self.where, hint=f"one of {', '.join(get_args(Chunks))}")
+
+    @property
+    def where(self) -> str:
+        """Before messages."""
+        return f"strategy {self.name}"
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    @property
+    def info(self) -> MethodInfo:
+        """Of the class, whatever the options."""
+        ...
+
+    def describe(self, n: int) -> MethodInfo:
+        """With these options, for n tuned models."""
+        ...
+
+    def whole(self, tensor: Tensor, n: int) -> bool:
+        """Whether chunks "tensor" takes this one whole, and not in flat chunks."""
+        ...
+
+    def check(self, models: Models) -> None:
+        """Raise UserError for options that do not fit the models; reads no tensor."""
+        ...
+
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+        """What must be known of all tensors before the first is merged (`prepass.py`); `merge_chunk` is given it."""
+        ...
+
+    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+        """The formula."""
+        ...
+
+
+MEMBERS = {
+    "merge_chunk": ("chunk", "stats"),
+    "check": ("models",),
+    "prepass": ("models", "run", "chunk_size"),
+    "describe": ("n",),
+    "whole": ("tensor", "n"),
+    "merge": ("inputs",),
+}
+"""What is called, and how. A class brings `merge_chunk`; the others it may leave to `closed_form`."""
+
+
+def check_class(cls: type) -> None:
+    """Raise Failed for a class that is no closed form: class, member, what was expected."""
+    where = cls.__qualname__
+    if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise Failed("is no frozen dataclass", where=where, hint="write @dataclass(frozen=True) below @closed_form")
+    for name, parameters in MEMBERS.items():
+        member, call = inspect.getattr_static(cls, name, None), f"{name}({', '.join(parameters)})"
+        if member is None and name == "merge_chunk":
+            raise Failed(f"has no {call}", where=where, hint="see docs/plugins.md")
+        if member is None:
+            continue
+        if not callable(member):
+            raise Failed(f"{name} is no method but {member!r}", where=where, hint=f"define {call}")
+        try:
+            inspect.signature(member).bind("self", *parameters)
+        except TypeError:
+            told = f"{name}{inspect.signature(member)} cannot be called as {call}"
+            raise Failed(told, where=where, hint=f"define {call[:-1].replace('(', '(self, ')})") from None
+
+
+def info_of(cls: type) -> MethodInfo | None:
+    """What a class of closed forms is; None for any other strategy's."""
+    found = inspect.getattr_static(cls, "info", None)
+    return found if isinstance(found, MethodInfo) else None
+
+
+def described(strategy: object, n: int) -> MethodInfo | None:
+    """What a strategy is with its options, for n tuned models; None where it is no closed form."""
+    return strategy.describe(n) if isinstance(strategy, ClosedForm) else None
+
+
+def check_usual(method: ClosedForm, models: Models) -> None:
+    """Raise UserError for too few or too many models, a missing base, and options that are not the models' (`coefficient`, `per_model`)."""
+    info = method.describe(len(models.tuned))
+    models.check_count(info.where, at_least=info.at_least, at_most=info.at_most, base=info.needs_base)
+    fields = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    for name, field in fields.items():
+        value, key = vars(method)[name], key_of(field)
+        if "range" in field.metadata and value is not None:
+            models.check_coefficient(info.where, value, key, *field.metadata["range"])
+        if "per_model" not in field.metadata or not value:
+            continue
+        models.check_weights(info.where, value, models.labels, key)
+        if shared := field.metadata["per_model"]:
+            check_effect(method, (shared,), where=info.where, why=f"beside {key}")
+            for each in value:
+                models.check_coefficient(info.where, each, key_of(fields[shared]), *fields[shared].metadata["range"])
+
+
+# What any method holds at most, its results included. Bounds and no counts: tests/merge_files/test_memory.py measures every registered
+# method against them.
+
+
+def flat_memory(info: MethodInfo, tensor: Tensor, n: int, chunk_size: int) -> int:
+    """Bytes that a thread takes for a flat chunk, or for whole rows, of a tensor in n tuned models."""
+    itemsize = tensor.wide.itemsize
+    if info.chunks in ("accumulating", "tensor"):
+        return (8 * chunk_size + 4 * n * BLOCK) * itemsize  # whose products are of all models, in short stretches
+    if info.chunks == "elementwise":
+        return (3 * n + 12) * chunk_size * itemsize
+    rows = max(1, chunk_size // max(1, tensor.row))  # each may have numbers of its own, in float64: products, angles
+    return (3 * n + 12) * rows * tensor.row * itemsize + (4 * n * n + 24) * rows * 8
+
+
+def whole_arrays(info: MethodInfo, tensor: Tensor) -> int:
+    """Arrays of its size for a tensor that is merged whole: of a square matrix an SVD takes 8 of float64 beside its input."""
+    if not info.svds:
+        return 20
+    svd = min(16.0, 6 + 15 * min(tensor.shape) / max(*tensor.shape, 1))
+    return math.ceil(8 + svd + 12 * (info.stacked - 1))
+
+
+def prepass_memory(info: MethodInfo, tensors: Sequence[Tensor], n: int) -> int:
+    """Bytes that a prepass keeps: histograms for two positions of each model and the two that are being counted; sums of rows."""
+    if not info.passes:
+        return 0
+    rows = sum(tensor.size // max(1, tensor.row) for tensor in tensors) if info.chunks == "rows" else 0
+    return (n + 2) * (5 << 18) + 32 * n * rows

@@ -1,0 +1,58 @@
+"""The decorator that makes a strategy of a formula."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from mergekit_vl.errors import unknown
+from mergekit_vl.merging.chunks import Models, Run, Tensor
+from mergekit_vl.merging.method import MethodInfo, check_class, check_usual
+from mergekit_vl.strategies.in_memory import merge_adapters
+
+Cls = TypeVar("Cls", bound=type)
+
+
+def closed_form(name: str, **traits: Any) -> Callable[[Cls], Cls]:
+    """Give a frozen dataclass with `merge_chunk(chunk, stats)` all else that `ClosedForm` asks for; `traits` are `MethodInfo`'s.
+
+    A `check` of its own comes after the usual one: the number of models, a base where one is needed, the options that are
+    coefficients. What the class does not define is the usual thing: `describe` gives the traits, `whole` takes every tensor,
+    `prepass` knows nothing, `merge` merges adapters in memory.
+    """
+    known = [field.name for field in dataclasses.fields(MethodInfo)]
+    if wrong := [key for key in traits if key not in known]:
+        raise unknown("trait", wrong[0], known, where=f"strategy {name}")
+    info = MethodInfo(name, **traits)
+
+    def of(cls: Cls) -> Cls:
+        check_class(cls)
+        own = vars(cls).get("check")
+
+        def check(self: Any, models: Models) -> None:
+            check_usual(self, models)
+            if own is not None:
+                own(self, models)
+
+        cls.info, cls.check = info, check  # type: ignore[attr-defined]
+        for usual in (describe, whole, prepass):
+            if usual.__name__ not in vars(cls):
+                setattr(cls, usual.__name__, usual)
+        if "merge" not in vars(cls):
+            cls.merge = merge_adapters  # type: ignore[attr-defined]
+        return cls
+
+    return of
+
+
+def describe(self: Any, n: int) -> MethodInfo:
+    return self.info
+
+
+def whole(self: Any, tensor: Tensor, n: int) -> bool:
+    return True
+
+
+def prepass(self: Any, models: Models, run: Run, chunk_size: int) -> Any:
+    return None

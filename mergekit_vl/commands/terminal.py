@@ -181,7 +181,7 @@ def check_device(name: str) -> None:
     kind, colon, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda"):
         raise unknown("device", name, ("auto", "cpu", "cuda"))
-    if colon and not (kind == "cuda" and number.isascii() and number.isdigit()):
+    if colon and not (kind != "auto" and number.isascii() and number.isdigit()):
         raise UserError(f"device {name!r}", where="command line", hint="write auto, cpu, cuda or cuda:0")
 
 

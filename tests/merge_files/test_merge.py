@@ -568,6 +568,7 @@ def test_an_input_that_changes_meanwhile_is_refused(monkeypatch):
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from mergekit_vl.strategies import linear
 plain = linear.Linear.merge_chunk
 def slow(self, chunk, stats):

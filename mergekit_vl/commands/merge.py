@@ -135,7 +135,7 @@ def _quiet(method: Any) -> AbstractContextManager[Any]:
 def estimates(opened: AlignedCheckpoints) -> list[str]:
     from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, chunk_memory
     from mergekit_vl.merge_files.provenance import option_values
-    from mergekit_vl.merging.method import whole_arrays
+    from mergekit_vl.merging.memory_bounds import whole_arrays
     from mergekit_vl.system.memory import anonymous_memory, threads_available
 
     plan, n = opened.plan, len(opened.tuned)

@@ -6,7 +6,7 @@ from mergekit_vl.alignment import rebasin
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.plan import AlignedCheckpoints
 from mergekit_vl.merging.chunks import BLOCK, CHUNK_SIZE
-from mergekit_vl.merging.method import flat_memory, prepass_memory, whole_arrays
+from mergekit_vl.merging.memory_bounds import flat_memory, prepass_memory, whole_arrays
 from mergekit_vl.system.memory import anonymous_memory
 
 SPARE = 24 << 20

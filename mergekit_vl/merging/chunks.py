@@ -147,11 +147,18 @@ class Models:
                 hint="use linear for several" if at_most is not None and n > at_most else "name more models",
             )
 
-    def check_weights(self, method: str, weights: tuple[Coefficient, ...], labels: tuple[str, ...], what: str) -> None:
+    def check_weights(
+        self,
+        method: str,
+        weights: tuple[Coefficient, ...],
+        labels: tuple[str, ...],
+        what: str,
+        whose: str = "tuned models",
+    ) -> None:
         """Raise UserError unless there is none or one coefficient per label, and each filter covers a tensor."""
         if weights and len(weights) != len(labels):
             raise Unsuitable(
-                f"{len(weights)} {what} for {len(labels)} tuned models",
+                f"{len(weights)} {what} for {len(labels)} {whose}",
                 where=method,
                 hint=f"one each: {', '.join(labels)}",
             )

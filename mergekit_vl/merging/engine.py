@@ -125,7 +125,7 @@ def workers(threads: int, progress: Callable[[int], None] = lambda elements: Non
                         return
                     if result is not None:
                         results[i] = result
-                    progress(getattr(job, "size", 0))
+                    progress(job.size if isinstance(job, Chunk) else 0)
 
         if threads == 1:
             work()

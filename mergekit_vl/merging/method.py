@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
-from mergekit_vl.merging.chunks import BLOCK, Chunk, Models, Run, Tensor
+from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
 from mergekit_vl.options import check_effect, key_of
 
 Chunks = Literal["accumulating", "elementwise", "rows", "tensor"]
@@ -144,39 +142,11 @@ def check_usual(method: ClosedForm, models: Models) -> None:
             models.check_coefficient(info.where, value, key, *field.metadata["range"])
         if "per_model" not in field.metadata or not value:
             continue
-        models.check_weights(info.where, value, models.labels, key)
+        if info.weighs_base and key == info.weights:
+            models.check_weights(info.where, value, models.member_labels, key, "models")
+        else:
+            models.check_weights(info.where, value, models.labels, key)
         if shared := field.metadata["per_model"]:
             check_effect(method, (shared,), where=info.where, why=f"beside {key}")
             for each in value:
                 models.check_coefficient(info.where, each, key_of(fields[shared]), *fields[shared].metadata["range"])
-
-
-# What any method holds at most, its results included. Bounds and no counts: tests/merge_files/test_memory.py measures every registered
-# method against them.
-
-
-def flat_memory(info: MethodInfo, tensor: Tensor, n: int, chunk_size: int) -> int:
-    """Bytes that a thread takes for a flat chunk, or for whole rows, of a tensor in n tuned models."""
-    itemsize = tensor.wide.itemsize
-    if info.chunks in ("accumulating", "tensor"):
-        return (8 * chunk_size + 4 * n * BLOCK) * itemsize  # whose products are of all models, in short stretches
-    if info.chunks == "elementwise":
-        return (3 * n + 12) * chunk_size * itemsize
-    rows = max(1, chunk_size // max(1, tensor.row))  # each may have numbers of its own, in float64: products, angles
-    return (3 * n + 12) * rows * tensor.row * itemsize + (4 * n * n + 24) * rows * 8
-
-
-def whole_arrays(info: MethodInfo, tensor: Tensor) -> int:
-    """Arrays of its size for a tensor that is merged whole: of a square matrix an SVD takes 8 of float64 beside its input."""
-    if not info.svds:
-        return 20
-    svd = min(16.0, 6 + 15 * min(tensor.shape) / max(*tensor.shape, 1))
-    return math.ceil(8 + svd + 12 * (info.stacked - 1))
-
-
-def prepass_memory(info: MethodInfo, tensors: Sequence[Tensor], n: int) -> int:
-    """Bytes that a prepass keeps: histograms for two positions of each model and the two that are being counted; sums of rows."""
-    if not info.passes:
-        return 0
-    rows = sum(tensor.size // max(1, tensor.row) for tensor in tensors) if info.chunks == "rows" else 0
-    return (n + 2) * (5 << 18) + 32 * n * rows

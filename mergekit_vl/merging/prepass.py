@@ -137,9 +137,9 @@ def products(
     """By tensor name, the Gram matrix [n, n] of the n vectors that `vectors` gives for a chunk, in float64.
 
     Norms, angles and everything that lies in the span of the models follow from it, so that whole tensors need not be held. All n
-    vectors are there at once: the more models, the shorter the stretches.
+    vectors are there at once: of more than two models the stretches are shorter.
     """
-    step = max(BLOCK, chunk_size // len(models.members) // BLOCK * BLOCK)
+    step = max(BLOCK, 2 * chunk_size // max(2, len(models.tuned)) // BLOCK * BLOCK)
 
     def job(segment: tuple[Tensor, int]) -> tuple[str, Array]:
         tensor, start = segment

@@ -33,10 +33,15 @@ def is_matrix(tensor: Tensor, averaged: Sequence[str]) -> bool:
     return len(tensor.shape) == 2 and not any(matches(tensor.name, key) for key in averaged)
 
 
-def check_averaged(where: str, models: Models, averaged: Sequence[str]) -> None:
+def whole_matrix(method: Any, tensor: Tensor, n: int) -> bool:
+    """The `whole` of a method whose option `averaged` leaves matrices out."""
+    return is_matrix(tensor, method.averaged)
+
+
+def check_averaged(method: Any, models: Models) -> None:
     """Raise UserError for a filter of `averaged` that covers no tensor, except the default's: not every model has a text tower."""
-    given = {key: 0.0 for key in averaged if key not in AVERAGED}
-    check_filters(given, [t.name for t in models.tensors], where=f"{where}: averaged")
+    given = {key: 0.0 for key in method.averaged if key not in AVERAGED}
+    check_filters(given, [t.name for t in models.tensors], where=f"{method.info.where}: averaged")
 
 
 def add_mean(chunk: Chunk, scale: float) -> Array:

@@ -9,6 +9,7 @@ from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model
+from mergekit_vl.strategies.in_memory import merge_adapters
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 
 WHERE = "strategy greedy_soup"
@@ -26,7 +27,7 @@ class GreedySoup:
         tasks = inputs.to_choose_on(WHERE, "give the dataset a val split")
 
         def soup(models: Sequence[Model]) -> Model:
-            return UniformSoup().merge(replace(inputs, tuned=tuple(models)))
+            return merge_adapters(UniformSoup(), replace(inputs, tuned=tuple(models)))
 
         def accuracy(model: Model) -> float:
             scores = [evaluate(model, task.classes, task.val, inputs.features)[0].acc1 for task in tasks]  # type: ignore[arg-type]

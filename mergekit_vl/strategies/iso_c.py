@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.coefficients import Coefficient, coefficient
-from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
     AVERAGED,
     add_matrix,
@@ -17,6 +16,7 @@ from mergekit_vl.merging.svd import (
     is_matrix,
     sum_of_tasks,
     svd,
+    whole_matrix,
 )
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
@@ -38,13 +38,7 @@ class IsoC:
 
     grid = {"scale": (0.2, 0.4, 0.6, 0.8, 1.2, 1.4, 1.6)}
 
-    info: ClassVar[MethodInfo]
-
-    def whole(self, tensor: Tensor, n: int) -> bool:
-        return is_matrix(tensor, self.averaged)
-
-    def check(self, models: Models) -> None:
-        check_averaged(self.info.where, models, self.averaged)
+    whole, check = whole_matrix, check_averaged
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         scale = chunk.at(self.scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.merging.chunks import Chunk, Models, Tensor
+from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.coefficients import Coefficient, coefficient
 from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
@@ -19,6 +19,7 @@ from mergekit_vl.merging.svd import (
     sum_of_tasks,
     svd,
     task_matrix,
+    whole_matrix,
     zeros,
 )
 from mergekit_vl.options import option
@@ -44,15 +45,10 @@ class IsoCTS:
     grid = {"common": (0.6, 0.8), "scale": (0.4, 0.7, 1.0, 1.3)}
 
     info: ClassVar[MethodInfo]
+    whole, check = whole_matrix, check_averaged
 
     def describe(self, n: int) -> MethodInfo:
         return replace(self.info, svds=n + 3)
-
-    def whole(self, tensor: Tensor, n: int) -> bool:
-        return is_matrix(tensor, self.averaged)
-
-    def check(self, models: Models) -> None:
-        check_averaged(self.info.where, models, self.averaged)
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
         scale = chunk.at(self.scale)

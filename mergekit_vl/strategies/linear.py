@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.merging.chunks import Chunk, Models
-from mergekit_vl.merging.coefficients import Coefficient
+from mergekit_vl.merging.coefficients import Coefficient, per_model
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Mixture, Model
@@ -26,9 +26,7 @@ class Linear:
     words); in `features` they are the classifiers, that is the raw text features, bound late. The two are not the same point.
     """
 
-    weights: tuple[Coefficient, ...] = option(
-        (), "one per model, base first, then the tuned in order; empty: all equal"
-    )
+    weights: tuple[Coefficient, ...] = per_model("one per model, base first, then the tuned in order; empty: all equal")
     normalise: bool = option(True, "divide by the sum of the weights")
     space: Literal["own", "features"] = option(
         "own", "merge the tensors, or the classifiers that they make (`run` only)"
@@ -38,17 +36,8 @@ class Linear:
 
     def check(self, models: Models) -> None:
         check_own_space("strategy linear", self.space)
-        n = len(models.members)
-        if self.weights and len(self.weights) != n:
-            raise Unsuitable(
-                f"{len(self.weights)} weights for {n} models",
-                where="strategy linear",
-                hint=f"one each: {', '.join(models.member_labels)}",
-            )
-        for weight in self.weights:
-            models.check_coefficient("strategy linear", weight, "weight")
         if self.normalise:
-            models.check_sum("strategy linear", self.weights, n)
+            models.check_sum("strategy linear", self.weights, len(models.members))
 
     def merge(self, inputs: MergeInputs) -> Model:
         if self.space == "own":

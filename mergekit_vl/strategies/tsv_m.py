@@ -55,7 +55,7 @@ class TsvM:
     def check(self, models: Models) -> None:
         if self.rank is not None and not 0 < self.rank <= 1:
             raise UserError(f"rank={self.rank:g}", where=self.info.where, hint="a share above 0, at most 1")
-        check_averaged(self.info.where, models, self.averaged)
+        check_averaged(self, models)
 
     def _kept(self, tensor: Tensor, n: int) -> int:
         """Singular vectors of each task; 0 for what is averaged."""

@@ -13,7 +13,8 @@ from mergekit_vl.merge_files import memory, streaming
 from mergekit_vl.merge_files.plan import MergePlan, open_plan
 from mergekit_vl.merging.chunks import BLOCK, Models, Tensor
 from mergekit_vl.merging.engine import SERIAL, apply
-from mergekit_vl.merging.method import flat_memory, info_of, prepass_memory, whole_arrays
+from mergekit_vl.merging.memory_bounds import flat_memory, prepass_memory, whole_arrays
+from mergekit_vl.merging.method import info_of
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.strategies.breadcrumbs_ties import BreadcrumbsTies
 from mergekit_vl.strategies.closed_form import closed_form

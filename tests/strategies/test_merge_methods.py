@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from mergekit_vl.checkpoints.dtypes import narrow, widen
 from mergekit_vl.errors import UserError
-from mergekit_vl.merging import task_vectors
+from mergekit_vl.merging import coefficients, task_vectors
 from mergekit_vl.merging.chunks import BLOCK, Arrays, Models, Tensor
 from mergekit_vl.merging.coefficients import depths
 from mergekit_vl.merging.engine import SERIAL, apply, workers
@@ -780,12 +780,17 @@ def test_an_svd_that_does_not_converge_says_what_to_do(monkeypatch):
         merged(IsoC(), models(np.ones((2, 2)), base=np.zeros((2, 2))))
 
 
-def test_the_method_in_the_docs_works():
+def test_the_methods_in_the_docs_work():
     page = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class Median" in block)
     names = {"dataclass": dataclass, "closed_form": closed_form, "np": np}
-    exec(code, names)
+    names |= {"Coefficient": coefficients.Coefficient, "coefficient": coefficients.coefficient}
+    for code in re.findall(r"```python\n(@closed_form.*?)```", page, re.S):
+        exec(code, names)
     median = names["Median"]()
     np.testing.assert_allclose(merged(median, models([1, 5], [2, 4], [9, 3])), [2, 4])
     with pytest.raises(UserError, match="at least 3 tuned models, not 1"):
         median.check(models([1]))
+    total = names["SumOfTasks"]((0.0, 0.5))  # what is in no block lies behind the last
+    np.testing.assert_allclose(merged(total, models([1, 5], [2, 4], base=[1, 3])), [1.5, 4.5])
+    with pytest.raises(UserError, match="strategy sum_of_tasks: needs the model that the others were tuned from"):
+        total.check(models([1]))

@@ -42,6 +42,11 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
     return cls(**values)
 
 
+def values(given: Any) -> dict[str, Any]:
+    """Of an instance: its options by key."""
+    return {key_of(field): getattr(given, field.name) for field in dataclasses.fields(given) if field.init}
+
+
 def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> None:
     """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here."""
     for field in dataclasses.fields(given):

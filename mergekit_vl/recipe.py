@@ -239,21 +239,23 @@ def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, 
 
 def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:
     """The recipe on these datasets: its own by label or by the option that names one, or others of the kind of its first."""
+    from mergekit_vl.datasets.base import named_by
+
     stored, given = recipe.plain["dataset"], recipe.values["dataset"]
     own = given if isinstance(given, list) else [given]
     kept = stored if isinstance(stored, list) else [stored]
 
-    def named_by(plain: Mapping[str, Any]) -> str | None:
-        return getattr(registry.find("datasets", plain["name"]).resolve(), "named_by", None)
+    def key_of(plain: Mapping[str, Any]) -> str | None:
+        return named_by(registry.find("datasets", plain["name"]).resolve())
 
     chosen = []
     for name in names:
         found = [
             plain
             for d, plain in zip(own, kept)
-            if name in (d.get("label"), d["name"]) or name == str(d.get(named_by(d) or "", ""))
+            if name in (d.get("label"), d["name"]) or name == str(d.get(key_of(d) or "", ""))
         ]
-        key = named_by(own[0])
+        key = key_of(own[0])
         if not found and key is None:
             raise unknown("dataset", name, [str(d.get("label", d["name"])) for d in own], where="--datasets")
         chosen += found or [{k: v for k, v in kept[0].items() if k != "label"} | {key: name}]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +21,7 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import image_encoders, size_in_bytes
 from mergekit_vl.references import hide
 from mergekit_vl.registry.calls import told
-from mergekit_vl.strategies.base import trains
-from mergekit_vl.strategies.mergetune import MergeTune
+from mergekit_vl.strategies.base import HasControls, trains
 from mergekit_vl.system.atomic_files import slug, write_json
 from mergekit_vl.system.memory import Peak
 
@@ -125,9 +123,9 @@ class CellRun:
         self.bench.plan.experiment.check_by_task(entry.label, tries[0][1])
         if len(tries) > 1:
             self.selection  # noqa: B018  # its anchors are no strategy's cost
-        encoding, began = self.cell.inputs.features.seconds, time.perf_counter()
+        began = self.cell.clock()
         strategy, table, how, on = self._choose(entry.spec, tries)
-        search_seconds = time.perf_counter() - began - (self.cell.inputs.features.seconds - encoding)
+        search_seconds = self.cell.clock() - began
         options = next(given for given, made in tries if made == strategy)
         self.chosen[entry.label] = strategy
         with Peak(self.bench.ready.device) as peak:
@@ -186,16 +184,13 @@ class CellRun:
         makers = (*cell.tuners, *self._parents(spec), strategy)
         given = dataclasses.replace(given, scratch=cell.scratch(makers) / name, batch_norm=spec.batch_norm)
         if trains(strategy):
-            model, row = cell.row(
-                spec.label,
-                "merged",
-                lambda: strategy.merge(given),
-                makers=makers,
-                strategy=strategy,
-                name=f"models/{name}",
-            )
+            place = cell.place(spec.label, makers, name=f"models/{name}")
+            model = place.model or strategy.merge(given)
+            row = cell.finished(place, model, "merged")
         else:
-            model, seconds = cell.timed(lambda: strategy.merge(given))
+            began = cell.clock()
+            model = strategy.merge(given)
+            seconds = cell.clock() - began
             row = cell.scores(model) | choice_of(model, "merged")
             row["cost"]["seconds"] = seconds
         for test, scores in row["tests"].items():
@@ -255,12 +250,12 @@ class CellRun:
     def path(self) -> None:
         """Draw the path of the cell, and write it down, unless it is on record.
 
-        It is loss and accuracy between zero-shot, the first MergeTune (else what trains, else the first row) and the tuned model; of
-        towers in the first cell alone.
+        It is loss and accuracy between zero-shot, the first row that asks for controls (else one that trains, else the first) and the
+        tuned model; of towers in the first cell alone.
         """
         records = zip(self.bench.entries, self.bench.records(self.key))
         merged = [e for e, r in records if e.kind == "merged" and r and r["status"] == "done"]
-        entry = min(merged, key=lambda e: (e.cls is not MergeTune, not trains(e.cls)), default=None)
+        entry = min(merged, key=lambda e: (not isinstance(e.cls, HasControls), not trains(e.cls)), default=None)
         if entry is None or entry.spec is None:
             return
         file = self.bench.path_record(self.key, entry)

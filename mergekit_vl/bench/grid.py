@@ -17,12 +17,13 @@ from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets
 from mergekit_vl.models.inputs import MergeInputs
+from mergekit_vl.protocols.base import shots_of
 from mergekit_vl.system.atomic_files import slug, write_json
 
 if TYPE_CHECKING:
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.features import FeatureStore
-    from mergekit_vl.protocols.base import Task
+    from mergekit_vl.protocols.base import EvaluationProtocol, Task
 
 Record = dict[str, Any]
 """A row of a cell as plain data; `status` is done, inapplicable or failed, the last two with a `reason`."""
@@ -68,9 +69,9 @@ class Bench:
     def entries(self) -> list[Entry]:
         return lineup(self.plan, [dataset.name for dataset in self.ready.datasets])
 
-    def _protocol(self, shots: int | None) -> Any:
+    def _protocol(self, shots: int | None) -> EvaluationProtocol:
         protocol = self.plan.experiment.protocol
-        return protocol if shots == getattr(protocol, "shots", None) else dataclasses.replace(protocol, shots=shots)
+        return protocol if shots == shots_of(protocol) else dataclasses.replace(protocol, shots=shots)
 
     def folder(self, key: Key) -> Path:
         return self.out / "cells" / key.name

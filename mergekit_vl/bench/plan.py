@@ -15,17 +15,16 @@ from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT
 from mergekit_vl.experiments.experiment import Experiment
 from mergekit_vl.experiments.experiment import build as build_experiment
-from mergekit_vl.recipe import ALL, Recipe, Spec, dataset_specs
+from mergekit_vl.experiments.forecast import most_epochs
+from mergekit_vl.protocols.base import HasShots, shots_of
+from mergekit_vl.recipe import ALL, Recipe, Spec, TunedSpec, dataset_specs
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
-from mergekit_vl.strategies.base import trains
+from mergekit_vl.strategies.base import TrainsOn, trains
 from mergekit_vl.strategies.linear import Linear
-from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 from mergekit_vl.system.atomic_files import slug
 
-CONTINUED = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
-"""What the row "continued" takes over from the tuner, where no MergeTune says how long to go on."""
 BEST = "best single model"
 
 
@@ -46,6 +45,8 @@ class Plan:
     shots: tuple[int | None, ...]
     recipe: Recipe
     """With every strategy named."""
+    trainer: tuple[str, type[TrainsOn]] | None
+    """The strategy, by its registered name, that trains tuned models on for the rows "continued"."""
 
     @property
     def place(self) -> str:
@@ -64,16 +65,21 @@ class Plan:
     def _code(self) -> dict[str, str]:
         """Of everything that is in the report: module -> hash."""
         made = sources.modules_of([*ROOTS, *self.experiment.makers])
-        rows = [MergeTune, Linear, UniformSoup, *(cls for _, cls in self.strategies if isinstance(cls, type))]
+        rows = [
+            *(self.trainer[1:] if self.trainer else ()),
+            Linear,
+            UniformSoup,
+            *(cls for _, cls in self.strategies if isinstance(cls, type)),
+        ]
         return self.experiment.code() | sources.closure(made, WITHOUT) | sources.closure(sources.modules_of(rows))
 
     def cells(self) -> int:
-        return len(self.recipe.seeds) * len(self.shots) * (1 if self.experiment.joint else len(self.recipe.datasets))
+        return len(self.shots) * self.experiment.cells
 
     def trainings(self) -> int:
         """Trainings of a cell, at most: anchors, those of the selection, the row "continued", and those of strategies."""
         anchors = len(self.experiment.tuners) * (len(self.recipe.datasets) if self.experiment.joint else 1)
-        total = anchors * (2 if self.recipe.controls else 1) + (anchors if self.retunes() else 0)
+        total = anchors * (2 if self.trainer else 1) + (anchors if self.retunes() else 0)
         for spec, cls in self.strategies:
             if isinstance(cls, type) and trains(cls):
                 n = len(configurations(cls, spec, anchors, self.search))
@@ -94,7 +100,7 @@ class Plan:
         """As measured for prompts of the micro CLIP on 2 cores; of anything else the first cell tells."""
         if self.recipe.backbone.name != "micro" or self.recipe.protocol.name != "base_to_novel":
             return "unknown before the first cell is done, which tells"
-        epochs = max([getattr(t, "epochs", 0) for t in self.experiment.tuners], default=0)
+        epochs = most_epochs(self.experiment.tuners)
         seconds = self.cells() * (8 + self.trainings() * 0.07 * epochs + 0.5 * len(self.strategies))
         return f"about {max(1, round(seconds / 60))} min on 2 cores"
 
@@ -127,16 +133,28 @@ def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (),
         taken.append(slug(spec.label))
     how = options.build(Search, recipe.search, where=f"{recipe.name}: search")
     built = tuple((spec, _class(spec, registry, how, lenient=lenient)) for spec, lenient in chosen)
-    if shots and not hasattr(experiment.protocol, "shots"):
+    if shots and not isinstance(experiment.protocol, HasShots):
         raise UserError(f"protocol {recipe.protocol.name} takes no shots", where="--shots", hint="leave it out")
     if bad := [n for n in shots if n < 1]:
         raise UserError(f"shots={bad[0]}", where="--shots", hint="1 or more")
-    own = getattr(experiment.protocol, "shots", None)
+    own = shots_of(experiment.protocol)
     development = []
     for spec in dataset_specs(how.development, where=f"{recipe.name}: search.development"):
         cls = registry.find("datasets", spec.name, where=spec.where).resolve()
         development.append((spec, options.build(cls, spec.options, where=spec.where)))
-    return Plan(experiment, built, how, tuple(development), tuple(dict.fromkeys(shots)) or (own,), recipe)
+    trainer = _trainer(built, registry) if recipe.controls else None
+    return Plan(experiment, built, how, tuple(development), tuple(dict.fromkeys(shots)) or (own,), recipe, trainer)
+
+
+def _trainer(strategies: Sequence[tuple[Spec, Any]], registry: Registry) -> tuple[str, type[TrainsOn]] | None:
+    """The first strategy that can train a tuned model on: one of these, else any that is registered."""
+    for spec, cls in strategies:
+        if isinstance(cls, TrainsOn):
+            return spec.name, cls  # type: ignore[return-value]
+    for name, entry in registry.entries["strategies"].items():
+        if isinstance(cls := entry.resolve(), TrainsOn):
+            return name, cls
+    return None
 
 
 def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tuple[Spec, bool]]:
@@ -216,17 +234,20 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
     """The rows of a cell in the order of the table; `dataset_names` are those of its tasks."""
     made, how = plan.experiment, dataclasses.asdict(plan.search)
     tuned = list(made.tuned_labels)
-    if made.joint and all(hasattr(tuner, "tune") for tuner in made.tuners):
+    if made.joint and not any(isinstance(tuner, TunedSpec) for tuner in made.tuners):
         tuned = [f"{label} on {name}" for label in tuned for name in dataset_names]
     entries = [Entry(made.base_label, "zero-shot"), *(Entry(label, "tuned") for label in tuned)]
     by_label = {spec.label: spec for spec, _ in plan.strategies}
     classes = {spec.label: cls for spec, cls in plan.strategies}
-    if plan.recipe.controls:
+    if plan.trainer is not None:
+        strategy, cls = plan.trainer
+        own = next((spec.options for spec, of in plan.strategies if of is cls), None)
         for i, label in enumerate(tuned):
             tuner = made.tuners[i // (len(tuned) // len(made.tuners))]
             name = "continued" if len(tuned) == 1 else f"{label}, continued"
-            spec = Spec("mergetune", _continued(plan, tuner), "the row continued", name, of=label, grid={})
-            entries.append(Entry(name, "control", ("mergetune", spec.options, label), spec, MergeTune))
+            given = cls.continued(options.values(tuner) if own is None else own)
+            spec = Spec(strategy, given, "the row continued", name, of=label, grid={})
+            entries.append(Entry(name, "control", (strategy, spec.options, label), spec, cls))
     entries.append(Entry(BEST, "control", (how,)))
     average, cls = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
     spec = Spec(average, {}, "the row average", "average", grid={})
@@ -245,14 +266,3 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
         definition = (chain, tried, how, plan.retunes())
         entries.append(Entry(spec.label, "merged", definition, spec, cls, tuple(parents)))
     return entries
-
-
-def _continued(plan: Plan, tuner: Any) -> dict[str, Any]:
-    """MergeTune without its terms, from the tuned model itself: for as many steps as the first MergeTune, or as the tuner took."""
-    first = next((spec for spec, cls in plan.strategies if cls is MergeTune), None)
-    if first is not None:
-        own = {k: v for k, v in first.options.items() if k in CONTINUED}
-    else:
-        own = {k: getattr(tuner, k) for k in CONTINUED if getattr(tuner, k, None) is not None}
-        own = {k: v for k, v in own.items() if k not in ("crop", "flip") or own.get("views") != 0}  # which read them
-    return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}

@@ -25,7 +25,7 @@ from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.models.inputs import TaskData
 from mergekit_vl.options import option
 from mergekit_vl.protocols.base import Metric, Task
-from mergekit_vl.strategies.base import trains
+from mergekit_vl.strategies.base import grid_of, trains
 
 if TYPE_CHECKING:
     from mergekit_vl.recipe import Spec
@@ -45,9 +45,9 @@ class Search:
     )
 
     def __post_init__(self) -> None:
-        for name in ("budget", "training_budget"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}", where="search", hint="at least 1: the defaults")
+        for name, value in (("budget", self.budget), ("training_budget", self.training_budget)):
+            if value < 1:
+                raise UserError(f"{name}={value}", where="search", hint="at least 1: the defaults")
         if (self.by == "development") != bool(self.development):
             raise UserError(
                 f"by={self.by} with {len(self.development)} development datasets",
@@ -64,12 +64,10 @@ class Search:
 def configurations(cls: type, spec: Spec, models: int, search: Search) -> list[tuple[dict[str, Any], Any]]:
     """(options, strategy) of each configuration to try: the recipe's own first, then its grid's, thinned evenly to the budget.
 
-    The grid is the recipe's (`grid:` of the strategy), or the class's attribute `grid`: values by option, or a function of the
-    number of tuned models that returns them. Combinations that the class refuses are left out.
+    The grid is the recipe's (`grid:` of the strategy), or the class's. Combinations that the class refuses are left out.
     """
     first = options.build(cls, spec.options, where=spec.where)
-    grid: Any = spec.grid if spec.grid is not None else getattr(cls, "grid", {})
-    grid = grid(models) if callable(grid) else grid
+    grid = grid_of(cls, models) if spec.grid is None else spec.grid
     rest: list[tuple[dict[str, Any], Any]] = []
     for values in itertools.product(*grid.values()):
         given = {**spec.options, **dict(zip(grid, values))}

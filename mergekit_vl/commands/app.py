@@ -257,6 +257,8 @@ def check(
 
 
 def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> None:
+    from mergekit_vl.experiments import forecast
+
     def build(plan: Recipe) -> Any:
         if plan.every:  # a bench
             from mergekit_vl.bench import plan as module
@@ -277,19 +279,8 @@ def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> No
     say(f"protocol  {experiment.protocol}")
     say(f"seeds     {', '.join(map(str, plan.seeds))}")
     say(f"rows      {', '.join(experiment.rows)}")
-    epochs = max([getattr(t, "epochs", 0) for t in (*experiment.tuners, *(s for _, s in experiment.strategies))])
-    cells = len(plan.seeds) * (1 if experiment.joint else len(experiment.datasets))
-    towers = any(type(tuner).__name__ == "Full" for tuner in experiment.tuners)
-    work = f"a cell encodes each test image once and each shot at most {epochs} times, then trains on stored features"
-    if towers:
-        work = "whole towers: every row that moves the tower encodes the test images of its own"
-    say(f"cells     {cells}; {work}")
-    if plan.backbone.name == "micro" and plan.protocol.name == "base_to_novel":
-        say(
-            f"time      about {max(1, round(cells * (5 + epochs * 0.25)))} s on 2 cores for microworld tasks at 16 shots; less where features are stored already"
-        )
-    else:
-        say("time      depends on backbone, images and tuners: the progress lines say how long")
+    say(f"cells     {experiment.cells}; {forecast.work(experiment)}")
+    say(f"time      {forecast.time(experiment)}")
 
 
 @app.command("list")

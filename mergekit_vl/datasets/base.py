@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,12 +26,22 @@ def silent(done: int, total: int, what: str) -> None: ...
 class ImageSource(Protocol):
     """Where the images of a split come from."""
 
-    key: str
-    """Identifies the images (content, not place); part of every cache key."""
+    @property
+    def key(self) -> str:
+        """Identifies the images (content, not place); part of every cache key."""
+        ...
 
     def __len__(self) -> int: ...
     def load(self, index: int) -> Image:
         """One RGB image."""
+        ...
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    @property
+    def files(self) -> Sequence[str]:
+        """Of an image source: the file of each image, relative to the folder of all."""
         ...
 
 
@@ -75,6 +85,24 @@ class Dataset:
     """A class with fewer images than shots gives all it has (CoOp's data sets) instead of being refused."""
     shifts: Mapping[str, Split] = field(default_factory=dict)
     """Test images of the same classes, or of some of them, under other distributions (protocol `robust`)."""
+
+
+class DatasetOptions(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    def load(self, progress: Progress) -> Dataset: ...
+
+
+@runtime_checkable
+class HasNamedBy(Protocol):
+    @property
+    def named_by(self) -> str:
+        """The option that tells one dataset of this kind from another; `--datasets` takes its values."""
+        ...
+
+
+def named_by(dataset: DatasetOptions | type[DatasetOptions]) -> str | None:
+    return dataset.named_by if isinstance(dataset, HasNamedBy) else None
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl.datasets.base import HasFiles
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Classes, Ensemble, Mixture, Single
 from mergekit_vl.registry import sources
-from mergekit_vl.strategies.base import trains
 from mergekit_vl.system.atomic_files import slug, write_json
 
 if TYPE_CHECKING:
+    from mergekit_vl.datasets.base import Split
+    from mergekit_vl.models.inputs import TaskData
     from mergekit_vl.models.model import Model
     from mergekit_vl.protocols.base import Task
     from mergekit_vl.registry.plugins import Registry
+    from mergekit_vl.tuners.base import Tuner
 
 WITHOUT = (
     *("strategies", "tuners", "recipe", "experiments.landscape", "storage.export"),
@@ -29,6 +32,22 @@ WITHOUT = (
     *("bench.report", "bench.table", "bench.page", "bench.plots", "bench.wording"),
 )
 """Modules that not all rows depend on: what is in the recipe, and what shows them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is kept, before it is made or made again."""
+
+    label: str
+    name: str
+    """Of its files."""
+    makers: tuple[Any, ...]
+    row: dict[str, Any] | None
+    """What is on record."""
+    model: Model | None
+    """What is kept of it; a record may stand without it."""
+    began: float
+    """By the cell's clock."""
 
 
 @dataclass
@@ -55,7 +74,7 @@ class Cell:
         self.given = {
             "weights": self.inputs.base.backbone.digest,
             "images": [split.key for split in splits],
-            "checkpoints": [_digest(t) for t in tuners if not hasattr(t, "tune")],
+            "checkpoints": [_digest(t) for t in tuners if isinstance(t, Single)],
         }
         self.tuners, self.warn = tuners, warn
 
@@ -94,78 +113,66 @@ class Cell:
         first = self.task.tests[0][1]
         out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
         out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
-        for name in ("train", "val"):
-            out[name] = []
-            for data in self.task.data:
-                split = getattr(data, name)
-                files = getattr(split.source, "files", None) if split is not None else None
-                out[name] += [
-                    {"row": row, "class": data.classes.names[label]} | ({"file": files[row]} if files else {})
-                    for row, label in (zip(split.rows.tolist(), split.labels.tolist()) if split is not None else ())
-                ]
+        out["train"] = [shot for data in self.task.data for shot in _shots(data, data.train)]
+        out["val"] = [shot for data in self.task.data for shot in _shots(data, data.val)]
         write_json(self.folder / "shots.json", out)
 
     def anchors(
         self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool
     ) -> tuple[list[dict[str, Any]], MergeInputs]:
         """The rows of the base and of each tuned model, and the inputs that merges get."""
-        rows = [self.row(base, "zero-shot", lambda: self.inputs.base)[1]]
+        rows = [self.finished(self.place(base), self.inputs.base, "zero-shot", towers=False)]
         tuned, data = [], []
         for label, tuner, i in self._to_tune(tuners, joint):
             inputs = dataclasses.replace(self.inputs, data=(self.task.data[i],), scratch=self.scratch((tuner,)))
-            make = lambda tuner=tuner, inputs=inputs: _tune(tuner, inputs)  # noqa: E731
-            model, row = self.row(label, "tuned", make, makers=(tuner,))
+            place = self.place(label, (tuner,))
+            model = place.model or _tune(tuner, inputs)
+            rows.append(self.finished(place, model, "tuned"))
             tuned.append(model)
             data.append(self.task.data[i])
-            rows.append(row)
         labels = tuple(row["row"] for row in rows[1:])
         return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data), labels=labels)
 
     def _to_tune(self, tuners: tuple[tuple[str, Any], ...], joint: bool) -> list[tuple[str, Any, int]]:
         """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""
-        if not joint or not all(hasattr(tuner, "tune") for _, tuner in tuners):
+        if not joint or any(isinstance(tuner, Single) for _, tuner in tuners):
             return [(label, tuner, i if joint else 0) for i, (label, tuner) in enumerate(tuners)]
         tasks = range(len(self.task.data))
         return [(f"{label} on {self.task.tests[i][0]}", tuner, i) for label, tuner in tuners for i in tasks]
 
-    def row(
-        self,
-        label: str,
-        kind: str,
-        make: Callable[[], Model],
-        *,
-        makers: Iterable[Any] = (),
-        strategy: Any = None,
-        main: bool = False,
-        name: str | None = None,
-    ) -> tuple[Model, dict[str, Any]]:
-        """A model and its scores: from the folder's files of this name if they are there, else made now and written at once.
+    def place(self, label: str, makers: Iterable[Any] = (), *, name: str | None = None) -> Place:
+        """Of a row, in files of this name: with what is on record, if that is what `makers`, the strategies and tuners that it depends
+        on, would make now."""
+        from mergekit_vl.storage import model_files
 
-        `makers` are the strategies and tuners that it depends on.
+        name, makers = name or slug(label), tuple(makers)
+        if self.fresh(kept := read_record(self.folder / f"{name}.json"), makers):
+            found = model_files.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
+            return Place(label, name, makers, without_makers(kept), found, self.clock())  # type: ignore[arg-type]
+        model_files.forget(self.folder, name)
+        return Place(label, name, makers, None, None, self.clock())
+
+    def finished(self, place: Place, model: Model, kind: str, *, towers: bool = True) -> dict[str, Any]:
+        """The row of a model that was made for a place: its scores, written at once unless they are on record.
+
+        The model is kept where it can be; one of whole towers is with `towers` alone, for a closed form makes it again.
         """
         from mergekit_vl.storage import model_files
 
-        name = name or slug(label)
-        file = self.folder / f"{name}.json"
-        makers = tuple(makers)
-        if self.fresh(kept := read_record(file), makers):
-            found = model_files.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
-            return found or make(), without_makers(kept)  # type: ignore[arg-type]
-        model_files.forget(self.folder, name)
-        model, seconds = self.timed(make)
-        if model_files.can_save(model) and _keeps(kind, model, strategy, main):
-            model_files.save(model, self.folder, name)
-        row = {"row": label, "kind": kind, **self.scores(model)}
+        if place.row is not None:
+            return place.row
+        seconds = self.clock() - place.began
+        if model_files.can_save(model) and (towers or not _has_towers(model)):
+            model_files.save(model, self.folder, place.name)
+        row = {"row": place.label, "kind": kind, **self.scores(model)}
         row["cost"]["seconds"] = seconds
         row |= choice_of(model, kind)
-        write_json(file, row | {"made_of": self.made_of(makers)})
-        return model, row
+        write_json(self.folder / f"{place.name}.json", row | {"made_of": self.made_of(place.makers)})
+        return row
 
-    def timed(self, make: Callable[[], Model]) -> tuple[Model, float]:
-        """A model, and the seconds it took without encoding images for the store: those features serve every row, whoever asks first."""
-        encoding, began = self.inputs.features.seconds, time.perf_counter()
-        model = make()
-        return model, time.perf_counter() - began - (self.inputs.features.seconds - encoding)
+    def clock(self) -> float:
+        """In seconds; it stands while images are encoded for the store: those features serve every row, whoever asks first."""
+        return time.perf_counter() - self.inputs.features.seconds
 
     def scores(self, model: Model) -> dict[str, Any]:
         """Of a model on all tests of the task, as plain data."""
@@ -200,6 +207,17 @@ class Cell:
                 **{name: len(split) for name, _, split in self.task.tests},
             },
         }
+
+
+def _shots(data: TaskData, split: Split | None) -> list[dict[str, Any]]:
+    """The images of a split, by row, class, and file where they are files."""
+    if split is None:
+        return []
+    files = split.source.files if isinstance(split.source, HasFiles) else ()
+    return [
+        {"row": row, "class": data.classes.names[label]} | ({"file": files[row]} if files else {})
+        for row, label in zip(split.rows.tolist(), split.labels.tolist())
+    ]
 
 
 def choice_of(model: Model, kind: str) -> dict[str, Any]:
@@ -237,20 +255,19 @@ def without_makers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "made_of"}
 
 
-def _keeps(kind: str, model: Model, strategy: Any, main: bool) -> bool:
-    """Whole towers are kept where they were trained and for the main row; a closed form makes the others again."""
+def _has_towers(model: Model) -> bool:
+    """Whether it holds weights for whole image towers."""
     from mergekit_vl.adapters.tower import Tower
 
     members = getattr(model, "members", (model,))
-    towers = any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
-    return not towers or kind in ("tuned", "control") or main or trains(strategy)
+    return any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
 
 
-def _tune(tuner: Any, inputs: MergeInputs) -> Model:
+def _tune(tuner: Tuner | Single, inputs: MergeInputs) -> Single:
     """What a tuner makes; or a checkpoint's model, whose head is told the start that its file does not tell."""
     from mergekit_vl.storage.tuned import with_start
 
-    return tuner.tune(inputs) if hasattr(tuner, "tune") else with_start(tuner, inputs)
+    return with_start(tuner, inputs) if isinstance(tuner, Single) else tuner.tune(inputs)
 
 
 def _digest(model: Model) -> str:

@@ -15,23 +15,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
-from mergekit_vl.datasets.base import Progress
+from mergekit_vl.backbones.base import base_label
+from mergekit_vl.datasets.base import Progress, named_by
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT, Cell
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes
+from mergekit_vl.protocols.base import joint
 from mergekit_vl.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
+from mergekit_vl.strategies.base import controls_of, trains
 from mergekit_vl.system.atomic_files import cell_name, slug
 from mergekit_vl.system.regular_files import user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.datasets.base import Dataset
+    from mergekit_vl.backbones.base import BackboneOptions
+    from mergekit_vl.datasets.base import Dataset, DatasetOptions
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import Model, Single
-    from mergekit_vl.protocols.base import Task
+    from mergekit_vl.protocols.base import EvaluationProtocol, Task
+    from mergekit_vl.strategies.base import Strategy
+    from mergekit_vl.tuners.base import Tuner
 
 PATH_POINTS = 11
 ROOTS = (__name__, "mergekit_vl.models.evaluate", "mergekit_vl.models.features", "mergekit_vl.backbones.backbone")
@@ -43,13 +49,13 @@ class Experiment:
     """Live, checked objects; buildable without YAML."""
 
     recipe: Recipe
-    backbone: Any
-    datasets: tuple[Any, ...]
-    protocol: Any
-    tuners: tuple[Any, ...]
-    """A tuner, or the spec of a checkpoint."""
+    backbone: BackboneOptions
+    datasets: tuple[DatasetOptions, ...]
+    protocol: EvaluationProtocol
+    tuners: tuple[Tuner | TunedSpec | Single, ...]
+    """A tuner, or a checkpoint: its spec, and the model once it is read."""
     tuned_labels: tuple[str, ...]
-    strategies: tuple[tuple[str, Any], ...]
+    strategies: tuple[tuple[str, Strategy], ...]
     """(label, strategy); the first is the recipe's main one."""
 
     registry: Registry
@@ -66,12 +72,16 @@ class Experiment:
 
     @property
     def base_label(self) -> str:
-        return getattr(self.backbone, "base", "zero-shot")
+        return base_label(self.backbone)
 
     @property
     def joint(self) -> bool:
         """Whether all datasets make one cell, a model being tuned on each and those merged."""
-        return getattr(self.protocol, "joint", False)
+        return joint(self.protocol)
+
+    @property
+    def cells(self) -> int:
+        return len(self.recipe.seeds) * (1 if self.joint else len(self.datasets))
 
     @property
     def makers(self) -> tuple[Any, ...]:
@@ -87,7 +97,7 @@ class Experiment:
             sources.modules_of(["mergekit_vl.experiments.landscape", "mergekit_vl.storage.tuned", *rows])
         )
 
-    def check_by_task(self, label: str, strategy: Any) -> None:
+    def check_by_task(self, label: str, strategy: Strategy) -> None:
         """Raise UserError for a strategy that makes a model for each task, where the tuned models are not one a task."""
         from mergekit_vl.merging.method import described
 
@@ -101,15 +111,15 @@ class Experiment:
             )
 
     @property
-    def controls(self) -> tuple[tuple[str, Any], ...]:
-        """MergeTune's two controls: w2 trained on for the same steps, and its start trained on without its terms."""
-        from mergekit_vl.strategies.mergetune import MergeTune
-
-        main = next((s for _, s in self.strategies if isinstance(s, MergeTune)), None)
-        if main is None or not self.recipe.controls:
+    def controls(self) -> tuple[tuple[str, Strategy], ...]:
+        """What strategies want beside them, by label; of two that want one of the same label, the first has it."""
+        if not self.recipe.controls:
             return ()
-        plain = dataclasses.replace(main, lambda_=0.0, beta=0.0)
-        return (("continued", dataclasses.replace(plain, tau=1.0)), ("CE only", plain))
+        wanted: dict[str, Strategy] = {}
+        for _, strategy in self.strategies:
+            for label, control in controls_of(strategy):
+                wanted.setdefault(label, control)
+        return tuple(wanted.items())
 
 
 def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Experiment:
@@ -161,7 +171,7 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
         raise UserError(f"no row can be called {taken[0]!r}", where=recipe.name, hint="give it another label")
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
         for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
-            value, most = getattr(what, name, None), 1 if name == "crop" else sys.float_info.max
+            value, most = options.values(what).get(name), 1 if name == "crop" else sys.float_info.max
             if value is not None and not 0 < value <= most:
                 hint = "it must be positive" if value <= 0 else "at most 1" if name == "crop" else "a finite number"
                 raise UserError(f"{name}={value}", where=f"{recipe.name}: {type(what).__name__}", hint=hint)
@@ -181,7 +191,7 @@ class Ready:
     told: set[str] = field(default_factory=set)
     """Reasons that were given for making rows again."""
 
-    def tasks(self, protocol: Any, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
+    def tasks(self, protocol: EvaluationProtocol, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
         """(dataset, seed, task) of each cell; raises UserError where a test needs a text tower that is not there."""
         out = []
         for dataset in [self.datasets] if self.experiment.joint else self.datasets:
@@ -303,11 +313,11 @@ def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
     return Single(backbone, head.to(backbone.device))
 
 
-def load_datasets(specs: tuple[Spec, ...], given: tuple[Any, ...], progress: Progress) -> list[Dataset]:
+def load_datasets(specs: tuple[Spec, ...], given: tuple[DatasetOptions, ...], progress: Progress) -> list[Dataset]:
     """The datasets, under their recipe's labels where it gives some."""
     out: list[Dataset] = []
     for spec, made in zip(specs, given):
-        progress(0, 0, f"reading {getattr(made, getattr(made, 'named_by', ''), spec.name)}")
+        progress(0, 0, f"reading {options.values(made).get(named_by(made) or '', spec.name)}")
         dataset = made.load(progress)
         if spec.label != spec.name:
             dataset = dataclasses.replace(dataset, name=spec.label)
@@ -328,7 +338,7 @@ def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[
         )
 
 
-def _loaded(tuner: Any, backbone: Backbone, registry: Registry) -> Any:
+def _loaded(tuner: Tuner | TunedSpec | Single, backbone: Backbone, registry: Registry) -> Tuner | Single:
     """A tuner as it is; a checkpoint as the model it holds, read before anything is computed."""
     from mergekit_vl.models.model import Single
     from mergekit_vl.storage.tuned import load_tuned
@@ -351,23 +361,23 @@ def _run_cell(
     rows, inputs = ready.anchors(cell)
     inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
     for label, control in experiment.controls:
-        by = (*cell.tuners, control)
-        given = dataclasses.replace(inputs, scratch=cell.scratch(by))
-        make = lambda control=control, given=given: control.merge(given)  # noqa: E731
-        rows.append(cell.row(label, "control", make, makers=by)[1])
+        makers_of = (*cell.tuners, control)
+        place = cell.place(label, makers_of)
+        model = place.model or control.merge(dataclasses.replace(inputs, scratch=cell.scratch(makers_of)))
+        rows.append(cell.finished(place, model, "control"))
     tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
     merged: dict[str, Model] = {}
     makers: dict[str, tuple[Any, ...]] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
         makers[label] = (*makers.get(spec.of or "", cell.tuners), strategy)
-        scratch = cell.scratch(makers[label])
-        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=scratch)
+        given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=cell.scratch(makers[label]))
         if spec.of is not None:
-            model, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
-            given = dataclasses.replace(given, tuned=(model,), data=(data,), labels=(spec.of,))
-        make = lambda strategy=strategy, given=given: strategy.merge(given)  # noqa: E731
-        merged[label], row = cell.row(label, "merged", make, makers=makers[label], strategy=strategy, main=not merged)
-        rows.append(row)
+            one, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
+            given = dataclasses.replace(given, tuned=(one,), data=(data,), labels=(spec.of,))
+        place = cell.place(label, makers[label])
+        model = place.model or strategy.merge(given)
+        rows.append(cell.finished(place, model, "merged", towers=not merged or trains(strategy)))
+        merged[label] = model
     shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
     main = next(iter(merged.values()))
     path: list[dict[str, Any]] = []

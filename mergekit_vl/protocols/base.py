@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from mergekit_vl.datasets.base import Split
+    from mergekit_vl.datasets.base import Dataset, Split
     from mergekit_vl.models.inputs import TaskData
     from mergekit_vl.models.model import Classes
 
@@ -55,3 +55,35 @@ class Task:
     """Named halves of the classes, where there are any."""
     note: str = ""
     """What a reader of its table must know."""
+
+
+class EvaluationProtocol(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    def task(self, dataset: Dataset, seed: int) -> Task:
+        """Of one dataset; of a sequence of them where the class says `joint = True`."""
+        ...
+
+
+@runtime_checkable
+class IsJoint(Protocol):
+    @property
+    def joint(self) -> bool:
+        """Whether all datasets of a recipe make one cell, a model being tuned on each and those merged."""
+        ...
+
+
+@runtime_checkable
+class HasShots(Protocol):
+    @property
+    def shots(self) -> int | None:
+        """Images per class to tune on, an option; none: all."""
+        ...
+
+
+def joint(protocol: EvaluationProtocol) -> bool:
+    return isinstance(protocol, IsJoint) and protocol.joint
+
+
+def shots_of(protocol: EvaluationProtocol) -> int | None:
+    return protocol.shots if isinstance(protocol, HasShots) else None

@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.registry import hookspecs
+from mergekit_vl.registry import contracts, hookspecs
 from mergekit_vl.registry.calls import FILE_MODULE, to_stderr, within
 
 DEFAULT_PLUGINS = ("mergekit_vl.registry.builtin_plugins",)
@@ -35,9 +35,36 @@ class Entry:
     owner: str
 
     def resolve(self) -> Any:
-        """The registered class, imported now if it was given as `"module:Class"`."""
+        """The registered class, imported and checked now if it was given as `"module:Class"`."""
         if not isinstance(self.target, str):
             return self.target
+        found = self._imported()
+        if faults := contracts.faults(found, self.kind):
+            raise UserError(f"{self.told}: {'; '.join(faults)}", where=f"plugin {self.owner}")
+        return found
+
+    @property
+    def told(self) -> str:
+        """As messages name it: strategy 'ties'."""
+        return f"{singular(self.kind)} {self.name!r}"
+
+    def check(self) -> None:
+        """Raise UserError for a class that does not fit its kind; of one that is not imported yet, where that cannot be tried."""
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"{self.kind}: {self.name!r} is no name", hint="register(name, target, summary)")
+        if not isinstance(self.target, str):
+            faults = contracts.faults(self.target, self.kind)
+        elif (
+            not all(part.isidentifier() for part in self.target.replace(":", ".").split("."))
+            or self.target.count(":") != 1
+        ):
+            faults = (f"{self.target!r} is no place of a class: module:Class was expected",)
+        else:
+            return
+        if faults:
+            raise UserError(f"{self.told}: {'; '.join(faults)}")
+
+    def _imported(self) -> Any:
         module, _, attribute = self.target.partition(":")
         try:
             with to_stderr():
@@ -59,12 +86,7 @@ class Registry:
 
     def find(self, kind: str, name: str, *, where: str = "") -> Entry:
         if name not in self.entries[kind]:
-            raise unknown(
-                kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1],
-                name,
-                self.entries[kind],
-                where=where,
-            )
+            raise unknown(singular(kind), name, self.entries[kind], where=where)
         return self.entries[kind][name]
 
     def adapter(self, name: str) -> Any:
@@ -92,6 +114,10 @@ class Registry:
         """The plugins that are not ours, by the names of their modules."""
         loaded = [(owner, plugin) for owner, plugin in self.manager.list_name_plugin() if owner not in DEFAULT_PLUGINS]
         return {getattr(plugin, "__name__", type(plugin).__module__): owner for owner, plugin in loaded}
+
+
+def singular(kind: str) -> str:
+    return kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1]
 
 
 def command_name(command: Any) -> str:
@@ -153,12 +179,14 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
 
                 others = [p for p in manager.get_plugins() if p is not plugin]
                 manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
+            for entry in staged:
+                entry.check()
     except (Exception, SystemExit) as error:  # a third party's code may raise anything
         if builtin:
             raise
         if plugin is not None and manager.get_plugin(owner) is plugin:
             manager.unregister(name=owner)
-        registry.failures[owner] = f"{type(error).__name__}: {error}"
+        registry.failures[owner] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return
     for entry in staged:
         held = registry.entries[entry.kind].get(entry.name)

@@ -1,8 +1,9 @@
-"""What a strategy is."""
+"""What a strategy is: `merge`, and what else a class may have. What a class does not have has the default given here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from mergekit_vl.models.inputs import MergeInputs
@@ -15,6 +16,47 @@ class Strategy(Protocol):
     def merge(self, inputs: MergeInputs) -> Model: ...
 
 
-def trains(strategy: Any) -> bool:
-    """Whether a strategy has a training loop: its class says `trains = True`."""
-    return getattr(strategy, "trains", False)
+@runtime_checkable
+class Trains(Protocol):
+    @property
+    def trains(self) -> bool:
+        """Whether it has a training loop: its models are stored, since making them again would cost as much as making them."""
+        ...
+
+
+@runtime_checkable
+class HasGrid(Protocol):
+    @property
+    def grid(self) -> Mapping[str, Sequence[Any]] | Callable[[int], Mapping[str, Sequence[Any]]]:
+        """Values by option that `bench` tries beside the defaults; or a function of the number of tuned models that gives them."""
+        ...
+
+
+@runtime_checkable
+class HasControls(Protocol):
+    def controls(self) -> Sequence[tuple[str, Strategy]]:
+        """Labelled strategies that a run makes beside this one, to tell what its parts do."""
+        ...
+
+
+@runtime_checkable
+class TrainsOn(Protocol):
+    @classmethod
+    def continued(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The class's options for plain training on from the tuned model, for as long as `options`, its own or a tuner's, say."""
+        ...
+
+
+def trains(strategy: Strategy | type[Strategy]) -> bool:
+    return isinstance(strategy, Trains) and strategy.trains
+
+
+def grid_of(strategy: type[Strategy], models: int) -> Mapping[str, Sequence[Any]]:
+    """For this many tuned models."""
+    if not isinstance(strategy, HasGrid):
+        return {}
+    return strategy.grid(models) if callable(strategy.grid) else strategy.grid
+
+
+def controls_of(strategy: Strategy) -> tuple[tuple[str, Strategy], ...]:
+    return tuple(strategy.controls()) if isinstance(strategy, HasControls) else ()

@@ -38,8 +38,9 @@ paper's; path `features` with surrogate `cosine` and the fixed grid of alphas is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import Unsuitable, UserError
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
 
 LR = {"ctx": 0.002, "head": 1.0, "tower": 3e-5}
 """Where none is given: SGD's for prompts, SGD's in units of 1 / mean squared feature norm for heads, AdamW's for towers."""
+
+TRAINING = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
+"""Options that say how it is trained, and not on what."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,19 @@ class MergeTune:
     grid = {"lambda": (2.0, 4.0, 16.0)}
 
     trains = True
-    """The model is stored: making it again would cost as much as making it."""
+
+    def controls(self) -> tuple[tuple[str, MergeTune], ...]:
+        """w2 trained on for the same steps, and the start trained on without the terms."""
+        plain = replace(self, lambda_=0.0, beta=0.0)
+        return ("continued", replace(plain, tau=1.0)), ("CE only", plain)
+
+    @classmethod
+    def continued(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of `options`, a MergeTune's or a tuner's, those of plain training, from w2 and without the terms."""
+        own = {key: options[key] for key in TRAINING if options.get(key) is not None}
+        if options.get("views") == 0:  # crop and flip are read with views alone
+            own = {key: value for key, value in own.items() if key not in ("crop", "flip")}
+        return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}
 
     def __post_init__(self) -> None:
         for name, valid, hint in (

@@ -40,6 +40,8 @@ class Full:
     flip: bool = option(True, "flip half of the images")
     unseen: Unseen = option("refuse", "other class names: refuse, or zero_shot rows (with a linear head)")
 
+    moves_tower = True
+
     def __post_init__(self) -> None:
         for name, least in (("accumulate", 1), ("weight_decay", 0), ("warmup", 0)):
             if getattr(self, name) < least:

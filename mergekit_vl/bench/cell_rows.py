@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +17,12 @@ from mergekit_vl.bench import search
 from mergekit_vl.bench.plan import BEST, Entry
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.experiments import landscape
-from mergekit_vl.experiments.cell import choice_of, read_record
+from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import image_encoders, size_in_bytes
 from mergekit_vl.references import hide
 from mergekit_vl.registry.calls import told
+from mergekit_vl.reports.results import plain
 from mergekit_vl.strategies.base import HasControls, trains
 from mergekit_vl.system.atomic_files import slug, write_json
 from mergekit_vl.system.memory import Peak
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.model import Model
     from mergekit_vl.recipe import Spec
+    from mergekit_vl.reports.results import Row
+    from mergekit_vl.strategies.base import Strategy
 
 LINE_POINTS, PLANE_POINTS = 21, 13
 
@@ -59,7 +63,7 @@ class CellRun:
             self._record(entry, self._made(entry))
 
     @cached_property
-    def anchors(self) -> tuple[list[Record], MergeInputs]:
+    def anchors(self) -> tuple[list[Row], MergeInputs]:
         return self.bench.ready.anchors(self.cell)
 
     @cached_property
@@ -99,9 +103,9 @@ class CellRun:
 
     def _anchor(self, entry: Entry) -> Record:
         rows, inputs = self.anchors
-        models = dict(zip((row["row"] for row in rows), (inputs.base, *inputs.tuned)))
-        row = next(row for row in rows if row["row"] == entry.label)
-        return self._done(models[entry.label], row, options={**row["chosen"]})
+        models = dict(zip((row.row for row in rows), (inputs.base, *inputs.tuned)))
+        row = next(row for row in rows if row.row == entry.label)
+        return self._done(models[entry.label], row, options={what: value for what, (value, _) in row.chosen.items()})
 
     def _best(self) -> Record:
         """The base or the tuned model that does best on the selection tasks."""
@@ -110,8 +114,8 @@ class CellRun:
             raise Unsuitable(f"no model can be chosen: {self.selection}", where=BEST)
         found = []
         for i, row in enumerate(rows):
-            scores = [cell.scores((given.base, *given.tuned)[i]) for cell, given in self.selection]
-            found.append((search.quality(scores), row["row"], (inputs.base, *inputs.tuned)[i], row))
+            scored = [cell.scored(row.row, row.kind, (given.base, *given.tuned)[i]) for cell, given in self.selection]
+            found.append((search.quality(scored), row.row, (inputs.base, *inputs.tuned)[i], row))
         _, name, model, row = max(found, key=lambda each: each[0])
         table = [{"options": {"model": other}, "score": score, "nll": -nll} for (score, nll), other, _, _ in found]
         how = {"how": self._images(), "on": self.bench.plan.split(), "configurations": table}
@@ -142,7 +146,7 @@ class CellRun:
             row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
         except UserError as error:
             return {"options": given, "reason": str(error)}
-        return {"options": given, "tests": row["tests"], "score": row["score"]}
+        return {"options": given, "tests": plain(row.tests), "score": row.score}
 
     def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
         return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
@@ -177,7 +181,7 @@ class CellRun:
         images = ", ".join(f"{len(split)} {name}" for name, _, split in self.selection[0][0].task.tests)  # type: ignore[union-attr]
         return ("development tasks: " if self.bench.plan.search.by == "development" else "") + images
 
-    def _scored(self, cell: Cell, spec: Spec, strategy: Any, inputs: MergeInputs) -> tuple[Model, Record]:
+    def _scored(self, cell: Cell, spec: Spec, strategy: Strategy, inputs: MergeInputs) -> tuple[Model, Row]:
         """A strategy's model in a cell with its scores. What was trained is kept, since a kill would cost it."""
         name = f"{slug(spec.label)}-{_digest(strategy)}"
         given = self._given(cell, spec, inputs)
@@ -190,11 +194,9 @@ class CellRun:
         else:
             began = cell.clock()
             model = strategy.merge(given)
-            seconds = cell.clock() - began
-            row = cell.scores(model) | choice_of(model, "merged")
-            row["cost"]["seconds"] = seconds
-        for test, scores in row["tests"].items():
-            if scores["nll"] != scores["nll"]:
+            row = cell.scored(spec.label, "merged", model, cell.clock() - began)
+        for test, scores in row.tests.items():
+            if math.isnan(scores.nll):
                 raise Failed(f"its answers on {test} are not finite", where=spec.label)
         return model, row
 
@@ -228,7 +230,7 @@ class CellRun:
     def _done(
         self,
         model: Model,
-        row: Record,
+        row: Row,
         *,
         options: Mapping[str, Any],
         peak: int | None = None,
@@ -236,15 +238,14 @@ class CellRun:
     ) -> Record:
         towers = max(len(image_encoders(model, classes)) for _, classes, _ in self.cell.task.tests)
         cost = {
-            **row["cost"],
+            **plain(row.cost),
             "search_seconds": search_seconds,
             "peak_bytes": peak,
             "bytes": size_in_bytes(model),
             "towers": towers,
-            "ms_per_sample": towers * self.bench.image_ms + row["cost"]["ms_per_sample"],
+            "ms_per_sample": towers * self.bench.image_ms + row.cost.ms_per_sample,
         }
-        kept = {key: row[key] for key in ("tests", "score", "right", "digest", "parameters", "forwards")}
-        kept |= {key: row[key] for key in ("chosen", "learnt", "chosen_on") if key in row}
+        kept = {key: value for key, value in row.to_json().items() if key not in ("row", "kind")}
         return {"status": "done", **kept, "options": dict(options), "cost": cost}
 
     def path(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_vl.bench import plots
-from mergekit_vl.bench.wording import failed, headline, lead, reasons
+from mergekit_vl.bench.wording import chosen, failed, headline, lead, reasons
 from mergekit_vl.models import choices
 from mergekit_vl.printable import in_html
 from mergekit_vl.reports import landscape_page
@@ -123,7 +123,7 @@ def _table(shown: dict[str, Any], report: dict[str, Any]) -> str:
             cells.append(f"<td{mark} data-value={d['mean']:.6f}>{d['mean']:+.1f}{span}</td>")
         mb = [None if row[key] is None else row[key] / 1e6 for key in ("peak_bytes", "bytes")]
         cells += [
-            _number(row["default"], ".1f"), f"<td>{in_html(choices.told(row['chosen'], most=1))}</td>",
+            _number(row["default"], ".1f"), f"<td>{in_html(chosen(row, most=1))}</td>",
             _number(row["search_seconds"] if row["searched"] else None, ".1f"),
             _number(row["seconds"], ".2f"), _number(row["towers"], ".0f"), _number(row["forwards"], ".0f"),
             _number(row["ms_per_sample"], ".3f"), _number(mb[0], ".0f"), _number(mb[1], ".3f"),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_vl.bench import wording
 from mergekit_vl.bench.table import chosen, done, left_out, selection_split, table
 from mergekit_vl.bench.wording import lead, reasons, span
 from mergekit_vl.experiments import landscape
@@ -207,7 +208,7 @@ def table_csv(shown: dict[str, Any]) -> str:
     writer.writerow([*headers(shown), "chosen", "equal to the bit"])
     for entry in shown["rows"]:
         values = ["" if v is None else v for v in cells_of(entry, shown)]
-        writer.writerow([*values, choices.told(entry["chosen"]), "; ".join(entry["equal"])])
+        writer.writerow([*values, wording.chosen(entry), "; ".join(entry["equal"])])
     return out.getvalue()
 
 
@@ -236,7 +237,7 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{entry['rank']:.1f}",
                 *spans,
                 default,
-                in_markdown(choices.told(entry["chosen"], most=choices.SHOWN)),
+                in_markdown(wording.chosen(entry, most=choices.SHOWN)),
             ]
             lines.append("| " + " | ".join([*cells, f"{entry['towers']:.0f}, {entry['forwards']}"]) + " |")
         parts.append("\n".join(lines))

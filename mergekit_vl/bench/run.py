@@ -21,6 +21,7 @@ from mergekit_vl.bench.grid import Bench, Key
 from mergekit_vl.bench.plan import ROOTS, Plan
 from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.experiment import prepare
+from mergekit_vl.reports.results import plain
 from mergekit_vl.system.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def work(bench: Bench, key: Key) -> None:
     missing, contest = bench.missing(key, cell), CellRun(bench, key, cell)
     if missing:
         cell.keep_shots(key.dataset, key.seed)
-        write_json(cell.folder / "facts.json", cell.facts(key.dataset, key.seed))
+        facts = plain(cell.facts(key.dataset, key.seed))
+        write_json(cell.folder / "facts.json", {name: fact for name, fact in facts.items() if name != "rows"})
         contest.make(missing)
     contest.path()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from mergekit_vl.strategies.base import grid_of, trains
 
 if TYPE_CHECKING:
     from mergekit_vl.recipe import Spec
+    from mergekit_vl.reports.results import Row
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def by_held_out(task: Task, seed: int) -> Task:
     return dataclasses.replace(task, data=(tuned,), tests=tests, parts={})
 
 
-def quality(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def quality(rows: Sequence[Row]) -> tuple[float, float]:
     """What configurations are compared by: the mean headline over the selection tasks, then the mean likelihood."""
-    nll = [scores["nll"] for row in rows for scores in row["tests"].values()]
-    return sum(row["score"] for row in rows) / len(rows), -sum(nll) / len(nll)
+    nll = [scores.nll for row in rows for scores in row.tests.values()]
+    return sum(row.score for row in rows) / len(rows), -sum(nll) / len(nll)

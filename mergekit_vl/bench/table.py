@@ -9,10 +9,12 @@ import numpy as np
 
 from mergekit_vl.models import choices
 from mergekit_vl.reports.intervals import ranks
-from mergekit_vl.reports.report import metric_of, paired, summary
+from mergekit_vl.reports.report import paired, summary
+from mergekit_vl.reports.results import CellResult, Row, plain
 
 if TYPE_CHECKING:
     from mergekit_vl.bench.grid import Bench
+    from mergekit_vl.protocols.base import Metric
 
 
 def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[str, Any]:
@@ -38,23 +40,24 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
     anchor = next((label for label in labels if label in [e.label for e in bench.entries if e.kind == "tuned"]), None)
     places = np.array([ranks([row["score"] for row in cell["rows"]]) for cell in cells])
     out = []
-    for n, (i, entry) in enumerate(zip(rows, summary(cells))):
+    results = [CellResult.from_json(cell) for cell in cells]
+    for n, (i, entry) in enumerate(zip(rows, map(plain, summary(results)))):
         records = [cell["rows"][n] for cell in cells]
         defaults = [record.get("default", record) for record in records]
         shared: dict[str, Any] = {}
         for label in equal[i]:  # rows that share this one have choices of their own
             others = [next(r for r in cell["all"] if r["row"] == label) for cell in cells]
             found = choices.counted([own_choices(record) for record in others])
-            shared |= {f"{label}: {what}": values for what, values in found.items()}
+            shared |= {f"{label}: {what}": values for what, values in plain(found).items()}
         entry |= {
             "equal": equal[i],
-            "chosen": choices.counted([own_choices(record) for record in records]) | shared,
+            "chosen": plain(choices.counted([own_choices(record) for record in records])) | shared,
             "strategy": records[0]["strategy"],
             "rank": float(places[:, n].mean()),
             "sd": _sd(cells, [record["score"] for record in records]),
-            "minus_base": paired(cells, labels[n], labels[0]) if n else None,
-            "minus_tuned": paired(cells, labels[n], anchor) if anchor and labels[n] != anchor else None,
-            "default": _headline(cells, defaults)
+            "minus_base": plain(paired(results, labels[n], labels[0])) if n else None,
+            "minus_tuned": plain(paired(results, labels[n], anchor)) if anchor and labels[n] != anchor else None,
+            "default": _headline(results[0].metric, defaults)
             if defaults != records and all("score" in d for d in defaults)
             else None,
             "searched": any(record.get("search", {}).get("configurations") for record in records),
@@ -79,7 +82,7 @@ def table(bench: Bench, cells: list[dict[str, Any]], shots: int | None) -> dict[
 def own_choices(record: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """(value, split) by what was chosen for a row in one cell: its options by the bench, the rest by the strategy itself."""
     on = record.get("search", {}).get("on")
-    return ({"options": (record["options"], on)} if on else {}) | choices.of_row(record)
+    return ({"options": (record["options"], on)} if on else {}) | Row.from_json(record).chosen
 
 
 def selection_split(cell: dict[str, Any], record: dict[str, Any]) -> str | None:
@@ -101,9 +104,8 @@ def _mean(records: list[dict[str, Any]], key: str) -> float | None:
     return None if None in values else float(np.mean(values))
 
 
-def _headline(cells: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
+def _headline(metric: Metric, rows: list[dict[str, Any]]) -> float:
     """The headline of the averages, in percent."""
-    metric = metric_of(cells[0])
     means = [
         100 * float(np.mean([metric.column(name, {t: s["acc1"] for t, s in row["tests"].items()}) for row in rows]))
         for name in metric.columns

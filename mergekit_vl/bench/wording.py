@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mergekit_vl.models import choices
+from mergekit_vl.models.choices import Chosen
 from mergekit_vl.reports.intervals import NO_INTERVAL
 
 MOST = 3
@@ -57,6 +59,11 @@ def lead(report: dict[str, Any]) -> str:
         + f": {cells} cells{f' ({note})' if note else ''}. {how} {paired}."
         " ± is the standard deviation over seeds; rank is the mean place over cells, rows that are equal to the bit counting once."
     )
+
+
+def chosen(entry: dict[str, Any], *, most: int | None = None) -> str:
+    """What was chosen for a row of the table."""
+    return choices.told({what: [Chosen(**v) for v in values] for what, values in entry["chosen"].items()}, most=most)
 
 
 def span(difference: dict[str, Any] | None) -> str:

@@ -46,6 +46,7 @@ from mergekit_vl.system.interrupts import noted
 if TYPE_CHECKING:
     from mergekit_vl.experiments.experiment import Experiment
     from mergekit_vl.recipe import Recipe
+    from mergekit_vl.reports.results import Report
 
 app = typer.Typer(
     help="Merge vision-language models: what fine-tuning taught, without losing what the model knew.",
@@ -97,12 +98,12 @@ def run(
     plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
     experiment = build(plan)
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    load = lambda folder: found if (found := report.load(folder)) and found.get("code") == experiment.code() else None  # noqa: E731
+    load = lambda folder: found if (found := report.load(folder)) and found.code == experiment.code() else None  # noqa: E731
     show = not quiet and not as_json
     with noted("the same command continues"), tidied(folder), alone(folder):
         again = claim(folder, plan.hash, load, force=force)
         if again is not None:
-            say(json.dumps(again) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
+            say(json.dumps(again.to_json()) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
             return
         from mergekit_vl.models.features import FeatureStore
 
@@ -111,7 +112,7 @@ def run(
                 experiment, folder, device=device_of(device), store=FeatureStore(), progress=progress, warn=warn
             )
     if as_json:
-        say(json.dumps(made))
+        say(json.dumps(made.to_json()))
     elif not quiet:
         _print_report(
             made,
@@ -121,7 +122,7 @@ def run(
         )
 
 
-def _print_report(report: dict[str, Any], folder: Path, made: Experiment, words: list[str]) -> None:
+def _print_report(report: Report, folder: Path, made: Experiment, words: list[str]) -> None:
     import shlex
 
     from mergekit_vl.experiments import suite
@@ -130,40 +131,40 @@ def _print_report(report: dict[str, Any], folder: Path, made: Experiment, words:
     from mergekit_vl.reports.intervals import NO_INTERVAL
     from mergekit_vl.reports.report import gain
 
-    cells = report["cells"]
-    title = f"{cells[0]['dataset']}, seed {cells[0]['seed']}" if len(cells) == 1 else f"mean of {len(cells)} cells"
-    metric = report["metric"]
-    several, few = len(metric["columns"]) > 1, len(metric["columns"]) < 3
-    minus = {d["minus"]: d for d in report["differences"]}
+    cells = report.cells
+    title = f"{cells[0].dataset}, seed {cells[0].seed}" if len(cells) == 1 else f"mean of {len(cells)} cells"
+    metric = report.metric
+    several, few = len(metric.columns) > 1, len(metric.columns) < 3
+    minus = {d.minus: d for d in report.differences}
     texts = {
-        name: f"{d['mean']:+.1f}" + ("" if d["low"] is None else f" [{d['low']:+.1f}, {d['high']:+.1f}]")
+        name: f"{d.mean:+.1f}" + ("" if d.low is None else f" [{d.low:+.1f}, {d.high:+.1f}]")
         for name, d in minus.items()
     }
-    across = report["summary"][0]["columns"][next(iter(metric["columns"]))]["interval"] is not None
+    across = report.summary[0].columns[next(iter(metric.columns))].interval is not None
     intervals = [NO_INTERVAL] if not across else ["± half of the 95% interval"] * few
-    headers = [*metric["columns"], *([metric["headline"]] * several), *(["normalised"] * metric["normalised"])]
+    headers = [*metric.columns, *([metric.headline] * several), *(["normalised"] * metric.normalised)]
     # what is folded where the terminal is narrow: labels, or the headers of many columns
     columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
     if few:  # with many columns there is no place for it; the page has it
-        columns.append(Column(f"{shortened(report['main'], 30)} minus it"))
+        columns.append(Column(f"{shortened(report.main, 30)} minus it"))
     rows = []
-    for row in report["summary"]:
+    for row in report.summary:
         told = []
-        for column in row["columns"].values():
-            low, high = column["interval"] or (0, 0)
-            told.append(f"{column['acc1']:.1f}" + (f" ±{(high - low) / 2:.1f}" if few and across else ""))
-        told += [f"{row['score']:.1f}"] * several + [f"{row.get('normalised', 0):.1f}"] * metric["normalised"]
-        rows.append([row["row"], *told, *([texts.get(row["row"], "")] * few), str(row["forwards"])])
+        for column in row.columns.values():
+            low, high = column.interval or (0, 0)
+            told.append(f"{column.acc1:.1f}" + (f" ±{(high - low) / 2:.1f}" if few and across else ""))
+        told += [f"{row.score:.1f}"] * several + [f"{row.normalised or 0:.1f}"] * metric.normalised
+        rows.append([row.row, *told, *([texts.get(row.row, "")] * few), str(row.forwards)])
     say_table(
-        f"{report['recipe']}: {title}" + (f" ({report['note']})" if report["note"] else ""),
+        f"{report.recipe}: {title}" + (f" ({report.note})" if report.note else ""),
         [*columns, Column("heads")],
         rows,
         caption="; ".join([*intervals, f"n = {sizes(report)}"]),
-        strong=[i for i, row in enumerate(report["summary"]) if row["row"] not in minus],
+        strong=[i for i, row in enumerate(report.summary) if row.row not in minus],
     )
-    for row in report["summary"]:
-        for what, values in row["chosen"].items():
-            say(f"{row['row']}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0]['split']]}")
+    for row in report.summary:
+        for what, values in row.chosen.items():
+            say(f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}")
     if recorded := suite.beside(made, registry()):
         say(recorded)
     say(gain(report))

@@ -47,6 +47,7 @@ def evaluate_model(
     from mergekit_vl.models.evaluate import evaluate
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import Classes
+    from mergekit_vl.reports.results import plain
 
     progress(0, 0, "loading the model")
     used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
@@ -59,7 +60,7 @@ def evaluate_model(
     classes = Classes(data.classes, data.templates).subset(shown)
     store = FeatureStore(report=progress)
     scores, seconds, *_ = evaluate(used.model, classes, part.of_classes(shown), store)
-    told = scores.as_dict()
+    told = plain(scores)
     return {
         "dataset": data.name,
         "split": split,

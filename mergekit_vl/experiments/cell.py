@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergekit_vl.models.model import Model
     from mergekit_vl.protocols.base import Task
     from mergekit_vl.registry.plugins import Registry
+    from mergekit_vl.reports.results import CellResult, Kind, Row
     from mergekit_vl.tuners.base import Tuner
 
 WITHOUT = (
@@ -42,7 +43,7 @@ class Place:
     name: str
     """Of its files."""
     makers: tuple[Any, ...]
-    row: dict[str, Any] | None
+    row: Row | None
     """What is on record."""
     model: Model | None
     """What is kept of it; a record may stand without it."""
@@ -117,9 +118,7 @@ class Cell:
         out["val"] = [shot for data in self.task.data for shot in _shots(data, data.val)]
         write_json(self.folder / "shots.json", out)
 
-    def anchors(
-        self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool
-    ) -> tuple[list[dict[str, Any]], MergeInputs]:
+    def anchors(self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool) -> tuple[list[Row], MergeInputs]:
         """The rows of the base and of each tuned model, and the inputs that merges get."""
         rows = [self.finished(self.place(base), self.inputs.base, "zero-shot", towers=False)]
         tuned, data = [], []
@@ -130,7 +129,7 @@ class Cell:
             rows.append(self.finished(place, model, "tuned"))
             tuned.append(model)
             data.append(self.task.data[i])
-        labels = tuple(row["row"] for row in rows[1:])
+        labels = tuple(row.row for row in rows[1:])
         return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data), labels=labels)
 
     def _to_tune(self, tuners: tuple[tuple[str, Any], ...], joint: bool) -> list[tuple[str, Any, int]]:
@@ -143,16 +142,18 @@ class Cell:
     def place(self, label: str, makers: Iterable[Any] = (), *, name: str | None = None) -> Place:
         """Of a row, in files of this name: with what is on record, if that is what `makers`, the strategies and tuners that it depends
         on, would make now."""
+        from mergekit_vl.reports.results import Row
         from mergekit_vl.storage import model_files
 
         name, makers = name or slug(label), tuple(makers)
-        if self.fresh(kept := read_record(self.folder / f"{name}.json"), makers):
+        kept = read_record(self.folder / f"{name}.json")
+        if kept is not None and self.fresh(kept, makers):
             found = model_files.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
-            return Place(label, name, makers, without_makers(kept), found, self.clock())  # type: ignore[arg-type]
+            return Place(label, name, makers, Row.from_json(kept), found, self.clock())
         model_files.forget(self.folder, name)
         return Place(label, name, makers, None, None, self.clock())
 
-    def finished(self, place: Place, model: Model, kind: str, *, towers: bool = True) -> dict[str, Any]:
+    def finished(self, place: Place, model: Model, kind: Kind, *, towers: bool = True) -> Row:
         """The row of a model that was made for a place: its scores, written at once unless they are on record.
 
         The model is kept where it can be; one of whole towers is with `towers` alone, for a closed form makes it again.
@@ -164,49 +165,47 @@ class Cell:
         seconds = self.clock() - place.began
         if model_files.can_save(model) and (towers or not _has_towers(model)):
             model_files.save(model, self.folder, place.name)
-        row = {"row": place.label, "kind": kind, **self.scores(model)}
-        row["cost"]["seconds"] = seconds
-        row |= choice_of(model, kind)
-        write_json(self.folder / f"{place.name}.json", row | {"made_of": self.made_of(place.makers)})
+        row = self.scored(place.label, kind, model, seconds)
+        write_json(self.folder / f"{place.name}.json", row.to_json() | {"made_of": self.made_of(place.makers)})
         return row
 
     def clock(self) -> float:
         """In seconds; it stands while images are encoded for the store: those features serve every row, whoever asks first."""
         return time.perf_counter() - self.inputs.features.seconds
 
-    def scores(self, model: Model) -> dict[str, Any]:
-        """Of a model on all tests of the task, as plain data."""
+    def scored(self, label: str, kind: Kind, model: Model, seconds: float = 0.0) -> Row:
+        """Of a model that took so long to make, on all tests of the task."""
         from mergekit_vl.models.evaluate import evaluate
+        from mergekit_vl.reports.results import Cost, Row
 
         found = {
             test: evaluate(model, classes, split, self.inputs.features) for test, classes, split in self.task.tests
         }
-        tests = {test: each.scores.as_dict() for test, each in found.items()}
-        return {
-            "tests": tests,
-            "score": self.task.metric.of({test: scores["acc1"] for test, scores in tests.items()}),
-            "right": {test: "".join("01"[int(hit)] for hit in each.right) for test, each in found.items()},
-            "digest": {test: each.digest for test, each in found.items()},
-            "parameters": model.parameters,
-            "forwards": model.forwards,
-            "cost": {"ms_per_sample": 1000 * max(each.seconds for each in found.values())},
-        }
+        return Row(
+            label,
+            kind,
+            tests={test: each.scores for test, each in found.items()},
+            score=self.task.metric.of({test: each.scores.acc1 for test, each in found.items()}),
+            right={test: "".join("01"[int(hit)] for hit in each.right) for test, each in found.items()},
+            digest={test: each.digest for test, each in found.items()},
+            parameters=model.parameters,
+            forwards=model.forwards,
+            cost=Cost(seconds, 1000 * max(each.seconds for each in found.values())),
+            choice=choice_of(model, kind),
+        )
 
-    def facts(self, name: str, seed: int) -> dict[str, Any]:
-        """What a report tells of the cell beside its rows."""
+    def facts(self, name: str, seed: int) -> CellResult:
+        """The cell without its rows."""
+        from mergekit_vl.reports.results import BackboneFacts, CellResult
+
         backbone = self.inputs.base.backbone
-        return {
-            "dataset": name,
-            "seed": seed,
-            "backbone": {"spec": backbone.spec, "pretrained": backbone.pretrained, "digest": backbone.digest},
-            "note": self.task.note,
-            "metric": dataclasses.asdict(self.task.metric),
-            "counts": {
-                "train": sum(len(data.train) for data in self.task.data),
-                "val": sum(len(data.val or ()) for data in self.task.data),
-                **{name: len(split) for name, _, split in self.task.tests},
-            },
+        counts = {
+            "train": sum(len(data.train) for data in self.task.data),
+            "val": sum(len(data.val or ()) for data in self.task.data),
+            **{name: len(split) for name, _, split in self.task.tests},
         }
+        told = BackboneFacts(backbone.spec, backbone.pretrained, backbone.digest)
+        return CellResult(name, seed, told, self.task.note, self.task.metric, counts)
 
 
 def _shots(data: TaskData, split: Split | None) -> list[dict[str, Any]]:
@@ -220,8 +219,8 @@ def _shots(data: TaskData, split: Split | None) -> list[dict[str, Any]]:
     ]
 
 
-def choice_of(model: Model, kind: str) -> dict[str, Any]:
-    """What was chosen while a row's model was made and on which images, and what was learnt: as its record tells it."""
+def choice_of(model: Model, kind: str) -> Choice | None:
+    """What was chosen while a row's model was made and on which images, or what was learnt."""
     from mergekit_vl.adapters.linear_head import LinearHead
     from mergekit_vl.adapters.tower import Tower
     from mergekit_vl.models.by_distance import ByDistance
@@ -231,14 +230,7 @@ def choice_of(model: Model, kind: str) -> dict[str, Any]:
         adapter = model.adapter
         if isinstance(adapter, (LinearHead, Tower)) and adapter.chosen:  # tuners choose on validation images
             choice = Choice(adapter.chosen)
-    if choice is None or not choice.values:
-        return {"chosen": {}, "learnt": {}, "chosen_on": None}
-    values = dict(choice.values)
-    return {
-        "chosen": {} if choice.learnt else values,
-        "learnt": values if choice.learnt else {},
-        "chosen_on": choice.split,
-    }
+    return choice if choice is not None and choice.values else None
 
 
 def read_record(file: Path) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import Model, Single
     from mergekit_vl.protocols.base import EvaluationProtocol, Task
+    from mergekit_vl.reports.results import CellResult, PathPoint, Report, Row
     from mergekit_vl.strategies.base import Strategy
     from mergekit_vl.tuners.base import Tuner
 
@@ -224,7 +225,7 @@ class Ready:
         code = (*self.experiment.makers, *self.more)
         return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
 
-    def anchors(self, cell: Cell) -> tuple[list[dict[str, Any]], MergeInputs]:
+    def anchors(self, cell: Cell) -> tuple[list[Row], MergeInputs]:
         """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
         made = self.experiment
         return cell.anchors(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
@@ -262,8 +263,8 @@ def run(
     store: FeatureStore,
     progress: Progress,
     warn: Callable[[str], None],
-) -> dict[str, Any]:
-    """Run every cell into `out` and return the report as plain data (also written there).
+) -> Report:
+    """Run every cell into `out` and return the report (also written there).
 
     All data are read, and all shots drawn, before anything is trained: bad input ends a run at its start.
     """
@@ -349,11 +350,10 @@ def _loaded(tuner: Tuner | TunedSpec | Single, backbone: Backbone, registry: Reg
     return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
 
 
-def _run_cell(
-    ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]
-) -> tuple[Model, dict[str, Any]]:
-    """The main strategy's model, and the cell as plain data."""
+def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, CellResult]:
+    """The main strategy's model, and the cell."""
     from mergekit_vl.experiments import landscape
+    from mergekit_vl.reports.results import PathPoint
 
     experiment = ready.experiment
     cell.claim(experiment.tuners, warn)
@@ -365,7 +365,7 @@ def _run_cell(
         place = cell.place(label, makers_of)
         model = place.model or control.merge(dataclasses.replace(inputs, scratch=cell.scratch(makers_of)))
         rows.append(cell.finished(place, model, "control"))
-    tuned = dict(zip((row["row"] for row in rows[1:]), zip(inputs.tuned, inputs.data)))
+    tuned = dict(zip((row.row for row in rows[1:]), zip(inputs.tuned, inputs.data)))
     merged: dict[str, Model] = {}
     makers: dict[str, tuple[Any, ...]] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
@@ -380,11 +380,11 @@ def _run_cell(
         merged[label] = model
     shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
     main = next(iter(merged.values()))
-    path: list[dict[str, Any]] = []
+    path: list[PathPoint] = []
     if not experiment.joint:
         cell.inputs.progress(0, 0, "path")
         for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
             # by way of the merged model between classifiers alone, where a point costs next to nothing
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
-            path += landscape.lines(between, cell.task.tests, PATH_POINTS, segments)
-    return main, {**cell.facts(name, seed), "rows": rows, "path": path}
+            path += [PathPoint(**p) for p in landscape.lines(between, cell.task.tests, PATH_POINTS, segments)]
+    return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), path=tuple(path))

@@ -29,28 +29,32 @@ class Choice:
     """Whether the values were fitted, and not the best of candidates."""
 
 
-def of_row(row: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """(value, split) by what was chosen, of a row's record; an earlier version's does not tell the split: it was `val`."""
-    return {what: (value, row.get("chosen_on", "val")) for what, value in row.get("chosen", {}).items()}
+@dataclass(frozen=True)
+class Chosen:
+    """A value that was chosen, and in how many cells."""
+
+    value: Any
+    split: str
+    cells: int
 
 
-def counted(cells: Sequence[Mapping[str, tuple[Any, str]]]) -> dict[str, list[dict[str, Any]]]:
-    """What was chosen for one row of a table, by what: its values in the cells, the most frequent first."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def counted(cells: Sequence[Mapping[str, tuple[Any, str]]]) -> dict[str, tuple[Chosen, ...]]:
+    """What was chosen for one row of a table, by what: its values in the cells, given with their splits, the most frequent first."""
+    found: dict[str, dict[str, list[tuple[Any, str]]]] = {}
     for cell in cells:
         for what, (value, split) in cell.items():
-            entry = {"value": value, "split": split, "cells": 0}
-            found.setdefault(what, {}).setdefault(json.dumps([value, split]), entry)["cells"] += 1
-    return {what: sorted(values.values(), key=lambda each: -each["cells"]) for what, values in found.items()}
+            found.setdefault(what, {}).setdefault(json.dumps([value, split]), []).append((value, split))
+    made = {what: [Chosen(*same[0], len(same)) for same in values.values()] for what, values in found.items()}
+    return {what: tuple(sorted(values, key=lambda each: -each.cells)) for what, values in made.items()}
 
 
-def told(chosen: Mapping[str, Sequence[Mapping[str, Any]]], *, most: int | None = None) -> str:
+def told(chosen: Mapping[str, Sequence[Chosen]], *, most: int | None = None) -> str:
     """Of what `counted` gives: "alpha 0.3", or with the cells' counts "alpha 0.3 (2 cells), 0.5 (1 cell)"."""
     parts = []
     for what, values in chosen.items():
-        texts = [text(each["value"]) for each in values]
+        texts = [text(each.value) for each in values]
         if len(values) > 1:
-            cells = [f"{each['cells']} cell{'s' * (each['cells'] > 1)}" for each in values]
+            cells = [f"{each.cells} cell{'s' * (each.cells > 1)}" for each in values]
             texts = [f"{value} ({n})" for value, n in zip(texts, cells)]
         more = len(texts) - (most or len(texts))
         parts.append(f"{what} {', '.join(texts[:most])}".strip() + (f" and {more} more" if more > 0 else ""))

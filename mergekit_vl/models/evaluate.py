@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_vl.models.model import image_encoders
@@ -32,9 +32,6 @@ class Scores:
     mean_per_class_recall: float
     nll: float
     ece: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class Evaluation(NamedTuple):

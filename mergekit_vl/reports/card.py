@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mergekit_vl.models.model import Model
+    from mergekit_vl.reports.results import Report
 
 USE = """
 ctx = load_file("merged.safetensors")["ctx"]  # [M, W]
@@ -54,26 +55,26 @@ tokenizer = open_clip.get_tokenizer("local-dir:merged")
 """
 
 
-def card(report: dict[str, Any], backbone: Mapping[str, Any], gain: str, model: Model) -> str:
+def card(report: Report, backbone: Mapping[str, Any], gain: str, model: Model) -> str:
     """Markdown; `backbone` is the recipe's mapping, `model` the main one of the first cell."""
-    columns = report["metric"]["columns"]
-    headline = [report["metric"]["headline"]] * (len(columns) > 1)
-    chosen = ["chosen"] * any(r["chosen"] for r in report["summary"])
+    columns = report.metric.columns
+    headline = [report.metric.headline] * (len(columns) > 1)
+    chosen = ["chosen"] * any(r.chosen for r in report.summary)
     lines = [
-        f"# {in_markdown(report['recipe'])}: {in_markdown(report['main'])}",
+        f"# {in_markdown(report.recipe)}: {in_markdown(report.main)}",
         "",
         f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
         "",
         "| row | " + " | ".join(map(in_markdown, [*columns, *headline, "heads a sample", *chosen])) + " |",
         "|---" * (2 + len(columns) + len(headline) + len(chosen)) + "|",
     ]
-    for r in report["summary"]:
-        cells = [f"{c['acc1']:.1f}" for c in r["columns"].values()] + [f"{r['score']:.1f}"] * len(headline)
-        cells += [str(r["forwards"]), *([in_markdown(choices.told(r["chosen"]))] * len(chosen))]
-        lines.append(f"| {in_markdown(r['row'])} | {' | '.join(cells)} |")
-    selection = report["selection"][0].upper() + report["selection"][1:]
+    for r in report.summary:
+        cells = [f"{c.acc1:.1f}" for c in r.columns.values()] + [f"{r.score:.1f}"] * len(headline)
+        cells += [str(r.forwards), *([in_markdown(choices.told(r.chosen))] * len(chosen))]
+        lines.append(f"| {in_markdown(r.row)} | {' | '.join(cells)} |")
+    selection = report.selection[0].upper() + report.selection[1:]
     lines += ["", f"{in_markdown(selection)}."]
-    return "\n".join([*lines, "", f"{in_markdown(gain)}.", "", *_use(report["main"], backbone, model)]) + "\n"
+    return "\n".join([*lines, "", f"{in_markdown(gain)}.", "", *_use(report.main, backbone, model)]) + "\n"
 
 
 def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:

@@ -1,6 +1,7 @@
 """What bench tries of each strategy, and the selection tasks: never a test image."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,7 +156,9 @@ def test_where_nothing_can_be_chosen():
 
 
 def test_accuracy_decides_and_then_the_likelihood():
-    row = lambda score, nll: {"score": score, "tests": {"x": {"nll": nll}, "y": {"nll": 0.0}}}  # noqa: E731
+    def row(score, nll):
+        return SimpleNamespace(score=score, tests={"x": SimpleNamespace(nll=nll), "y": SimpleNamespace(nll=0.0)})
+
     assert search.quality([row(0.5, 2.0), row(0.7, 4.0)]) == (pytest.approx(0.6), -1.5)
     assert search.quality([row(0.5, 1.0)]) > search.quality([row(0.5, 2.0)]) > search.quality([row(0.4, 0.0)])
 

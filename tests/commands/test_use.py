@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         store = FeatureStore(place / "cache")
         report = experiment.run(
             ready, place / "run", device="cpu", store=store, progress=lambda *_: None, warn=lambda _: None
-        )
+        ).to_json()
     return place / "run", report
 
 

@@ -7,11 +7,13 @@ import torch
 
 from mergekit_vl.experiments import experiment
 from mergekit_vl.models import choices
+from mergekit_vl.models.evaluate import Scores
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.printable import in_markdown
 from mergekit_vl.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reports import report
+from mergekit_vl.reports.results import Row
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +37,7 @@ def run(out, tuned, strategies, **more):
     }
     made = experiment.build(parse(given, name="small", where="small"), load_plugins())
     quiet = {"progress": lambda *a: None, "warn": lambda text: None}
-    told = experiment.run(made, out, device="cpu", store=FeatureStore(out.parent / "cache"), **quiet)
+    told = experiment.run(made, out, device="cpu", store=FeatureStore(out.parent / "cache"), **quiet).to_json()
     results = [json.loads(file.read_text()) for file in (out / "results").glob("*.json")]
     return told, {(result["strategy"], result["seed"]): result for result in results}
 
@@ -94,7 +96,7 @@ def test_where_nothing_was_chosen_it_says_so(tmp_path):
 def test_choices_are_counted_over_cells():
     cells = [{"alpha": (0.5, "val")}, {"alpha": (0.3, "val")}, {"alpha": (0.3, "val")}, {}]
     found = choices.counted(cells)
-    assert [(each["value"], each["cells"]) for each in found["alpha"]] == [(0.3, 2), (0.5, 1)]
+    assert [(each.value, each.cells) for each in found["alpha"]] == [(0.3, 2), (0.5, 1)]
     assert choices.told(found) == "alpha 0.3 (2 cells), 0.5 (1 cell)"
     assert choices.told(found, most=1) == "alpha 0.3 (2 cells) and 1 more"
     assert choices.told(choices.counted(cells[:1])) == "alpha 0.5"
@@ -103,8 +105,31 @@ def test_choices_are_counted_over_cells():
 
 
 def test_rows_of_an_earlier_version_are_read():
-    row = {"row": "probe", "kind": "tuned", "chosen": {"l2": 0.1}, "learnt": {}}
-    merged = {"row": "wise_ft", "kind": "merged", "chosen": {}, "learnt": {}}
-    assert choices.of_row(row) == {"l2": (0.1, "val")}
+    scores = {
+        "n": 4,
+        "acc1": 0.5,
+        "low": 0.2,
+        "high": 0.8,
+        "acc5": 1.0,
+        "mean_per_class_recall": 0.5,
+        "nll": 1.0,
+        "ece": 0.0,
+    }
+    told = {
+        "tests": {"test": scores},
+        "score": 0.5,
+        "right": {"test": "0101"},
+        "digest": {"test": "ab"},
+        "parameters": 3,
+        "forwards": 1,
+    }
+    told |= {"cost": {"seconds": 1.0, "ms_per_sample": 0.1}, "learnt": {}}
+    row = Row.from_json({"row": "probe", "kind": "tuned", "chosen": {"l2": 0.1}, **told})
+    merged = Row.from_json({"row": "wise_ft", "kind": "merged", "chosen": {}, **told})
+    assert row.chosen == {"l2": (0.1, "val")} and row.tests["test"] == Scores(**scores)
+    now = {"row": "wise_ft", "kind": "merged", "chosen": {}, "chosen_on": None, **told}
+    assert merged.to_json() == now and Row.from_json(now) == merged
+    learnt = {**now, "learnt": {"scale": [1.0, 2.0]}, "chosen_on": "train"}
+    assert Row.from_json(learnt).to_json() == learnt and Row.from_json(learnt).chosen == {}
     assert [report.selection_split([row, merged], each, {}) for each in (row, merged)] == ["val", "val"]
     assert report.selection_split([row, merged], merged, {"wise_ft": "zero-shot"}) is None

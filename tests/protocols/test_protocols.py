@@ -25,6 +25,7 @@ from mergekit_vl.protocols.robust import Robust
 from mergekit_vl.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reports import report
+from mergekit_vl.reports.results import CellResult
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -63,28 +64,39 @@ def cell(rows):
     out = []
     for i, (kind, *accuracies) in enumerate(rows):
         tests = {
-            name: {"n": 100, "acc1": a / 100, "acc5": 1.0, "mean_per_class_recall": a / 100, "nll": 1.0, "ece": 0.0}
+            name: {
+                "n": 100,
+                "acc1": a / 100,
+                "low": 0.0,
+                "high": 1.0,
+                "acc5": 1.0,
+                "mean_per_class_recall": a / 100,
+                "nll": 1.0,
+                "ece": 0.0,
+            }
             for name, a in zip("xy", accuracies)
         }
         cost = {"seconds": 1.0, "ms_per_sample": 1.0}
         row = {"row": f"{kind} {i}", "kind": kind, "tests": tests, "score": sum(accuracies) / 200, "cost": cost}
-        out.append(row | {"parameters": 0, "forwards": 1})
-    return {"dataset": "x + y", "seed": 1, "metric": metric, "rows": out}
+        out.append(row | {"parameters": 0, "forwards": 1, "right": {}, "digest": {}})
+    backbone = {"spec": "", "pretrained": "", "digest": ""}
+    facts = {"dataset": "x + y", "seed": 1, "metric": metric, "backbone": backbone, "note": "", "counts": {}}
+    return CellResult.from_json(facts | {"rows": out})
 
 
 def test_normalised_accuracy_divides_by_each_tasks_own_model():
     made = cell([("zero-shot", 40, 30), ("tuned", 80, 20), ("tuned", 10, 60), ("merged", 72, 45)])
-    rows = {row["row"]: row for row in report.summary([made])}
+    rows = {row.row: row for row in report.summary([made])}
     # zero-shot: 40/80 and 30/60; the first tuned: 1 and 20/60; merged: 0.9 and 0.75
-    assert [row["normalised"] for row in rows.values()] == pytest.approx([50, 100 * 2 / 3, 100 * 1.125 / 2, 82.5])
-    assert rows["merged 3"]["score"] == pytest.approx(58.5)
+    assert [row.normalised for row in rows.values()] == pytest.approx([50, 100 * 2 / 3, 100 * 1.125 / 2, 82.5])
+    assert rows["merged 3"].score == pytest.approx(58.5)
 
 
 def test_a_task_whose_own_model_is_never_right_is_left_out_of_the_normalised_accuracy():
     made = cell([("zero-shot", 40, 30), ("tuned", 80, 20), ("tuned", 10, 0), ("merged", 72, 45)])
-    assert report.summary([made])[3]["normalised"] == pytest.approx(90)
+    assert report.summary([made])[3].normalised == pytest.approx(90)
     made = cell([("zero-shot", 0, 0), ("tuned", 0, 0), ("tuned", 0, 0)])
-    assert report.summary([made])[0]["normalised"] == 0.0
+    assert report.summary([made])[0].normalised == 0.0
 
 
 # protocols
@@ -185,7 +197,7 @@ def run(tmp_path, monkeypatch):
         made = experiment.build(recipe, load_plugins())
         store = FeatureStore(tmp_path / "cache")
         quiet = {"progress": lambda *a: None, "warn": lambda text: None}
-        out = experiment.run(made, tmp_path / "out", device="cpu", store=store, **quiet)
+        out = experiment.run(made, tmp_path / "out", device="cpu", store=store, **quiet).to_json()
         assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"]
         assert (tmp_path / "out" / "report.html").exists()
         return {row["row"]: row for row in out["summary"]}, out

@@ -1,0 +1,253 @@
+"""What a run found, as frozen dataclasses. Their fields are the keys of the JSON on disk, which is written and read here alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from mergekit_vl.models.choices import Choice, Chosen
+from mergekit_vl.models.evaluate import Scores
+from mergekit_vl.protocols.base import Metric
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
+Kind = Literal["zero-shot", "tuned", "control", "merged"]
+LEFT_OUT = {"json": False}
+"""Of a field that is not on disk."""
+IF_THERE = {"json": "if there"}
+"""Of a field whose key is on disk where it has a value."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    """To make it, images being encoded."""
+    ms_per_sample: float
+    """From features to logits."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's scores in one cell."""
+
+    row: str
+    """Its label."""
+    kind: Kind
+    tests: Mapping[str, Scores]
+    score: float
+    """The protocol's headline, a fraction."""
+    right: Mapping[str, str]
+    """By test: 1 for each image that it has right, else 0."""
+    digest: Mapping[str, str]
+    """By test: of its logits."""
+    parameters: int
+    forwards: int
+    cost: Cost
+    choice: Choice | None = field(default=None, metadata=LEFT_OUT)
+
+    def to_json(self) -> dict[str, Any]:
+        choice = self.choice
+        values = dict(choice.values) if choice is not None else {}
+        learnt = choice is not None and choice.learnt
+        told = {"chosen": {} if learnt else values, "learnt": values if learnt else {}}
+        return plain(self) | told | {"chosen_on": choice.split if choice is not None else None}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Row:
+        """Of an earlier version's row too, which did not tell the split: it was `val`."""
+        learnt = bool(found.get("learnt"))
+        values = found["learnt"] if learnt else found.get("chosen")
+        choice = {"values": values, "split": found.get("chosen_on", "val"), "learnt": learnt} if values else None
+        return _read(cls, {**found, "choice": choice})
+
+    @property
+    def chosen(self) -> dict[str, tuple[Any, str]]:
+        """(value, split) by what was chosen and not learnt."""
+        if self.choice is None or self.choice.learnt:
+            return {}
+        return {what: (value, self.choice.split) for what, value in self.choice.values.items()}
+
+    def accuracies(self, key: str = "acc1") -> dict[str, float]:
+        """One of its scores by test."""
+        return {test: vars(scores)[key] for test, scores in self.tests.items()}
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    spec: str
+    pretrained: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point between two models in one cell."""
+
+    leg: str
+    space: str
+    alpha: float
+    tests: Mapping[str, Mapping[str, float]]
+    """acc1 and nll by test."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One task and one seed."""
+
+    dataset: str
+    seed: int
+    backbone: BackboneFacts
+    note: str
+    metric: Metric
+    counts: Mapping[str, int]
+    """Images: to tune on, to choose on, and of each test."""
+    rows: tuple[Row, ...] = ()
+    path: tuple[PathPoint, ...] = field(default=(), metadata=LEFT_OUT)
+
+    def to_json(self) -> dict[str, Any]:
+        return plain(self) | {"rows": [row.to_json() for row in self.rows]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> CellResult:
+        facts: CellResult = _read(cls, {key: value for key, value in found.items() if key != "rows"})
+        return dataclasses.replace(facts, rows=tuple(Row.from_json(row) for row in found.get("rows", ())))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, averaged over cells, accuracy in percent."""
+
+    acc1: float
+    interval: tuple[float, float] | None
+    n: int | None = field(default=None, metadata=IF_THERE)
+    acc5: float | None = field(default=None, metadata=IF_THERE)
+    mean_per_class_recall: float | None = field(default=None, metadata=IF_THERE)
+    nll: float | None = field(default=None, metadata=IF_THERE)
+    ece: float | None = field(default=None, metadata=IF_THERE)
+
+
+@dataclass(frozen=True)
+class OnDataset:
+    dataset: str
+    columns: Mapping[str, Column]
+    score: float
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A row of the table, averaged over cells, in percent; its headline is that of the averages, as is customary."""
+
+    row: str
+    kind: Kind
+    columns: Mapping[str, Column]
+    score: float
+    mean_of_scores: float
+    parameters: int
+    forwards: int
+    datasets: tuple[OnDataset, ...]
+    chosen: Mapping[str, tuple[Chosen, ...]]
+    seconds: float
+    ms_per_sample: float
+    normalised: float | None = field(default=None, metadata=IF_THERE)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A headline minus another, in points."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    verdict: str
+    over: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The main row's headline minus another row's, in points."""
+
+    minus: str
+    mean: float
+    low: float | None
+    high: float | None
+    verdict: str
+    over: str
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """The tables over the tasks where the tuned model forgets; none where there are too few."""
+
+    tasks: tuple[str, ...]
+    summary: tuple[SummaryRow, ...] | None = field(default=None, metadata=IF_THERE)
+    differences: tuple[Difference, ...] | None = field(default=None, metadata=IF_THERE)
+
+
+@dataclass(frozen=True)
+class MeanPoint:
+    """A point of the path, averaged over cells."""
+
+    leg: str
+    space: str
+    alpha: float
+    columns: Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished run."""
+
+    recipe: str
+    hash: str
+    code: Mapping[str, str]
+    """Module -> hash, of everything that made it."""
+    protocol: str
+    metric: Metric
+    note: str
+    selection: str
+    main: str
+    base: str
+    anchor: str
+    """The first tuned model."""
+    cells: tuple[CellResult, ...]
+    summary: tuple[SummaryRow, ...]
+    differences: tuple[Difference, ...]
+    forgetting: Forgetting
+    path: tuple[MeanPoint, ...]
+    environment: Mapping[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return plain(self) | {"cells": [cell.to_json() for cell in self.cells]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Report:
+        made: Report = _read(cls, {**found, "cells": ()})
+        return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
+
+
+def plain(value: Any) -> Any:
+    """As JSON holds it."""
+    if dataclasses.is_dataclass(value):
+        fields = [(f.name, vars(value)[f.name], f.metadata.get("json", True)) for f in dataclasses.fields(value)]
+        return {name: plain(v) for name, v, told in fields if told is True or (told == "if there" and v is not None)}
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def _read(cls: type[T], found: Mapping[str, Any]) -> T:
+    """Raises ValueError for what is not so; keys that are not known are passed over."""
+    return _reader(cls).validate_python(found)
+
+
+@cache
+def _reader(cls: type) -> TypeAdapter:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)

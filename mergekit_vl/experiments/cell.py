@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl.datasets.base import HasFiles
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Classes, Ensemble, Mixture, Single
+from mergekit_vl.models.model import Classes, Ensemble, HasMembers, Mixture, Single
 from mergekit_vl.registry import sources
 from mergekit_vl.system.atomic_files import slug, write_json
 
@@ -251,8 +251,8 @@ def _has_towers(model: Model) -> bool:
     """Whether it holds weights for whole image towers."""
     from mergekit_vl.adapters.tower import Tower
 
-    members = getattr(model, "members", (model,))
-    return any(isinstance(getattr(member, "adapter", None), Tower) for member in members)
+    members = model.members if isinstance(model, HasMembers) else (model,)
+    return any(isinstance(member, Single) and isinstance(member.adapter, Tower) for member in members)
 
 
 def _tune(tuner: Tuner | Single, inputs: MergeInputs) -> Single:

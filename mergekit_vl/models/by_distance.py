@@ -60,6 +60,10 @@ class ByDistance:
         return sum(m.parameters for m in self.members) + self.near.numel()
 
     @property
+    def held_bytes(self) -> int:
+        return self.near.numel() * self.near.element_size()
+
+    @property
     def forwards(self) -> int:
         return sum(m.forwards for m in self.members)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.models.choices import Choice
@@ -81,10 +81,32 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsSome(Protocol):
+    def encoders_for(self, classes: Classes) -> tuple[ImageEncoder, ...]:
+        """Of a model: those of its paths whose features its head for these classes reads."""
+        ...
+
+
+@runtime_checkable
+class HasMembers(Protocol):
+    @property
+    def members(self) -> Sequence[Model]:
+        """Of a model: those that it is made of."""
+        ...
+
+
+@runtime_checkable
+class HoldsTensors(Protocol):
+    @property
+    def held_bytes(self) -> int:
+        """Of a model: what it adds to its members on disk."""
+        ...
+
+
 def image_encoders(model: Model, classes: Classes) -> tuple[ImageEncoder, ...]:
-    """The paths whose features the model's head for these classes reads: all, unless its `encoders_for` tells which."""
-    encoders_for = getattr(model, "encoders_for", None)
-    return encoders_for(classes) if encoders_for else model.paths
+    """The paths whose features the model's head for these classes reads: all, unless it tells which."""
+    return model.encoders_for(classes) if isinstance(model, ReadsSome) else model.paths
 
 
 class Adapter(Protocol):
@@ -264,11 +286,10 @@ class Ensemble:
         return sum(m.forwards for m in self.members)
 
 
-def size_in_bytes(model: Any) -> int:
+def size_in_bytes(model: Model) -> int:
     """Of the tensors that a model adds to its backbone: what it takes on disk."""
-    if hasattr(model, "adapter"):
+    if isinstance(model, Single):
         return sum(t.numel() * t.element_size() for t in model.adapter.tensors.values())
-    near = getattr(model, "near", None)
-    own = near.numel() * near.element_size() if near is not None else 0
-    members = getattr(model, "members", None)
-    return own + (sum(size_in_bytes(member) for member in members) if members else 4 * model.parameters)
+    held = model.held_bytes if isinstance(model, HoldsTensors) else 0
+    members = model.members if isinstance(model, HasMembers) else ()
+    return held + (sum(map(size_in_bytes, members)) if members else 4 * model.parameters)

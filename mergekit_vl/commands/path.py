@@ -90,9 +90,9 @@ def _measured(
         cell.keep_shots(name, seed)
         _, inputs = ready.anchors(cell)
         makers = (*cell.tuners, strategy)
-        inputs = dataclasses.replace(inputs, scratch=cell.scratch(makers))
-        make = lambda inputs=inputs: strategy.merge(inputs)  # noqa: E731
-        merged, _ = cell.row(label, "merged", make, makers=makers, strategy=strategy, main=True)
+        place = cell.place(label, makers)
+        merged = place.model or strategy.merge(dataclasses.replace(inputs, scratch=cell.scratch(makers)))
+        cell.finished(place, merged, "merged")
         found = landscape.landscapes(inputs.base, inputs.tuned[0], merged, store)
         if not found:
             raise UserError(

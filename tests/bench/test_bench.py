@@ -271,8 +271,8 @@ def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_pat
     import inspect
     from pathlib import Path
 
-    from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.registry import sources
+    from mergekit_vl.strategies.wise_ft import WiseFT
 
     small = SMALL | {"dataset": SMALL["dataset"][:1], "seed": 1, "controls": False}
     given = small | {
@@ -283,8 +283,8 @@ def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_pat
     before = {row: record["digest"] for row, record in records(tmp_path / "out").items()}
     path = Path(inspect.getsourcefile(registry.find("strategies", "half").resolve()))
     text, made, told = path.read_text(), [], []
-    own = Cell.timed
-    monkeypatch.setattr(Cell, "timed", lambda self, make: made.append(make) or own(self, make))
+    own = WiseFT.merge
+    monkeypatch.setattr(WiseFT, "merge", lambda self, inputs: made.append(self) or own(self, inputs))
     asked = plan.build(parse(given, name="small", where="small"), registry)
     old = asked.hash
     try:

@@ -228,7 +228,8 @@ def test_what_is_done_is_not_made_again_and_a_new_strategy_encodes_no_image(fini
     _, out = finished
     before, store = scores(out), NoForward(out.parent / "cache")
     made = []
-    monkeypatch.setattr(Cell, "scores", lambda self, model, own=Cell.scores: made.append(model) or own(self, model))
+    own = Cell.scored
+    monkeypatch.setattr(Cell, "scored", lambda self, *given: made.append(given) or own(self, *given))
     kept = [s for s in SMALL["strategy"] if s["name"] not in ("boom", "nan")]
     again = go(SMALL | {"strategy": kept}, registry, out, store=store)
     assert made == [] and not again["left_out"][1:] and [e["row"] for e in again["left_out"]] == ["ema"]

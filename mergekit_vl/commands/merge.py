@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mergekit_vl.merge_files.plan import AlignedCheckpoints
 
 MOST_THREADS = 1024
-SVD_SECONDS = 5e-10
-"""One core's time for the SVD of an m x n matrix, divided by m n min(m, n): 0.4 to 0.55 ns on an AMD EPYC, float64."""
 
 Words = Annotated[
     list[str],
@@ -133,25 +131,16 @@ def _quiet(method: Any) -> AbstractContextManager[Any]:
 
 
 def estimates(opened: AlignedCheckpoints) -> list[str]:
-    from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, chunk_memory
+    from mergekit_vl.merge_files import forecast
     from mergekit_vl.merge_files.provenance import option_values
     from mergekit_vl.merging.memory_bounds import whole_arrays
-    from mergekit_vl.system.memory import anonymous_memory, threads_available
+    from mergekit_vl.system.memory import threads_available
 
-    plan, n = opened.plan, len(opened.tuned)
-    threads = threads_available()
-    info, passes = opened.info, 1 + opened.info.passes
-    chunks = chunk_memory(opened, threads, chunk_for(opened, threads, None))
-    memory = max(chunks, alignment_memory(opened)) + anonymous_memory()
-    read, written = sum(c.bytes for c in opened.all), sum(slot.bytes for slot in opened.slots)
-    seconds = 0.3 + (read * (passes + 1) / 2.5e9 + written / 1.2e9) * 2 / min(threads, 8)
-    form = info.chunks
+    plan, threads, passes = opened.plan, threads_available(), forecast.passes(opened)
+    form = opened.info.chunks
     if form == "tensor":
-        matrices = [t for t in opened.models.tensors if plan.method.whole(t, n)]
-        form += (
-            f", at most {max((whole_arrays(info, t) for t in matrices), default=0)} arrays of a matrix's size at a time"
-        )
-        seconds += info.svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices) / threads
+        most = max((whole_arrays(opened.info, t) for t in forecast.matrices(opened)), default=0)
+        form = f"{form}, at most {most} arrays of a matrix's size at a time"
     given = ", ".join(f"{key}={value}" for key, value in option_values(plan.method).items())
     aligned = []
     if opened.symmetries:
@@ -164,9 +153,9 @@ def estimates(opened: AlignedCheckpoints) -> list[str]:
         *aligned,
         f"strategy  {plan.strategy}: {given or 'no options'}",
         f"form      {form}, {passes} pass{'es' if passes > 1 else ''} over the files",
-        f"memory    about {memory >> 20} MB at {threads} threads",
-        f"disk      {written / 1e6:.1f} MB to write",
-        f"time      about {seconds:.1f} s where the files are cached and the disk writes 1 GB/s",
+        f"memory    about {forecast.memory(opened, threads) >> 20} MB at {threads} threads",
+        f"disk      {forecast.written(opened) / 1e6:.1f} MB to write",
+        f"time      about {forecast.seconds(opened, threads):.1f} s where the files are cached and the disk writes 1 GB/s",
     ]
 
 

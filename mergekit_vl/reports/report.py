@@ -352,5 +352,5 @@ def load(out: Path) -> Report | None:
     file = out / NAME
     try:
         return Report.from_json(json.loads(file.read_text())) if file.exists() else None
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):
         return None

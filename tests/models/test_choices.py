@@ -13,7 +13,7 @@ from mergekit_vl.printable import in_markdown
 from mergekit_vl.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reports import report
-from mergekit_vl.reports.results import Row
+from mergekit_vl.reports.results import Report, Row
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +84,19 @@ def test_table_card_and_page_tell_it(chosen):
     assert in_markdown(told["selection"][1:]) in card
     page = (out / "report.html").read_text()
     assert "<h2>What was chosen</h2>" in page and "<td>ingredients</td><td>validation images</td>" in page
+
+
+def test_a_report_is_read_as_it_was_written(chosen):
+    told, _, out = chosen
+    found = report.load(out)
+    assert json.loads(json.dumps(told)) == found.to_json() == json.loads((out / "report.json").read_text())
+    assert Report.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"recipe": "old", "cells": [{"rows": [{"row": "zero-shot"}]}]}'])
+def test_a_report_of_another_version_is_no_finished_run(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    assert report.load(tmp_path) is None
 
 
 def test_where_nothing_was_chosen_it_says_so(tmp_path):

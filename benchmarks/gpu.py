@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from step import ALPHAS, BETA, LAMBDA, literal_step
 from torch.utils.flop_counter import FlopCounterMode
 
+from mergekit_vl.adapters.graphs import graphed
+from mergekit_vl.adapters.lines import cosine_logits, interpolate
 from mergekit_vl.backbones.backbone import Backbone
 from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.micro import Micro
@@ -44,11 +46,9 @@ from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import ImageEncoder
 from mergekit_vl.strategies.iso_c import IsoC
 from mergekit_vl.strategies.iso_cts import IsoCTS
-from mergekit_vl.strategies.mergetune import interpolate
 from mergekit_vl.strategies.tsv_m import TsvM
 from mergekit_vl.system.reproducible import make_reproducible
-from mergekit_vl.tuners.context import cross_entropy
-from mergekit_vl.tuners.graphs import graphed
+from mergekit_vl.tuners.sgd import cross_entropy
 
 SHAPES = {"DTD, base classes": 24, "ImageNet, base classes": 500}
 """Data set to number of classes."""
@@ -156,9 +156,9 @@ class Steps:
     def ours(self) -> torch.Tensor:
         self.optimizer.zero_grad()
         text = self.encode(self.ctx)
-        loss = cross_entropy(self.backbone.scale, text, self.features, self.labels) + LAMBDA * cosine(text, self.text1)
-        points = interpolate(text, self.text2, self.alphas)
-        loss = loss + BETA * cross_entropy(self.backbone.scale, points, self.features, self.labels)
+        scale, points = self.backbone.scale, interpolate(text, self.text2, self.alphas)
+        loss = cross_entropy(cosine_logits(scale, text, self.features), self.labels) + LAMBDA * cosine(text, self.text1)
+        loss = loss + BETA * cross_entropy(cosine_logits(scale, points, self.features), self.labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()

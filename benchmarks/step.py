@@ -16,10 +16,12 @@ import time
 import torch
 import torch.nn.functional as F
 
+from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones.clip import Clip
-from mergekit_vl.estimators.surrogates import cosine
-from mergekit_vl.strategies.mergetune import interpolate
-from mergekit_vl.tuners.context import cross_entropy
+from mergekit_vl.models.inputs import MergeInputs, TaskData
+from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.strategies.mergetune import MergeTune
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LAMBDA, BETA = 8.0, 0.5
@@ -72,16 +74,14 @@ def main() -> None:
     began = time.perf_counter()
     features = F.normalize(backbone.encode_image(images), dim=-1)
     once = time.perf_counter() - began
-    prompts = backbone.tokenize([f"{name}." for name in names], len(start))
-    with torch.no_grad():
-        text1 = backbone.encode_texts([f"a photo of a {name}." for name in names])
-        text2 = backbone.encode_prompts(prompts, ctx2)
-    alphas = torch.tensor(ALPHAS)
+    prompt, classes = Prompt(ctx2, "a photo of a"), Classes(tuple(names))
+    inputs = MergeInputs(Single(backbone, ZeroShot()), (Single(backbone, prompt),), (TaskData(classes, None),), None)  # type: ignore[arg-type]
+    strategy = MergeTune(lambda_=LAMBDA, beta=BETA, alphas=ALPHAS)
+    (network,) = prompt.networks(backbone, [classes], training=True)
+    objective = strategy.objective(network, features[None], *strategy.ends(inputs), inputs)
 
     def our_step():
-        text = backbone.encode_prompts(prompts, ctx)
-        loss = cross_entropy(backbone.scale, text, features, labels) + LAMBDA * cosine(text, text1)
-        loss = loss + BETA * cross_entropy(backbone.scale, interpolate(text, text2, alphas), features, labels)
+        loss = sum(objective.terms({"ctx": ctx}, features, labels, None))
         loss.backward()
         return loss
 
@@ -90,7 +90,7 @@ def main() -> None:
     for round_ in range(args.rounds):
         ctx.grad = None
         began = time.perf_counter()
-        theirs = literal_step(model, backbone.tokenizer, ctx, ctx2, names, images, labels)
+        theirs = literal_step(model, backbone.text.tokenizer, ctx, ctx2, names, images, labels)
         theirs_s.append(time.perf_counter() - began)
         their_grad = ctx.grad.clone()
         ctx.grad = None

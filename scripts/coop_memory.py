@@ -20,7 +20,7 @@ from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.backbones import text
 from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.models.model import Classes
-from mergekit_vl.tuners.context import cross_entropy, encoder
+from mergekit_vl.tuners.sgd import cross_entropy
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         text.ACTIVATIONS = 1 << 60
     names = tuple(sorted(open_clip.IMAGENET_CLASSNAMES, key=len, reverse=True)[: given.classes])
     prompt = Prompt.start(backbone, init=None, n_context=given.context, seed=0)
-    encode = encoder(backbone, Classes(names), prompt)
+    (network,) = prompt.networks(backbone, [Classes(names)], training=False)
     ctx = prompt.ctx.clone().requires_grad_(True)
     optimizer = torch.optim.SGD([ctx], lr=0.002, momentum=0.9)
     draw = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def main() -> None:
     images, labels = images.to(given.device), torch.randint(0, len(names), (32,), generator=draw).to(given.device)
     began = time.perf_counter()
     for _ in range(given.steps):
-        loss = cross_entropy(backbone.scale, encode(ctx), images, labels)
+        loss = cross_entropy(network({"ctx": ctx}, images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

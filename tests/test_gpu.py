@@ -25,8 +25,6 @@ from mergekit_vl.strategies.iso_cts import IsoCTS
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.tsv_m import TsvM
 from mergekit_vl.system.reproducible import make_reproducible
-from mergekit_vl.tuners.context import encoder
-from mergekit_vl.tuners.graphs import graphed
 
 pytestmark = pytest.mark.gpu
 
@@ -159,16 +157,17 @@ def test_a_step_of_mergetune_is_that_of_float64_on_a_cpu(path, surrogate):
         images = torch.nn.functional.normalize(torch.randn(6, 128, generator=draw, dtype=torch.float64), dim=-1)
         tuned = Single(backbone, Prompt(backbone.embed("a sketch of a"), "a photo of a"))
         inputs = MergeInputs(Single(backbone, ZeroShot()), (tuned,), (TaskData(classes, None),), None, seed=3)
-        model, loss = MergeTune(path=path, surrogate=surrogate).objective(inputs)
+        strategy = MergeTune(path=path, surrogate=surrogate)
+        (network,) = tuned.adapter.networks(
+            backbone, [classes], training=True
+        )  # its text forward is a graph on the GPU
+        x, draw = images.to(start), torch.Generator().manual_seed(4)
+        objective = strategy.objective(network, x[None], *strategy.ends(inputs), inputs)
         ctx = (start + start.std() * noise.to(start)).detach().requires_grad_(True)
         labels = torch.tensor([0, 2, 1, 1, 0, 2], device=device)
-        encode = encoder(backbone, classes, model.adapter)
-        if device == "cuda":
-            encode = graphed(encode)
-            loss(
-                encode, (2 * ctx).detach().requires_grad_(True), images.to(ctx), labels
-            ).backward()  # another step before it
-        value = loss(encode, ctx, images.to(ctx), labels)
+        if device == "cuda":  # another step before it
+            sum(objective.terms({"ctx": (2 * ctx).detach().requires_grad_(True)}, x, labels, draw)).backward()
+        value = sum(objective.terms({"ctx": ctx}, x, labels, draw))
         value.backward()
         return value.item(), ctx.grad.double().cpu()
 

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_vl.adapters import stored
+from mergekit_vl.adapters import stored, usage
+from mergekit_vl.adapters.head_network import HeadNetwork, inputs_of
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.models.adapter import About
 from mergekit_vl.models.calibration import golden_section
-from mergekit_vl.models.model import AffineHead, ImageEncoder
+from mergekit_vl.models.classifier import AffineHead, ImageEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.models.model import Classes, Head
+    from mergekit_vl.models.adapter import Adapter, Usage
+    from mergekit_vl.models.classifier import Classes, Head
 
 Unseen = Literal["refuse", "zero_shot"]
 
@@ -41,6 +44,9 @@ class LinearHead:
     """What was chosen on validation images while it was tuned, or learnt while it was merged."""
 
     space = "head"
+    about = About(
+        "a head", "heads", linear=True, exact_fisher=True, fresh_views=False, lr=1.0, weight_decay=0.0
+    )  # fmt: skip
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -94,6 +100,38 @@ class LinearHead:
             for ours, theirs in zip((self.weight, self.bias), (rows.weight, rows.bias) if rows else (None, None))
         )
         return AffineHead(backbone.key, weight, bias, self.normalise)
+
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[HeadNetwork]:
+        return [HeadNetwork(self, each) for each in classes]
+
+    def linear_maps(self, features: Tensor) -> Mapping[str, Tensor]:
+        return {"weight": inputs_of(self, features.to(self.weight.device))[:, :-1]}  # without the ones of the bias
+
+    def aligned(self, others: Sequence[LinearHead]) -> Sequence[LinearHead]:
+        return by_class_name(others)
+
+    def with_chosen(self, chosen: Mapping[str, float]) -> LinearHead:
+        return replace(self, chosen=chosen)
+
+    def started_from(self, base: Adapter, backbone: Backbone, classes: Classes) -> LinearHead:
+        """From the head that `base` is, else from zero-shot."""
+        if self.start is not None:
+            return self
+        start = base if isinstance(base, LinearHead) else zero_shot(backbone, classes)
+        if start.weight.shape != self.weight.shape:
+            raise UserError(
+                f"the checkpoint's head has {len(self.weight)} classes of width {self.weight.shape[1]}, the data set needs "
+                f"{len(start.weight)} of width {start.weight.shape[1]}",
+                where=backbone.spec,
+                hint="use the data set it was tuned on",
+            )
+        return replace(self, names=self.names or classes.names, start=start)
+
+    def usage(self, backbone: Backbone) -> Usage:
+        return usage.of_head(self.names, normalise=self.normalise)
+
+    def whole(self, backbone: Backbone) -> None:
+        return None
 
     def rows(self, classes: Classes) -> list[int] | slice:
         """Where these classes are; all rows where they are all in order, or it does not know them by name."""

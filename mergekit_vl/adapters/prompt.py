@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from mergekit_vl.adapters import stored
+from mergekit_vl.adapters import stored, usage
+from mergekit_vl.adapters.graphs import graphed
+from mergekit_vl.adapters.text_network import TextNetwork
 from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.models.model import ImageEncoder, cosine_head
+from mergekit_vl.models.adapter import About
+from mergekit_vl.models.classifier import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.backbones.text import Prompts
-    from mergekit_vl.models.model import Classes, Head
+    from mergekit_vl.models.adapter import Adapter, Usage
+    from mergekit_vl.models.classifier import Classes, Head
 
 DASSL_KEYS = ("ctx", "token_prefix", "token_suffix")
 DASSL_INIT = "a photo of a"
@@ -34,6 +38,8 @@ class Prompt:
     """What stood before the context when it was tuned, [K, 1, W]: the start token's embedding. Only Dassl's files tell it."""
 
     space = "ctx"
+    about = About("a prompt", "contexts", makes_texts=True, lr=0.002, weight_decay=5e-4)
+    chosen: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
     def start(
@@ -67,6 +73,26 @@ class Prompt:
             )
         self.check(backbone)
         return backbone.encode_prompts(self.tokenize(backbone, classes), self.ctx)
+
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TextNetwork]:
+        return [self._network(backbone, each, training) for each in classes]
+
+    def _network(self, backbone: Backbone, classes: Classes, training: bool) -> TextNetwork:
+        """Class names are tokenised once; on a GPU, a training step's text forward is one launch."""
+        prompts = self.tokenize(backbone, classes)
+        shared = self.ctx.ndim == 2
+
+        def encode(ctx: Tensor) -> Tensor:
+            return backbone.encode_prompts(prompts, ctx)
+
+        if training and backbone.device.startswith("cuda") and backbone.require_text().capturable:
+            encode = graphed(encode)
+
+        def of(tensors: Mapping[str, Tensor]) -> Tensor:
+            ctx = tensors["ctx"]
+            return encode(ctx[:, None] if shared and ctx.ndim == 3 else ctx)  # [S, M, W] -> [S, 1, M, W]
+
+        return TextNetwork(self, backbone, classes, of)
 
     def tokenize(self, backbone: Backbone, classes: Classes) -> Prompts:
         """`ctx class.`: no template, as the field tests prompts."""
@@ -107,6 +133,32 @@ class Prompt:
                 hint="give the words it started from as init",
             )
         return replace(self, ctx=ctx.expand_as(self.ctx).clone())
+
+    def aligned(self, others: Sequence[Prompt]) -> Sequence[Prompt]:
+        names = [other.names for other in others]
+        if len(set(names)) > 1 and all(names):
+            raise Unsuitable(
+                "class-specific prompts of different classes, or of another order, cannot be merged",
+                where=f"classes of the first: {', '.join(names[0][:5])}",
+                hint="tune them on the same classes, or with class_specific=false",
+            )
+        return others
+
+    def linear_maps(self, features: Tensor) -> Mapping[str, Tensor]:
+        return {}
+
+    def with_chosen(self, chosen: Mapping[str, float]) -> Prompt:
+        """Its file has no place for what was chosen."""
+        return self
+
+    def started_from(self, base: Adapter, backbone: Backbone, classes: Classes) -> Prompt:
+        return self
+
+    def usage(self, backbone: Backbone) -> Usage:
+        return usage.of_prompt()
+
+    def whole(self, backbone: Backbone) -> None:
+        return None
 
     def save(self, path: Path, *, backbone: str) -> None:
         facts = {"adapter": "prompt", "backbone": backbone, "init": self.init, "names": list(self.names)}

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.adapters import stored
+from mergekit_vl.adapters import stored, usage
+from mergekit_vl.adapters.head_network import HEAD
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.models.model import ImageEncoder
+from mergekit_vl.models.adapter import About, Whole
+from mergekit_vl.models.classifier import ImageEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_vl.adapters.tower_network import TowerNetwork
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.models.model import Classes, Head
-
-HEAD = "linear_head."
+    from mergekit_vl.models.adapter import Adapter, Usage
+    from mergekit_vl.models.classifier import Classes, Head
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Tower:
     """What was chosen on validation images while it was tuned, or learnt while it was merged."""
 
     space = "tower"
+    about = About("a tower", "towers", reads="images", lr=3e-5, weight_decay=0.1)
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -48,6 +51,18 @@ class Tower:
         weights = {name: tensors.get(name, tensor) for name, tensor in self.weights.items()}
         head = self.head and self.head.with_tensors({n: tensors[HEAD + n] for n in self.head.tensors})
         return Tower(weights, head)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Tower:
+        return replace(self, weights=weights)
+
+    def aligned(self, others: Sequence[Tower]) -> Sequence[Tower]:
+        heads = [other.head for other in others]
+        if self.head is None or not all(heads):
+            return others
+        return [
+            other if head is other.head else replace(other, head=head)
+            for other, head in zip(others, self.head.aligned(heads))  # type: ignore[arg-type]
+        ]
 
     def anchor(self, backbone: Backbone) -> Tower:
         """The backbone's own weights, and the head that tuning started from."""
@@ -69,6 +84,32 @@ class Tower:
 
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return (self.head or ZeroShot()).bind(self.on(backbone), classes)
+
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TowerNetwork]:
+        from mergekit_vl.adapters.tower_network import TowerNetwork
+
+        first = TowerNetwork(backbone, self, classes[0], training=training)
+        return [first, *(first.of(each) for each in classes[1:])]
+
+    def linear_maps(self, features: Tensor) -> Mapping[str, Tensor]:
+        """Of the head alone; what the image tower's weights read is observed (`estimators.gram`)."""
+        return {} if self.head is None else {HEAD + name: x for name, x in self.head.linear_maps(features).items()}
+
+    def with_chosen(self, chosen: Mapping[str, float]) -> Tower:
+        return replace(self, chosen=chosen)
+
+    def started_from(self, base: Adapter, backbone: Backbone, classes: Classes) -> Tower:
+        head = self.head and self.head.started_from(base, backbone, classes)
+        return self if head is self.head else replace(self, head=head)
+
+    def usage(self, backbone: Backbone) -> Usage:
+        names = self.head and self.head.names
+        if backbone.text is not None:
+            return usage.of_clip_tower(names)
+        return usage.of_timm_tower(backbone.config["architecture"], names or (), len(self.head.weight))  # type: ignore[union-attr]
+
+    def whole(self, backbone: Backbone) -> Whole:
+        return Whole(self.on(backbone), self.head)
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError where the weights are of another architecture than the backbone, or the head of another width."""

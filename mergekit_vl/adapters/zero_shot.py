@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
-from mergekit_vl.models.model import ImageEncoder, cosine_head
+from mergekit_vl.errors import Unsuitable
+from mergekit_vl.models.adapter import About
+from mergekit_vl.models.classifier import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-    from mergekit_vl.models.model import Classes, Head
+    from mergekit_vl.models.adapter import Adapter
+    from mergekit_vl.models.classifier import Classes, Head
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class ZeroShot:
     """Nothing is tuned. Several templates are averaged after normalisation, as in CLIP's own zero-shot ensemble."""
 
     space = "none"
+    about = About("a zero-shot model", "nothing", makes_texts=True)
+    chosen: ClassVar[Mapping[str, float]] = {}
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -45,3 +51,36 @@ class ZeroShot:
 
     def anchor(self, backbone: Backbone) -> ZeroShot:
         return self
+
+    def aligned(self, others: Sequence[ZeroShot]) -> Sequence[ZeroShot]:
+        return others
+
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> NoReturn:
+        raise Unsuitable(
+            f"answers of the space {self.space} do not depend on weights", hint="tune a prompt, a head or a tower"
+        )
+
+    def linear_maps(self, features: Tensor) -> Mapping[str, Tensor]:
+        return {}
+
+    def with_chosen(self, chosen: Mapping[str, float]) -> ZeroShot:
+        return self
+
+    def started_from(self, base: Adapter, backbone: Backbone, classes: Classes) -> ZeroShot:
+        return self
+
+    def check(self, backbone: Backbone) -> None:
+        backbone.require_text()
+
+    def usage(self, backbone: Backbone) -> None:
+        return None
+
+    def whole(self, backbone: Backbone) -> None:
+        return None
+
+    def save(self, path: Path, *, backbone: str) -> None:
+        """There is nothing to write; `storage.model_files` writes down that it is zero-shot."""
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu") -> ZeroShot:
+        return cls()

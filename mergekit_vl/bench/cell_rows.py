@@ -19,7 +19,7 @@ from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.experiments import landscape
 from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import image_encoders, size_in_bytes
+from mergekit_vl.models.model import Single, image_encoders, size_in_bytes
 from mergekit_vl.references import hide
 from mergekit_vl.registry.calls import told
 from mergekit_vl.reports.results import plain
@@ -269,7 +269,8 @@ class CellRun:
         """The path by way of a row; without points where there is none."""
         nothing: Record = {"points": [], "barriers": [], "plane": None}
         inputs = self.anchors[1]
-        towers = getattr(getattr(inputs.tuned[0], "adapter", None), "space", "") == "tower"
+        first = inputs.tuned[0]
+        towers = isinstance(first, Single) and first.adapter.about.reads == "images"
         if len(inputs.tuned) != 1 or (towers and self.key != self.bench.keys()[0]):
             return nothing
         try:

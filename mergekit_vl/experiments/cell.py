@@ -221,15 +221,11 @@ def _shots(data: TaskData, split: Split | None) -> list[dict[str, Any]]:
 
 def choice_of(model: Model, kind: str) -> Choice | None:
     """What was chosen while a row's model was made and on which images, or what was learnt."""
-    from mergekit_vl.adapters.linear_head import LinearHead
-    from mergekit_vl.adapters.tower import Tower
     from mergekit_vl.models.by_distance import ByDistance
 
     choice = model.choice if isinstance(model, (Single, Mixture, Ensemble, ByDistance)) else None
     if choice is None and kind == "tuned" and isinstance(model, Single):
-        adapter = model.adapter
-        if isinstance(adapter, (LinearHead, Tower)) and adapter.chosen:  # tuners choose on validation images
-            choice = Choice(adapter.chosen)
+        choice = Choice(model.adapter.chosen)  # tuners choose on validation images
     return choice if choice is not None and choice.values else None
 
 
@@ -249,10 +245,8 @@ def without_makers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _has_towers(model: Model) -> bool:
     """Whether it holds weights for whole image towers."""
-    from mergekit_vl.adapters.tower import Tower
-
     members = model.members if isinstance(model, HasMembers) else (model,)
-    return any(isinstance(member, Single) and isinstance(member.adapter, Tower) for member in members)
+    return any(isinstance(member, Single) and member.adapter.about.reads == "images" for member in members)
 
 
 def _tune(tuner: Tuner | Single, inputs: MergeInputs) -> Single:

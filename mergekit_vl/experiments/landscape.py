@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mergekit_vl.models.model import Classes, Model, Single
 
     Tests = Sequence[tuple[str, Classes, Split]]
+    Logits = Callable[[Tensor, Classes, Split], Tensor]
+    """(coefficients [S, N], classes, split) -> [S, B, K]."""
 
-SPACES = {"ctx": "contexts", "head": "heads", "tower": "towers"}
-"""What is combined, by the space of the tuned model."""
 SEGMENTS = (("zero-shot", "tuned"), ("zero-shot", "merged"), ("merged", "tuned"))
 """The straight line, and the way through the merged model."""
 CHUNK_SIZE = 1 << 24
@@ -42,7 +42,7 @@ class Landscape:
 
     space: str
     names: tuple[str, ...]
-    logits: Callable[[Tensor, Classes, Split], Tensor]
+    logits: Logits
     products: Callable[[Tests], Tensor]
     """Inner products [N, N] of the models as vectors."""
 
@@ -74,8 +74,8 @@ def landscapes(base: Single, tuned: Model, merged: Model | None, store: FeatureS
     out = []
     if base.makes_texts and tuned.makes_texts:
         members = {"zero-shot": base, "tuned": tuned}
-        if getattr(merged, "makes_texts", False):
-            members["merged"] = merged  # type: ignore[assignment]
+        if isinstance(merged, Single) and merged.makes_texts:
+            members["merged"] = merged
         out.append(_classifiers(members, store))
     try:
         start = Single(tuned.backbone, tuned.adapter.anchor(tuned.backbone))
@@ -84,9 +84,10 @@ def landscapes(base: Single, tuned: Model, merged: Model | None, store: FeatureS
     members = {"zero-shot": start, "tuned": tuned}
     if isinstance(merged, Single) and _shapes(merged) == _shapes(tuned):
         members["merged"] = merged
-    of_space = {"ctx": _contexts, "head": _heads, "tower": _towers}.get(tuned.adapter.space)
-    if of_space:
-        out.append(of_space(members, store))
+    about = tuned.adapter.about
+    if tuned.adapter.tensors:
+        between = _of_images if about.reads == "images" else _of_logits if about.linear else _of_tensors
+        out.append(Landscape(about.many, tuple(members), between(members, store), _products(members)))
     return out
 
 
@@ -143,22 +144,23 @@ def _classifiers(members: Mapping[str, Single], store: FeatureStore) -> Landscap
     return Landscape("classifiers", tuple(members), logits, products)
 
 
-def _contexts(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
+def _of_tensors(members: Mapping[str, Single], store: FeatureStore) -> Logits:
+    """All points in one batch: their tensors are combined."""
     import torch
 
-    first = next(iter(members.values()))
-    backbone, contexts = first.backbone, torch.stack([m.adapter.tensors["ctx"] for m in members.values()])
+    first, tensors = next(iter(members.values())), [m.adapter.tensors for m in members.values()]
 
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
-        points = _combined(coefficients, contexts)  # [S, M, W] or [S, K, M, W]
-        prompts = first.adapter.tokenize(backbone, classes)  # type: ignore[attr-defined]
-        text = backbone.encode_prompts(prompts, points if points.ndim == 4 else points[:, None])
-        return _cosines(first, _images(first, split, store, normalise=True), text)
+        (network,) = first.adapter.networks(first.backbone, [classes], training=False)
+        x = network.prepare(_images(first, split, store, normalise=False))
+        points = {name: _combined(coefficients, torch.stack([t[name] for t in tensors])) for name in tensors[0]}
+        return network(points, x)
 
-    return Landscape("contexts", tuple(members), logits, _products(members))
+    return logits
 
 
-def _heads(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
+def _of_logits(members: Mapping[str, Single], store: FeatureStore) -> Logits:
+    """Where logits are linear in the tensors: the models' own logits are combined."""
     import torch
 
     first = next(iter(members.values()))
@@ -167,10 +169,11 @@ def _heads(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
         images = {first.paths[0].key: _images(first, split, store, normalise=False)}
         return _combined(coefficients, torch.stack([m.bind(classes)(images) for m in members.values()]))
 
-    return Landscape("heads", tuple(members), logits, _products(members))
+    return logits
 
 
-def _towers(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
+def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
+    """Where images are read: each point is a model of its own."""
     import torch
 
     from mergekit_vl.models.evaluate import logits_of
@@ -196,7 +199,7 @@ def _towers(members: Mapping[str, Single], store: FeatureStore) -> Landscape:
             out.append(logits_of(model, classes, split, kept_in)[0])
         return torch.stack(out)
 
-    return Landscape("towers", tuple(members), logits, _products(members))
+    return logits
 
 
 def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

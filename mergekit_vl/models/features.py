@@ -21,7 +21,7 @@ from mergekit_vl.registry import sources
 
 if TYPE_CHECKING:
     from mergekit_vl.datasets.base import Augment, Split
-    from mergekit_vl.models.model import ImageEncoder
+    from mergekit_vl.models.classifier import ImageEncoder
 
 ROWS = 4096
 """Of a shard, about: as many whole blocks of the backbone as are in it, so that what goes on after a kill has the same blocks."""

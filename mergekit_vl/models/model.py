@@ -1,67 +1,26 @@
 """Models: class names in, logits out.
 
-    images [B,3,H,W] --image path--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
-
-Shape legend of the project: B images, D feature width, K classes, M context tokens, W token width, L text length, A alphas.
+images [B,3,H,W] --image path--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.models.choices import Choice
+from mergekit_vl.models.classifier import Classes as Classes
+from mergekit_vl.models.classifier import Head as Head
+from mergekit_vl.models.classifier import ImageEncoder as ImageEncoder
+from mergekit_vl.models.classifier import cosine_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Class names with the templates a zero-shot classifier reads them in (`{}` or `{c}` stands for the name)."""
-
-    names: tuple[str, ...]
-    templates: tuple[str, ...] = ("a photo of a {}.",)
-
-    def texts(self) -> list[list[str]]:
-        """One list of K texts per template."""
-        return [[_fill(template, name) for name in self.names] for template in self.templates]
-
-    def subset(self, indices: Sequence[int]) -> Classes:
-        return Classes(tuple(self.names[i] for i in indices), self.templates)
-
-
-def _fill(template: str, name: str) -> str:
-    if callable(template):
-        return template(name)
-    if "{}" not in template and "{c}" not in template:
-        raise UserError(f"template {template!r} has no place for the class name", hint="write {} or {c} in it")
-    return template.replace("{c}", name).replace("{}", name)
-
-
-@dataclass(frozen=True)
-class ImageEncoder:
-    """What turns images into features; equal keys mean equal features."""
-
-    backbone: Backbone
-
-    @property
-    def key(self) -> str:
-        return self.backbone.key
-
-    def encode(self, images: Tensor, block: int | None = None) -> Tensor:
-        """Normalised-by-the-backbone images [B, 3, H, W] to raw features [B, D]."""
-        return self.backbone.encode_image(images, block)
-
-
-class Head(Protocol):
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features [B, D] by image-path key to log-probabilities or logits [B, K]."""
-        ...
+    from mergekit_vl.models.adapter import Adapter, TextAdapter
 
 
 class Model(Protocol):
@@ -109,69 +68,6 @@ def image_encoders(model: Model, classes: Classes) -> tuple[ImageEncoder, ...]:
     return model.encoders_for(classes) if isinstance(model, ReadsSome) else model.paths
 
 
-class Adapter(Protocol):
-    """What is tuned on a frozen backbone. Only adapters of equal `space` can be merged."""
-
-    @property
-    def space(self) -> str: ...
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter: ...
-    def image_encoder(self, backbone: Backbone) -> ImageEncoder: ...
-    def bind(self, backbone: Backbone, classes: Classes) -> Head: ...
-    def anchor(self, backbone: Backbone) -> Adapter:
-        """The point in this adapter's space that fine-tuning started from."""
-        ...
-
-
-class TextAdapter(Adapter, Protocol):
-    """An adapter whose classifier is made of texts; classifiers of these can be mixed."""
-
-    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
-        """Raw (un-normalised) text features [K, D]."""
-        ...
-
-
-@dataclass(frozen=True)
-class CosineHead:
-    """Scaled cosine between image features and text features, plus SigLIP's bias; its softmax is the classifier of both.
-
-    SigLIP's sigmoid is a training loss: over classes, its scores are compared by a softmax like CLIP's.
-    """
-
-    key: str
-    text: Tensor  # [K, D], normalised
-    scale: Tensor
-    bias: Tensor
-
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
-        import torch.nn.functional as F
-
-        return self.scale * F.normalize(features[self.key], dim=-1) @ self.text.T + self.bias
-
-
-def cosine_head(backbone: Backbone, text: Tensor) -> CosineHead:
-    import torch.nn.functional as F
-
-    return CosineHead(backbone.key, F.normalize(text, dim=-1), backbone.scale, backbone.bias)
-
-
-@dataclass(frozen=True)
-class AffineHead:
-    """features @ weight.T + bias, of normalised features where `normalise`."""
-
-    key: str
-    weight: Tensor  # [K, D]
-    bias: Tensor  # [K]
-    normalise: bool
-
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
-        import torch.nn.functional as F
-
-        x = features[self.key]
-        return (F.normalize(x, dim=-1) if self.normalise else x) @ self.weight.T + self.bias
-
-
 @dataclass(frozen=True)
 class Single:
     """One adapter on one backbone."""
@@ -195,12 +91,12 @@ class Single:
         import torch
 
         with torch.no_grad():
-            return self.adapter.text_features(self.backbone, classes)  # type: ignore[attr-defined]
+            return cast("TextAdapter", self.adapter).text_features(self.backbone, classes)
 
     @property
     def makes_texts(self) -> bool:
         """Whether its classifier is made of texts on the backbone's own image features."""
-        return hasattr(self.adapter, "text_features")
+        return self.adapter.about.makes_texts
 
     def bind(self, classes: Classes) -> Head:
         import torch

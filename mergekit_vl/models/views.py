@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import InterpolationMode
 
     from mergekit_vl.datasets.base import Augment
-    from mergekit_vl.models.model import ImageEncoder
+    from mergekit_vl.models.classifier import ImageEncoder
 
 THREADS = min(8, os.cpu_count() or 1)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.adapters import stored
-from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.errors import UserError
+from mergekit_vl.models.model import Single
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.models.adapter import Whole
     from mergekit_vl.models.model import Model
 
 OPEN_CLIP, TIMM = "open_clip_model.safetensors", "model.safetensors"
@@ -25,7 +26,7 @@ OPEN_CLIP, TIMM = "open_clip_model.safetensors", "model.safetensors"
 
 def is_whole(model: Model) -> bool:
     """Whether the model is weights of its backbone (and not a prompt, a head alone, or several models)."""
-    return isinstance(getattr(model, "adapter", None), Tower)
+    return isinstance(model, Single) and model.adapter.whole(model.backbone) is not None
 
 
 def export(model: Model, folder: Path) -> None:
@@ -38,9 +39,10 @@ def export(model: Model, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    tower = model.adapter  # type: ignore[union-attr]
-    assert isinstance(tower, Tower)
-    backbone: Backbone = tower.on(model.backbone)  # type: ignore[union-attr]
+    assert isinstance(model, Single)
+    whole = model.adapter.whole(model.backbone)
+    assert whole is not None
+    backbone = whole.backbone
     tensors = backbone.model.state_dict()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,9 +55,9 @@ def export(model: Model, folder: Path) -> None:
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(partial)
         else:
-            tensors = {**tensors, **_classifier(tower, backbone)}
+            tensors = {**tensors, **_classifier(whole)}
             save_file(stored.separate(tensors), partial / TIMM, metadata={"format": "pt"})
-            _write(partial / "config.json", _timm_config(tower, backbone))
+            _write(partial / "config.json", _timm_config(whole))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except OSError as error:
@@ -63,8 +65,8 @@ def export(model: Model, folder: Path) -> None:
         raise UserError(
             f"cannot be written: {error.strerror}", where=str(folder), hint="make room, or choose another --out"
         ) from None
-    if tower.head is not None and backbone.text is not None:
-        tower.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
+    if whole.head is not None and backbone.text is not None:
+        whole.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
@@ -77,27 +79,25 @@ def _open_clip_config(backbone: Backbone) -> dict[str, Any]:
     return {"model_cfg": backbone.config["model_cfg"], "preprocess_cfg": preprocess}
 
 
-def _classifier(tower: Tower, backbone: Backbone) -> dict[str, Tensor]:
-    names = backbone.config["classifier"]
-    if tower.head is None:
+def _classifier(whole: Whole) -> dict[str, Tensor]:
+    names, head = whole.backbone.config["classifier"], whole.head
+    if head is None:
         return {}
-    if tower.head.normalise or len(names) != 1:
+    if head.normalise or len(names) != 1:
         raise UserError(
-            f"the head of {backbone.spec} cannot be written as timm's own classifier",
+            f"the head of {whole.backbone.spec} cannot be written as timm's own classifier",
             hint="use the run's state folder with mergekit-vl, or an architecture with one classifier on raw features",
         )
-    head = tower.head
     return {f"{names[0]}.weight": head.weight, f"{names[0]}.bias": head.bias}
 
 
-def _timm_config(tower: Tower, backbone: Backbone) -> dict[str, Any]:
+def _timm_config(whole: Whole) -> dict[str, Any]:
     """As timm's own `save_for_hf` writes it, so that `create_model("local-dir:FOLDER")` reads it too."""
+    backbone, head = whole.backbone, whole.head
     settings = backbone.preprocess
     size = settings["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    classes = (
-        {} if tower.head is None else {"num_classes": len(tower.head.weight), "label_names": list(tower.head.names)}
-    )
+    classes = {} if head is None else {"num_classes": len(head.weight), "label_names": list(head.names)}
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}
     pretrained = {
         "input_size": [3, height, width],

@@ -29,10 +29,10 @@ NEAR = "features of images"
 
 def can_save(model: Model) -> bool:
     """A plugin's own kind of model may have no file."""
-    if isinstance(model, Single):
-        return isinstance(model.adapter, ZeroShot) or hasattr(model.adapter, "save")
-    return isinstance(model, (Mixture, Ensemble, ByDistance, ByTask)) and all(
-        can_save(member) for member in model.members
+    return (
+        isinstance(model, Single)
+        or isinstance(model, (Mixture, Ensemble, ByDistance, ByTask))
+        and all(can_save(member) for member in model.members)
     )
 
 
@@ -40,10 +40,10 @@ def save(model: Model, folder: Path, name: str) -> None:
     """Write `name.safetensors`, or `name.model.json` and the members as `name.0.safetensors` and so on."""
     forget(folder, name)  # a model of another kind
     if isinstance(model, Single):
-        if isinstance(model.adapter, ZeroShot):
-            write_json(folder / f"{name}.model.json", {"kind": "zero_shot"})
+        if model.adapter.tensors:
+            model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)
         else:
-            model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)  # type: ignore[attr-defined]
+            write_json(folder / f"{name}.model.json", {"kind": "zero_shot"})
         return
     assert isinstance(model, (Mixture, Ensemble, ByDistance, ByTask))
     for i, member in enumerate(model.members):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.adapters import stored
-from mergekit_vl.adapters.linear_head import LinearHead, zero_shot
+from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import DASSL_KEYS, Prompt
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.checkpoints.reader import open_checkpoint
@@ -39,29 +38,14 @@ def load_tuned(path: Path, backbone: Backbone, adapter: AdapterClass, *, init: s
         found = Prompt.load(path, device=backbone.device, init=init)
     else:
         found = _weights(read(path), backbone, where=str(path))
-    check = getattr(found, "check", None)
-    if check is not None:
-        check(backbone)
+    found.check(backbone)
     return found
 
 
 def with_start(model: Single, inputs: MergeInputs) -> Single:
-    """The model, its head (if it has one without a start) told to have started from the model before fine-tuning."""
-    adapter = model.adapter
-    head = adapter.head if isinstance(adapter, Tower) else adapter
-    if not isinstance(head, LinearHead) or head.start is not None:
-        return model
-    base, classes = inputs.base.adapter, inputs.data[0].classes
-    start = base if isinstance(base, LinearHead) else zero_shot(model.backbone, classes)
-    if start.weight.shape != head.weight.shape:
-        raise UserError(
-            f"the checkpoint's head has {len(head.weight)} classes of width {head.weight.shape[1]}, the data set needs "
-            f"{len(start.weight)} of width {start.weight.shape[1]}",
-            where=model.backbone.spec,
-            hint="use the data set it was tuned on",
-        )
-    head = replace(head, names=head.names or classes.names, start=start)
-    return Single(model.backbone, replace(adapter, head=head) if isinstance(adapter, Tower) else head)
+    """The model, told where its tuning began if its file did not tell."""
+    adapter = model.adapter.started_from(inputs.base.adapter, model.backbone, inputs.data[0].classes)
+    return model if adapter is model.adapter else Single(model.backbone, adapter)
 
 
 def _weights(state: Mapping[str, Tensor], backbone: Backbone, *, where: str) -> Tower:

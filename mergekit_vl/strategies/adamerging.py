@@ -89,9 +89,7 @@ class AdaMerging:
         model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
         told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
         choice = Choice(told, "train" if self.images == "train" else "val", learnt=True)
-        if not hasattr(model.adapter, "chosen"):  # a prompt's file has no place for them
-            return replace(model, choice=choice)
-        return Single(model.backbone, replace(model.adapter, chosen=told), choice)  # type: ignore[type-var]
+        return Single(model.backbone, model.adapter.with_chosen(told), choice)
 
     def _task_vectors(self, inputs: MergeInputs) -> tuple[Single, list[Tensors]]:
         """The merge at the first coefficients, and each model's task vector."""

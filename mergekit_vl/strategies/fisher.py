@@ -57,8 +57,8 @@ class Fisher:
         import torch
 
         zero_shot, tuned = anchors(inputs)
-        if zero_shot.adapter.space == "head":
-            check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
+        if zero_shot.adapter.about.exact_fisher:
+            check_effect(self, ("images",), where=WHERE, why=f"on {zero_shot.adapter.about.many}: all images count")
         models = (zero_shot, *tuned) if self.base else tuned
         if len(models) < 2:
             raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set base=true")

@@ -139,37 +139,15 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
             f"models of different spaces cannot be merged: {', '.join(spaces)}",
             hint="merge in the space `features`, or ensemble them",
         )
-    tuned = _by_class_name(tuned)  # type: ignore[arg-type]
+    first = tuned[0]
+    aligned = first.adapter.aligned([m.adapter for m in tuned])
+    tuned = tuple(m if a is m.adapter else Single(m.backbone, a) for m, a in zip(tuned, aligned))
     first = tuned[0]
     start = first.adapter.anchor(first.backbone)
     check_aligned(
         [start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))]
     )
     return Single(first.backbone, start), tuned
-
-
-def _by_class_name(tuned: tuple[Single, ...]) -> tuple[Single, ...]:
-    """The models, the rows of their linear heads in one order of classes; raises UserError for prompts of different classes."""
-    from mergekit_vl.adapters.linear_head import LinearHead, by_class_name
-    from mergekit_vl.models.model import Single
-
-    heads = [getattr(m.adapter, "head", m.adapter) for m in tuned]  # a tower's, or the adapter itself
-    names = [getattr(head, "names", ()) for head in heads]
-    if all(isinstance(head, LinearHead) for head in heads):
-        found = by_class_name(heads)
-        if all(new is old for new, old in zip(found, heads)):
-            return tuned
-        return tuple(
-            Single(m.backbone, replace(m.adapter, head=head) if hasattr(m.adapter, "head") else head)  # type: ignore[type-var]
-            for m, head in zip(tuned, found)
-        )
-    if len(set(names)) > 1 and all(names):
-        raise Unsuitable(
-            "class-specific prompts of different classes, or of another order, cannot be merged",
-            where=f"classes of the first: {', '.join(names[0][:5])}",
-            hint="tune them on the same classes, or with class_specific=false",
-        )
-    return tuned
 
 
 def as_model(like: Model, tensors: Tensors, inputs: MergeInputs | None = None) -> Single:
@@ -184,7 +162,7 @@ def as_model(like: Model, tensors: Tensors, inputs: MergeInputs | None = None) -
     model = Single(like.backbone, like.adapter.with_tensors(tensors))
     if inputs is None or inputs.batch_norm == "mean" or not inputs.data:
         return model
-    if like.adapter.space != "tower" or not any(BATCH_NORM.search(name) for name in tensors):
+    if like.adapter.about.reads != "images" or not any(BATCH_NORM.search(name) for name in tensors):
         return model
     for member in (like, *inputs.tuned):
         if all(tensors[name].equal(tensor) for name, tensor in member.adapter.tensors.items()):  # type: ignore[attr-defined]

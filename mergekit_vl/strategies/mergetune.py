@@ -6,7 +6,7 @@ Between the zero-shot model w1 and the fine-tuned w2, search a w that has a low-
 
 The last term stands for the path to w1, for which there are no pretraining data: near w1, a minimum of the pretraining
 loss, its Taylor expansion is 1/2 (w - w1)^T H (w - w1), and an isotropic H makes that a squared distance. `surrogate=fisher`
-takes a diagonal H instead (`information.py`); nobody has published that, and docs/suite.md shows what it does.
+takes a diagonal H instead (`fisher_information.py`); nobody has published that, and docs/suite.md shows what it does.
 
 What "w" means, by what was tuned:
 
@@ -38,7 +38,7 @@ paper's; path `features` with surrogate `cosine` and the fixed grid of alphas is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,24 +46,20 @@ from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.estimators import fisher_information, surrogates
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import ImageEncoder, Model, Single
+from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.in_memory import anchors
 from mergekit_vl.strategies.wise_ft import WiseFT
-from mergekit_vl.tuners.context import cross_entropy, fit_context
-from mergekit_vl.tuners.head import fit_head, inputs_of, matrix
-from mergekit_vl.tuners.sgd import Schedule
+from mergekit_vl.tuners.sgd import cross_entropy
+from mergekit_vl.tuners.training import train
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from torch import Tensor
 
-    from mergekit_vl.tuners import context, head, tower
+    from mergekit_vl.models.adapter import About, Line, Network
 
-LR = {"ctx": 0.002, "head": 1.0, "tower": 3e-5}
-"""Where none is given: SGD's for prompts, SGD's in units of 1 / mean squared feature norm for heads, AdamW's for towers."""
+WHERE = "strategy mergetune"
 
 TRAINING = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 """Options that say how it is trained, and not on what."""
@@ -128,191 +124,122 @@ class MergeTune:
         ):
             if not valid:
                 value = getattr(self, name)
-                raise UserError(f"{name.rstrip('_')}={value}", where="strategy mergetune", hint=hint)
+                raise UserError(f"{name.rstrip('_')}={value}", where=WHERE, hint=hint)
 
     def merge(self, inputs: MergeInputs) -> Model:
-        return {"ctx": self._prompt, "head": self._head, "tower": self._tower}[self._space(inputs)](inputs)
+        zero_shot, tuned = self.ends(inputs)
+        start = WiseFT(self.tau).merge(inputs)
+        assert isinstance(start, Single)
+        training = train(
+            start,
+            inputs,
+            what="mergetune",
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            augment=Augment(self.crop, self.flip),
+            views=self.views,
+            accumulate=self.accumulate,
+        )
+        objective = self.objective(training.network, training.x, zero_shot, tuned, inputs)
+        for step in training:
+            with step:
+                for term in objective.terms(step.weights, step.x, step.labels, step.draw):
+                    step.minimise(term)
+        return Single(start.backbone, training.adapter())
 
-    def _space(self, inputs: MergeInputs) -> str:
+    def objective(
+        self, network: Network, x: Tensor | None, zero_shot: Single, tuned: Single, inputs: MergeInputs
+    ) -> Objective:
+        """L(w) for this network; x [E, N, ...] are the prepared inputs that a Fisher in closed form is of."""
+        about = tuned.adapter.about
+        template = about.makes_texts and self.path == "features" and self.anchor == "template"
+        line = network.line((inputs.base if template else zero_shot).adapter, tuned.adapter, self.path)
+        fisher = None
+        if self.surrogate == "fisher":
+            exact = None if x is None else line.fisher(self._seen(network, x, zero_shot, inputs))
+            fisher = surrogates.mean_one(
+                fisher_information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
+                if exact is None
+                else exact
+            )
+        surrogate = self.surrogate or ("l2" if about.reads == "images" else "cosine")
+        return Objective(line, self, surrogate, fisher, line.unit(weighted=fisher is not None))
+
+    def _seen(self, network: Network, x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
+        """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""
+        if not zero_shot.adapter.about.fresh_views:
+            return x.flatten(0, 1)
+        return network.prepare(inputs.features.features(zero_shot.paths[0], inputs.data[0].train))
+
+    def ends(self, inputs: MergeInputs) -> tuple[Single, Single]:
+        """The zero-shot point and the tuned model; raises Unsuitable for others than one model that this can continue."""
         if len(inputs.tuned) != 1:
             raise Unsuitable(
                 f"one tuned model, not {len(inputs.tuned)}",
-                where="strategy mergetune",
+                where=WHERE,
                 hint="merge several with linear or task_arithmetic first",
             )
-        space = anchors(inputs)[1][0].adapter.space
-        if space not in LR:
-            raise Unsuitable(
-                f"a model of the space {space}", where="strategy mergetune", hint="tune a prompt, a head or a tower"
-            )
-        for names, read, why in self._readers(space):
+        zero_shot, (tuned,) = anchors(inputs)
+        for names, read, why in self._readers(tuned.adapter.about):
             if not read:
-                check_effect(self, names, where="strategy mergetune", why=why)
-        return space
+                check_effect(self, names, where=WHERE, why=why)
+        if self.surrogate == "cosine" and tuned.adapter.about.reads == "images":
+            raise Unsuitable(
+                f"surrogate=cosine is not there for {tuned.adapter.about.many}", where=WHERE, hint="l2 or fisher"
+            )
+        return zero_shot, tuned
 
-    def _readers(self, space: str) -> Iterator[tuple[tuple[str, ...], bool, str]]:
-        """Options, whether something reads them for models of this space, and what is so if not."""
-        what = {"ctx": "a prompt", "head": "a head", "tower": "a tower"}[space]
-        yield ("path", "anchor"), space == "ctx", f"on {what}"
-        yield ("views",), space == "head", f"on {what}"
-        yield ("accumulate",), space == "tower", f"on {what}"
+    def _readers(self, about: About) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+        """Options, whether something reads them for such a model, and what is so if not."""
+        images, on_path = about.reads == "images", " with path=features" * about.makes_texts
+        yield ("path", "anchor"), about.makes_texts, f"on {about.one}"
+        yield ("views",), not (images or about.fresh_views), f"on {about.one}"
+        yield ("accumulate",), images, f"on {about.one}"
         yield ("anchor",), self.path == "features", "with path=weights"
         yield ("n_alpha",), not self.alphas, "beside alphas"
-        yield ("crop", "flip"), space != "head" or self.views > 0, "without views"
-        exact = space == "head" or (space == "ctx" and self.path == "features")
-        yield ("fisher_images",), not exact, f"on {what}{' with path=features' * (space == 'ctx')}: all images count"
+        yield ("crop", "flip"), images or about.fresh_views or self.views > 0, "without views"
+        exact = about.exact_fisher or (about.makes_texts and self.path == "features")
+        yield ("fisher_images",), not exact, f"on {about.one}{on_path}: all images count"
         yield ("fisher_images",), self.surrogate == "fisher", f"with surrogate={self.surrogate}"
 
-    def _lr(self, space: str) -> float:
-        return LR[space] if self.lr is None else self.lr
 
-    def _draw_alphas(self, generator: torch.Generator | None, like: Tensor) -> Tensor:
-        import torch
+@dataclass(frozen=True)
+class Objective:
+    """L(w) of one network: the three terms of the formula above, in the representation of the table."""
 
-        alphas = torch.tensor(self.alphas) if self.alphas else torch.rand(self.n_alpha, generator=generator)
-        return alphas.to(like)
+    line: Line
+    options: MergeTune
+    surrogate: Literal["l2", "cosine", "fisher"]
+    fisher: Mapping[str, Tensor] | None
+    unit: Tensor | float
+    """What squared distances are divided by."""
 
-    # prompts
+    def terms(
+        self, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor, draw: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """Of prepared inputs of B images and labels [B]; a term's graph may go before the next is made."""
+        lambda_, beta = self.options.lambda_, self.options.beta
+        alphas = self._alphas(draw, x) if beta else x.new_empty(0)
+        w, here, points = self.line.at(weights, alphas, x)  # logits [B, K] at w, and [A, B, K] in parts
+        yield cross_entropy(here, labels)
+        if lambda_:
+            yield lambda_ * self.distance(w)
+        for part in points if beta else ():
+            yield beta * (len(part) / len(alphas)) * cross_entropy(part, labels)
 
-    def _prompt(self, inputs: MergeInputs) -> Model:
-        start, loss = self.objective(inputs)
-        schedule, augment = Schedule(self.epochs, self.batch, self._lr("ctx")), Augment(self.crop, self.flip)
-        prompt = fit_context(start.backbone, start.adapter, inputs, schedule, augment, loss, what="mergetune")  # type: ignore[arg-type]
-        return Single(start.backbone, prompt)
-
-    def objective(self, inputs: MergeInputs) -> tuple[Single, context.Loss]:
-        """Of a prompt: w0 = (1 - tau) w1 + tau w2, and L as a function of (encode, context, images [B, D] normalised, labels [B])."""
-        import torch
-
-        zero_shot, tuned = anchors(inputs)
-        self._space(inputs)
-        classes, scale = inputs.data[0].classes, zero_shot.backbone.scale
-        ctx1, ctx2 = zero_shot.adapter.tensors["ctx"], tuned[0].adapter.tensors["ctx"]
-        text1 = (inputs.base if self.anchor == "template" else zero_shot).text_features(classes)  # [K, D]
-        text2 = tuned[0].text_features(classes)
-        draw = torch.Generator().manual_seed(inputs.seed + 1)
-        fisher = self._prompt_fisher(inputs, zero_shot, text1) if self.surrogate == "fisher" else None
-        apart = 2 * float(text1.square().sum())
-
-        def loss(encode: context.Encode, ctx: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            alphas = self._draw_alphas(draw, ctx)
-            if self.path == "features":
-                text = encode(ctx)  # [K, D]
-                points = interpolate(text, text2, alphas)  # [A, K, D]
-                pull = self._distance(text, text1, fisher, divisor=len(text) if fisher is None else apart)
-            else:
-                contexts = torch.cat([ctx[None], interpolate(ctx, ctx2, alphas)])  # [1 + A, M, W] or [1 + A, K, M, W]
-                text, *points = encode(contexts if ctx.ndim == 3 else contexts[:, None])
-                points = torch.stack(points)
-                pull = self._distance(ctx, ctx1, fisher, divisor=1)
-            task = cross_entropy(scale, text, images, labels)
-            return task + self.beta * cross_entropy(scale, points, images, labels) + self.lambda_ * pull
-
-        return WiseFT(self.tau).merge(inputs), loss  # type: ignore[return-value]
-
-    def _distance(self, w: Tensor, w1: Tensor, fisher: Tensor | None, *, divisor: float) -> Tensor:
-        """The surrogate S(w, w1) of the module's table."""
-        if self.surrogate in (None, "cosine"):
-            return surrogates.cosine(w, w1)
-        return surrogates.squared(w, w1, fisher).sum() / divisor
-
-    def _prompt_fisher(self, inputs: MergeInputs, zero_shot: Single, text1: Tensor) -> Tensor:
-        import torch.nn.functional as F
-
-        backbone, data = zero_shot.backbone, inputs.data[0]
-        if self.path == "weights":
-            fisher = fisher_information.of_model(zero_shot, data, inputs, self.fisher_images)["ctx"]
-        else:
-            images = F.normalize(
-                inputs.features.features(ImageEncoder(backbone), data.train).to(backbone.device), dim=-1
-            )
-            fisher = fisher_information.of_text_features(text1, images, backbone.scale)
-        return surrogates.mean_one({"w": fisher})["w"]
-
-    # linear heads
-
-    def _head(self, inputs: MergeInputs) -> Model:
-        import torch
-
-        start = WiseFT(self.tau).merge(inputs)
-        assert isinstance(start, Single)
-        data, path = inputs.data[0], ImageEncoder(start.backbone)
-        views = inputs.features.features(path, data.train)[None]
-        if self.views:
-            augment = Augment(self.crop, self.flip)
-            views = inputs.features.views(path, data.train, epochs=self.views, seed=inputs.seed, augment=augment)
-        labels = torch.from_numpy(data.train.labels)
-        schedule = Schedule(self.epochs, self.batch, self._lr("head"), weight_decay=0.0)
-        loss = self.head_objective(inputs, views)
-        head = fit_head(start.adapter, views, labels, schedule, loss, inputs, what="mergetune")  # type: ignore[arg-type]
-        return Single(start.backbone, head)
-
-    def head_objective(self, inputs: MergeInputs, views: Tensor) -> head.Loss:
-        """Of a head: L as a function of (w [K, D + 1], x [B, D + 1], labels [B]); views [E, N, D] are what the Fisher is estimated on."""
-        import torch
-
-        zero_shot, tuned = anchors(inputs)
-        first, second = zero_shot.adapter, tuned[0].adapter
-        w1, w2 = matrix(first), matrix(second)  # type: ignore[arg-type]
-        apart = float((w1.square() + w2.square()).sum())
-        x1 = inputs_of(first, views.to(w1.device)).flatten(0, 1)  # type: ignore[arg-type]
-        fisher = (
-            surrogates.mean_one({"w": fisher_information.of_head(w1, x1)})["w"] if self.surrogate == "fisher" else None
-        )
-        draw = torch.Generator().manual_seed(inputs.seed + 1)
-
-        def loss(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-            z, z2 = x @ w.T, x @ w2.T  # [B, K]; logits are linear in w, so those of a point lie between them
-            points = interpolate(z, z2, self._draw_alphas(draw, z)).flatten(0, 1)  # [A B, K]
-            pull = self._distance(w, w1, fisher, divisor=apart)
-            path = torch.nn.functional.cross_entropy(points, labels.repeat(len(points) // len(labels)))
-            return torch.nn.functional.cross_entropy(z, labels) + self.beta * path + self.lambda_ * pull
-
-        return loss
-
-    # towers
-
-    def _tower(self, inputs: MergeInputs) -> Model:
-        from mergekit_vl.tuners.tower import TowerSchedule, fit_tower
-
+    def distance(self, w: Mapping[str, Tensor]) -> Tensor:
+        """S(w, w1), the surrogate of the table."""
+        w1 = self.line.first
         if self.surrogate == "cosine":
-            raise Unsuitable(
-                "surrogate=cosine is not there for towers", where="strategy mergetune", hint="l2 or fisher"
-            )
-        start = WiseFT(self.tau).merge(inputs)
-        assert isinstance(start, Single)
-        schedule = TowerSchedule(self.epochs, self.batch, self._lr("tower"), accumulate=self.accumulate)
-        augment = Augment(self.crop, self.flip)
-        losses = self.tower_objective(inputs)
-        tower = fit_tower(start.backbone, start.adapter, inputs, schedule, augment, losses, what="mergetune")  # type: ignore[arg-type]
-        return Single(start.backbone, tower)
+            return sum(surrogates.cosine(each, w1[name]) for name, each in w.items()) / len(w)  # type: ignore[return-value]
+        fisher = self.fisher or {}
+        squares = [surrogates.squared(each, w1[name], fisher.get(name)).sum() for name, each in w.items()]
+        return sum(squares) / self.unit  # type: ignore[return-value]
 
-    def tower_objective(self, inputs: MergeInputs) -> tower.Losses:
-        """Of a tower: the terms of L, one after the other, so that memory holds the graph of one of them."""
-        import torch.nn.functional as F
+    def _alphas(self, draw: torch.Generator | None, like: Tensor) -> Tensor:
+        import torch
 
-        zero_shot, tuned = anchors(inputs)
-        w1, w2 = dict(zero_shot.adapter.tensors), dict(tuned[0].adapter.tensors)
-        apart = {name: surrogates.squared(w2[name], w1[name]).sum() for name in w1}
-        fisher = {}
-        if self.surrogate == "fisher":
-            fisher = fisher_information.of_model(zero_shot, inputs.data[0], inputs, self.fisher_images)
-            fisher = surrogates.mean_one(fisher)
-
-        def losses(forward, weights, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-            yield F.cross_entropy(forward(weights, images), labels)
-            if self.lambda_:  # over what is trained: neither running statistics nor a text tower can be pulled
-                pulls = [surrogates.squared(w, w1[name], fisher.get(name)).sum() for name, w in weights.items()]
-                yield self.lambda_ * sum(pulls) / sum(apart[name] for name in weights).clamp_min(1e-12)  # type: ignore[union-attr]
-            # drawn from the global generator: the loop seeds it by epoch, so a training that goes on draws the same
-            alphas = self._draw_alphas(None, images) if self.beta else ()
-            for alpha in alphas:
-                point = {name: w2[name] + alpha * (w - w2[name]) for name, w in weights.items()}
-                yield self.beta / len(alphas) * F.cross_entropy(forward(point, images), labels)
-
-        return losses
-
-
-def interpolate(w: Tensor, w2: Tensor, alphas: Tensor) -> Tensor:
-    """w2 + alpha (w - w2) for each alpha: [A, *w.shape], one batched product."""
-    return w2 + alphas.view(-1, *[1] * w.ndim) * (w - w2)
+        given = self.options.alphas
+        alphas = torch.tensor(given) if given else torch.rand(self.options.n_alpha, generator=draw)
+        return alphas.to(like)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_vl.adapters.tower import HEAD
 from mergekit_vl.checkpoints.torch_io import check_finite
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.estimators.fisher_information import some
@@ -13,12 +12,10 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.in_memory import anchors, as_model
-from mergekit_vl.tuners.head import inputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.adapters.linear_head import LinearHead
     from mergekit_vl.estimators.gram import Gram
     from mergekit_vl.models.inputs import TaskData
 
@@ -58,22 +55,24 @@ class RegMean:
         import torch
 
         zero_shot, tuned = anchors(inputs)
-        space = zero_shot.adapter.space
-        if space not in ("head", "tower"):
-            what = "a prompt has no linear map of image features" if space == "ctx" else f"a model of the space {space}"
-            raise Unsuitable(what, where=WHERE, hint="tune heads or towers, or use linear or fisher")
-        if space == "head":
-            check_effect(self, ("images",), where=WHERE, why="on heads: all images count")
+        about = zero_shot.adapter.about
+        if about.reads == "features":
+            if not about.linear:
+                raise Unsuitable(
+                    f"{about.one} has no linear map of image features",
+                    where=WHERE,
+                    hint="tune heads or towers, or use linear or fisher",
+                )
+            check_effect(self, ("images",), where=WHERE, why=f"on {about.many}: all images count")
         if len(tuned) < 2:
             raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`")
         tensors = [m.adapter.tensors for m in tuned]
         merged = {n: torch.stack([t[n].double() for t in tensors]).mean(0).to(t) for n, t in tensors[0].items()}
-        measure = self._of_head if space == "head" else self._of_tower
         sums: dict[str, Tensor] = {}
         moves: dict[str, Tensor] = {}
         transposed: dict[str, bool] = {}
         for model, task in zip(tuned, inputs.data, strict=True):
-            for name, gram in measure(model, task, inputs).items():
+            for name, gram in self._grams(model, task, inputs).items():
                 shrunk, transposed[name] = shrink(gram.mean, self.alpha), gram.transposed
                 apart = model.adapter.tensors[name] - merged[name]
                 apart = apart if gram.transposed else apart.flatten(1).T  # [in, out]
@@ -85,27 +84,18 @@ class RegMean:
         check_finite(merged, where=WHERE, hint="use smaller weights")
         return as_model(zero_shot, merged, inputs)
 
-    def _of_head(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
-        features = inputs.features.features(model.paths[0], task.train)
-        return {"weight": gram_of_head(model.adapter, features.to(model.adapter.weight.device))}  # type: ignore
-
-    def _of_tower(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
+    def _grams(self, model: Single, task: TaskData, inputs: MergeInputs) -> dict[str, Gram]:
+        """Of each linear map of one model on its own images: those that an image tower is seen to have, and those of its features."""
         from mergekit_vl.estimators import gram
 
-        rows = some(inputs, len(task.train), self.images).tolist()
-        found, features = gram.of_tower(model, task.train, rows, inputs.progress)
-        head = model.adapter.head  # type: ignore[attr-defined]
-        if head is not None:
-            found[HEAD + "weight"] = gram_of_head(head, features)
-        return {name: gram for name, gram in found.items() if name in model.adapter.tensors}
-
-
-def gram_of_head(head: LinearHead, features: Tensor) -> Gram:
-    """Of raw features [N, D]."""
-    from mergekit_vl.estimators.gram import Gram
-
-    x = inputs_of(head, features)[:, :-1]  # without the ones of the bias
-    return Gram(x.T @ x, len(x), transposed=False)
+        if model.adapter.about.reads == "features":
+            found, features = {}, inputs.features.features(model.paths[0], task.train)
+        else:
+            rows = some(inputs, len(task.train), self.images).tolist()
+            found, features = gram.of_tower(model, task.train, rows, inputs.progress)
+        for name, x in model.adapter.linear_maps(features).items():
+            found[name] = gram.Gram(x.T @ x, len(x), transposed=False)
+        return {name: each for name, each in found.items() if name in model.adapter.tensors}
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:

@@ -59,8 +59,9 @@ class WiseFT:
         from mergekit_vl.models.evaluate import evaluate, quality
 
         tasks = inputs.to_choose_on(WHERE, "give alpha as a number")
-        towers = anchors(inputs)[1][0].adapter.space == "tower"  # a tower an alpha: its features are looked at once
-        store = inputs.features.temporary() if towers else inputs.features
+        about = anchors(inputs)[0].adapter.about
+        once = about.reads == "images"  # a tower an alpha: its features are looked at once
+        store = inputs.features.temporary() if once else inputs.features
 
         def made(alpha: float) -> Model:
             return replace(replace(self, alpha=alpha).merge(inputs), choice=Choice({"alpha": alpha}))  # type: ignore[type-var]

@@ -9,8 +9,8 @@ from mergekit_vl.datasets.base import Augment
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single
 from mergekit_vl.options import option
-from mergekit_vl.tuners.context import cross_entropy, fit_context
-from mergekit_vl.tuners.sgd import Schedule
+from mergekit_vl.tuners.sgd import cross_entropy
+from mergekit_vl.tuners.training import train
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,16 @@ class CoOp:
         backbone = inputs.base.backbone
         names = inputs.data[0].classes.names if self.class_specific else ()
         start = Prompt.start(backbone, init=self.init, n_context=self.n_context, seed=inputs.seed, names=names)
-        schedule = Schedule(self.epochs, self.batch, self.lr)
-
-        def loss(encode, ctx, images, labels):
-            return cross_entropy(backbone.scale, encode(ctx), images, labels)
-
-        return Single(
-            backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="coop")
+        training = train(
+            Single(backbone, start),
+            inputs,
+            what="coop",
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            augment=Augment(self.crop, self.flip),
         )
+        for step in training:
+            with step:
+                step.minimise(cross_entropy(training.network(step.weights, step.x), step.labels))
+        return Single(backbone, training.adapter())

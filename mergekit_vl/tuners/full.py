@@ -13,6 +13,7 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single
 from mergekit_vl.options import option
 from mergekit_vl.tuners.head import Init, start_head
+from mergekit_vl.tuners.sgd import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,18 @@ class Full:
                 raise UserError(f"{name}={getattr(self, name)}", where="tuner full", hint=f"{least} or more")
 
     def tune(self, inputs: MergeInputs) -> Single:
-        import torch.nn.functional as F
+        from mergekit_vl.tuners.adamw import AdamWSchedule, AdamWTraining
 
-        from mergekit_vl.tuners.tower import TowerSchedule, fit_tower
-
-        backbone = inputs.base.backbone
-        schedule = TowerSchedule(
+        backbone, start = inputs.base.backbone, self._start(inputs)
+        schedule = AdamWSchedule(
             self.epochs, self.batch, self.lr, self.weight_decay, self.warmup, self.accumulate, self.choose
         )
-
-        def losses(forward, weights, images, labels):
-            yield F.cross_entropy(forward(weights, images), labels)
-
-        start = self._start(inputs)
-        augment = Augment(self.crop, self.flip)
-        return Single(backbone, fit_tower(backbone, start, inputs, schedule, augment, losses, what="full"))
+        (network,) = start.networks(backbone, [inputs.data[0].classes], training=True)
+        training = AdamWTraining(backbone, network, schedule)
+        for step in training.steps(inputs, Augment(self.crop, self.flip), what="full"):
+            with step:
+                step.minimise(cross_entropy(network(step.weights, step.x), step.labels))
+        return Single(backbone, training.chosen())
 
     def _start(self, inputs: MergeInputs) -> Tower:
         from mergekit_vl.tuners.linear_probe import LinearProbe

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_vl.adapters.prompt import Prompt
+from mergekit_vl.adapters.text_network import TextNetwork
 from mergekit_vl.datasets.base import Augment
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single
 from mergekit_vl.options import option
-from mergekit_vl.tuners.context import cross_entropy, fit_context
-from mergekit_vl.tuners.sgd import Schedule
+from mergekit_vl.tuners.sgd import cross_entropy
+from mergekit_vl.tuners.training import train
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,20 @@ class KgCoOp:
         backbone = inputs.base.backbone
         start = Prompt.start(backbone, init=self.init, n_context=self.n_context, seed=inputs.seed)
         zero_shot = inputs.base.text_features(inputs.data[0].classes)
-        schedule = Schedule(self.epochs, self.batch, self.lr)
-
-        def loss(encode, ctx, images, labels):
-            text = encode(ctx)
-            guide = 1 - F.cosine_similarity(text, zero_shot, dim=-1).mean()
-            return cross_entropy(backbone.scale, text, images, labels) + self.guide * guide
-
-        return Single(
-            backbone, fit_context(backbone, start, inputs, schedule, Augment(self.crop, self.flip), loss, what="kgcoop")
+        training = train(
+            Single(backbone, start),
+            inputs,
+            what="kgcoop",
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            augment=Augment(self.crop, self.flip),
         )
+        network = training.network
+        assert isinstance(network, TextNetwork)
+        for step in training:
+            with step:
+                text = network.encode(step.weights)
+                step.minimise(self.guide * (1 - F.cosine_similarity(text, zero_shot, dim=-1).mean()))
+                step.minimise(cross_entropy(network.logits(text, step.x), step.labels))
+        return Single(backbone, training.adapter())

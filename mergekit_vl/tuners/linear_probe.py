@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mergekit_vl.adapters.head_network import HeadNetwork, matrix, mean_square
 from mergekit_vl.adapters.linear_head import LinearHead, Unseen
 from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import UserError
@@ -12,8 +13,8 @@ from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import ImageEncoder, Single
 from mergekit_vl.options import option
-from mergekit_vl.tuners.head import Init, fit_head, inputs_of, matrix, mean_square, start_head, with_matrix
-from mergekit_vl.tuners.sgd import Schedule
+from mergekit_vl.tuners.head import Init, start_head
+from mergekit_vl.tuners.sgd import Schedule, cross_entropy, sgd
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,19 +81,21 @@ class LinearProbe:
     def _fit(
         self, warm: LinearHead, start: LinearHead, l2: float, views: Tensor, labels: Tensor, inputs: MergeInputs
     ) -> LinearHead:
-        import torch.nn.functional as F
-
-        w0 = matrix(start)
-        if self.solver == "sgd":
-            unit = mean_square(inputs_of(start, views)).item()
-
-            def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
-                return F.cross_entropy(x @ w.T, y) + l2 / 2 * unit * (w - w0).square().sum()
-
-            schedule = Schedule(self.epochs, self.batch, self.lr, weight_decay=0.0)
-            return fit_head(start, views, labels, schedule, loss, inputs, what="linear_probe")
-        x = inputs_of(start, views.to(w0.device)).flatten(0, 1)
-        return with_matrix(start, lbfgs(matrix(warm), w0, x, labels.to(x.device).repeat(len(views)), l2))
+        network = HeadNetwork(start, inputs.data[0].classes)
+        x, w0 = network.prepare(views), matrix(start.tensors)
+        labels = labels.to(x.device)
+        if self.solver == "lbfgs":
+            w = lbfgs(matrix(warm.tensors), w0, x.flatten(0, 1), labels.repeat(len(views)), l2).to(w0)
+            return network.adapter({"weight": w[:, :-1], "bias": w[:, -1]})
+        unit = network.unit(x)
+        weights = {name: tensor.clone().requires_grad_(True) for name, tensor in start.tensors.items()}
+        schedule = Schedule(self.epochs, self.batch, self.lr, weight_decay=0.0)
+        for step in sgd(weights, x, labels, schedule, inputs, what="linear_probe", unit=unit):
+            with step:
+                w = matrix(step.weights)
+                step.minimise(cross_entropy(step.x @ w.T, step.labels))
+                step.minimise(l2 / 2 * unit * (w - w0).square().sum())
+        return network.adapter(weights)
 
 
 def lbfgs(warm: Tensor, w0: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:

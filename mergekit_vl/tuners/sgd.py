@@ -1,15 +1,21 @@
-"""Stochastic gradient descent over one tensor, as the field's code runs it: what moves contexts and heads."""
+"""Stochastic gradient descent as the field's code runs it, a step at a time: what moves contexts and heads.
+
+for step in sgd(...):
+    with step:
+        step.minimise(cross_entropy(network(step.weights, step.x), step.labels))
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.errors import Failed, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergekit_vl.models.inputs import MergeInputs
@@ -37,37 +43,67 @@ class Schedule:
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
 
 
-def descend(
-    start: Tensor,
-    n: int,
+@dataclass
+class Step:
+    """One batch: what moves, what is seen, what is minimised. `with step:` ends with the optimiser's step."""
+
+    weights: Mapping[str, Tensor]
+    x: Tensor
+    """Prepared inputs of B images (`Network.prepare`)."""
+    labels: Tensor
+    """[B]"""
+    draw: torch.Generator
+    """For what a loss draws."""
+    end: Callable[[Tensor], None]
+    loss: Tensor | None = None
+
+    def minimise(self, term: Tensor) -> None:
+        """Add a term to the loss. The terms share a graph, so they run backward together, at the end."""
+        self.loss = term if self.loss is None else self.loss + term
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None and self.loss is not None:
+            self.end(self.loss)
+
+
+def sgd(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
     schedule: Schedule,
-    loss: Callable[[Tensor, int, Tensor], Tensor],
     inputs: MergeInputs,
     *,
     what: str,
     unit: float = 1.0,
-) -> Tensor:
-    """The tensor after `schedule`, from `start`; loss(tensor, epoch, rows) is that of some of n images. lr is in units of 1 / `unit`.
+) -> Iterator[Step]:
+    """The steps of `schedule` over these leaves; epoch e sees x[e % E] of prepared inputs [E, N, ...]. lr is in units of 1 / `unit`.
 
-    Raises UserError if the loss stops being finite.
+    Raises UserError if a loss is not finite.
     """
     import torch
 
-    w = start.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.SGD([w], lr=1.0, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.SGD(
+        list(weights.values()), lr=1.0, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+    )
     shuffle = torch.Generator().manual_seed(inputs.seed)
+    draw = torch.Generator().manual_seed(inputs.seed + 1)
     for epoch in range(schedule.epochs):
         optimizer.param_groups[0]["lr"] = schedule.lr_at(epoch) / unit
-        for rows in torch.randperm(n, generator=shuffle).to(w.device).split(schedule.batch):
-            if len(rows) < schedule.batch <= n:
-                continue  # the field drops the last batch, except where it is the only one
-            value = loss(w, epoch, rows)
-            check_loss(value, what, epoch, schedule.lr)
+
+        def end(loss: Tensor, epoch: int = epoch) -> None:
+            check_loss(loss, what, epoch, schedule.lr)
             optimizer.zero_grad()
-            value.backward()
+            loss.backward()
             optimizer.step()
+
+        for rows in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(schedule.batch):
+            if len(rows) < schedule.batch <= len(labels):
+                continue  # the field drops the last batch, except where it is the only one
+            yield Step(weights, x[epoch % len(x), rows], labels[rows], draw, end)
         inputs.progress(epoch + 1, schedule.epochs, what)
-    return w.detach()
 
 
 def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "epoch") -> None:
@@ -76,3 +112,11 @@ def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "
         raise Failed(
             f"the loss of {what} is {value.item()} in {unit} {epoch + 1}", where=what, hint=f"lower lr (now {lr})"
         )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits [..., B, K] and labels [B]: the mean over images and leading dimensions."""
+    import torch.nn.functional as F
+
+    flat = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, labels.repeat(len(flat) // len(labels)))

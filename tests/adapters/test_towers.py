@@ -10,6 +10,7 @@ from PIL import Image
 
 from mergekit_vl.adapters.linear_head import zero_shot
 from mergekit_vl.adapters.tower import HEAD, Tower
+from mergekit_vl.adapters.tower_network import TowerNetwork
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.vision import Vision
@@ -23,7 +24,6 @@ from mergekit_vl.models.views import test_view, train_view
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.tuners.full import Full
-from mergekit_vl.tuners.tower import Forward
 
 CLASSES = Classes(("dog", "car", "apple"))
 CONFIG = {
@@ -161,14 +161,16 @@ def test_lp_ft_starts_from_the_probe(task):
 def test_running_statistics_follow_the_model_and_not_the_points_of_a_path():
     vision = Vision("test_resnet").build("cpu")
     head = replace(zero_shot_like(vision), names=CLASSES.names)
-    forward = Forward(vision, Tower(vision.image_weights(), head), CLASSES)
+    forward = TowerNetwork(vision, Tower(vision.image_weights(), head), CLASSES)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     name = next(name for name in forward.statistics if name.endswith("running_mean"))
     before = forward.statistics[name].clone()
     forward({n: 1.0 * w for n, w in forward.weights.items()}, images)
     assert forward.statistics[name].equal(before)
     forward(forward.weights, images)
-    assert not forward.statistics[name].equal(before) and forward.tower().weights[name].equal(forward.statistics[name])
+    assert not forward.statistics[name].equal(before) and forward.adapter(forward.statistics).weights[name].equal(
+        forward.statistics[name]
+    )
 
 
 def zero_shot_like(vision):
@@ -192,9 +194,11 @@ def test_the_terms_of_a_tower_by_hand(backbone, task):
     second = given.tuned[0].adapter
     first = second.anchor(backbone)
     w = {n: (0.3 * second.tensors[n] + 0.7 * t) for n, t in first.tensors.items()}
-    forward = Forward(backbone, first, CLASSES)
+    forward = TowerNetwork(backbone, first, CLASSES)
     images, labels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
-    terms = list(MergeTune(lambda_=2.0, beta=0.5, alphas=(0.2, 0.6)).tower_objective(given)(forward, w, images, labels))
+    strategy = MergeTune(lambda_=2.0, beta=0.5, alphas=(0.2, 0.6))
+    objective = strategy.objective(forward, None, Single(backbone, first), given.tuned[0], given)
+    terms = list(objective.terms(w, images, labels, None))
 
     def ce(weights):
         tower = Single(backbone, first.with_tensors(weights))
@@ -222,7 +226,7 @@ def test_a_fisher_of_a_tower_is_the_mean_of_squared_gradients(backbone, task):
     first = given.tuned[0].adapter.anchor(backbone)
     fisher = fisher_information.of_model(Single(backbone, first), given.data[0], given, 2)
     assert set(fisher) == set(first.tensors)
-    forward, train = Forward(backbone, first, CLASSES), given.data[0].train
+    forward, train = TowerNetwork(backbone, first, CLASSES, training=False), given.data[0].train
     draw, expected = torch.Generator().manual_seed(given.seed + 2), 0
     for row in fisher_information.some(given, 9, 2).tolist():
         image = test_view(train.source.load(row), ImageEncoder(backbone))
@@ -242,7 +246,7 @@ def test_towers_average_as_tensors(backbone, task):
 
 def test_the_head_objective_is_the_formula(task):
     """Of a linear head, term by term, and its path point by point."""
-    from mergekit_vl.tuners.head import matrix
+    from mergekit_vl.adapters.head_network import HeadNetwork, matrix
 
     backbone = task.base.backbone
     start = zero_shot(backbone, CLASSES)
@@ -252,13 +256,15 @@ def test_the_head_objective_is_the_formula(task):
     x = F.normalize(torch.randn(4, 16, generator=draw), dim=-1)
     x = torch.cat([x, torch.ones(4, 1)], 1)
     y = torch.tensor([0, 1, 2, 0])
-    w1, w2 = matrix(start), matrix(tuned)
+    w1, w2 = matrix(start.tensors), matrix(tuned.tensors)
     w = w2 + 0.5 * torch.randn(w2.shape, generator=draw)
     for surrogate, pull in (
         ("cosine", 1 - F.cosine_similarity(w, w1, dim=-1).mean()),
         ("l2", (w - w1).square().sum() / (w1.square().sum() + w2.square().sum())),
     ):
         strategy = MergeTune(lambda_=3.0, beta=0.7, alphas=(0.1, 0.4), surrogate=surrogate)
-        ours = strategy.head_objective(given, torch.randn(1, 9, 16))(w, x, y)
+        network = HeadNetwork(tuned, CLASSES)
+        objective = strategy.objective(network, x[None], Single(backbone, start), given.tuned[0], given)
+        ours = sum(objective.terms({"weight": w[:, :-1], "bias": w[:, -1]}, x, y, None))
         path = sum(F.cross_entropy(x @ (w2 + alpha * (w - w2)).T, y) for alpha in (0.1, 0.4)) / 2
         torch.testing.assert_close(ours, F.cross_entropy(x @ w.T, y) + 0.7 * path + 3 * pull)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mergekit_vl.adapters import exact_fisher
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.tower import Tower
@@ -50,7 +51,7 @@ def test_the_information_is_the_mean_of_squared_gradients():
     assert fisher["w"].item() == pytest.approx((1 + 4 + 9) / 4 / 3)
     # of a head, with the mean over labels: p (1 - p) x^2, here 3/16 for both rows
     w = torch.tensor([[np.log(3.0)], [0.0]]).float()
-    torch.testing.assert_close(fisher_information.of_head(w, torch.ones(4, 1)), torch.full((2, 1), 3 / 16))
+    torch.testing.assert_close(exact_fisher.of_head(w, torch.ones(4, 1)), torch.full((2, 1), 3 / 16))
     assert surrogates.mean_one({"a": torch.tensor([1.0, 3.0])})["a"].tolist() == [0.5, 1.5]
 
 

@@ -7,18 +7,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from noise import NAMES, inputs, split
+from test_mergetune import no_steps
 
+from mergekit_vl.adapters.head_network import HeadNetwork
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.adapters.tower_network import TowerNetwork
 from mergekit_vl.backbones.clip import backbone_of, construct, load_tokenizer
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.errors import UserError
 from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.model import Classes, Single
-from mergekit_vl.strategies import mergetune
 from mergekit_vl.strategies.mergetune import MergeTune
-from mergekit_vl.tuners import tower
-from mergekit_vl.tuners.tower import Forward
 
 ALPHAS = (0.1, 0.4)
 SMALL = {
@@ -56,7 +56,12 @@ def head_inputs(backbone):
 
 def product(backbone, w=W, **options):
     w = w.clone().requires_grad_(True)
-    value = MergeTune(**{"alphas": ALPHAS} | options).head_objective(head_inputs(backbone), VIEWS)(w, X, LABELS)
+    strategy, given = MergeTune(**{"alphas": ALPHAS} | options), head_inputs(backbone)
+    zero_shot, tuned = strategy.ends(given)
+    network = HeadNetwork(tuned.adapter, given.data[0].classes)
+    objective = strategy.objective(network, network.prepare(VIEWS), zero_shot, tuned, given)
+    draw = torch.Generator().manual_seed(given.seed + 1)  # as the training loop's
+    value = sum(objective.terms({"weight": w[:, :-1], "bias": w[:, -1]}, X, LABELS, draw))
     value.backward()
     return value.item(), w.grad
 
@@ -109,17 +114,17 @@ def test_drawn_points_of_a_heads_path(small):
 
 
 MUTATIONS = {
-    "interpolate": lambda w, w2, alphas: w + alphas.view(-1, 1, 1) * (w2 - w),
-    "surrogates.squared": lambda w, w1, fisher=None: 2 * (w - w1).square(),
-    "inputs_of": lambda head, x: torch.cat([x, 0 * x[..., :1]], -1),
+    "adapters.lines.interpolate": lambda w, w2, alphas: w + alphas.view(-1, 1, 1) * (w2 - w),
+    "strategies.mergetune.surrogates.squared": lambda w, w1, fisher=None: 2 * (w - w1).square(),
+    "adapters.head_network.inputs_of": lambda head, x: torch.cat([x, 0 * x[..., :1]], -1),
 }
 
 
 @pytest.mark.parametrize("term", MUTATIONS)
 def test_a_mutated_term_of_a_head_is_noticed(small, monkeypatch, term):
-    surrogate = "fisher" if term == "inputs_of" else "l2"
+    surrogate = "fisher" if term.endswith("inputs_of") else "l2"
     expected = literal(surrogate, lam=3.0, beta=0.7)
-    monkeypatch.setattr(f"mergekit_vl.strategies.mergetune.{term}", MUTATIONS[term])
+    monkeypatch.setattr(f"mergekit_vl.{term}", MUTATIONS[term])
     assert not agrees(product(small, lambda_=3.0, beta=0.7, surrogate=surrogate), expected)
 
 
@@ -136,7 +141,7 @@ def whole_head(small, **more):
 
 
 def test_endpoints_of_tau_of_a_head(small, monkeypatch):
-    monkeypatch.setattr(mergetune, "fit_head", lambda start, *args, **kwargs: start)
+    no_steps(monkeypatch)
     given, w1, w2 = whole_head(small)
     for tau, expected in ((0.0, w1), (1.0, w2), (0.25, 0.75 * w1 + 0.25 * w2)):
         found = MergeTune(tau=tau).merge(given).adapter
@@ -176,14 +181,15 @@ def tower_inputs(small, with_head=True):
 def terms(given, at, **options):
     """The product's terms at the weights `at`, by the value of each and the gradient of their sum."""
     strategy = MergeTune(**{"alphas": ALPHAS, "lambda_": 3.0, "beta": 0.7} | options)
-    losses = strategy.tower_objective(given)
-    forward = Forward(given.tuned[0].backbone, at, Classes(NAMES))
+    network = TowerNetwork(given.tuned[0].backbone, at, Classes(NAMES))
+    zero_shot, tuned = strategy.ends(given)
+    objective = strategy.objective(network, None, zero_shot, tuned, given)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     values = []
-    for term in losses(forward, forward.weights, images, torch.tensor([0, 2, 1, 1])):
+    for term in objective.terms(network.weights, images, torch.tensor([0, 2, 1, 1]), None):
         term.backward()
         values.append(term.item())
-    return values, {name: w.grad for name, w in forward.weights.items()}, images
+    return values, {name: w.grad for name, w in network.weights.items()}, images
 
 
 @pytest.mark.parametrize("with_head", [True, False])
@@ -268,7 +274,7 @@ def test_the_fisher_of_a_tower_has_mean_one_in_its_pull(small, monkeypatch):
 
 
 def test_endpoints_of_tau_of_a_tower(small, monkeypatch):
-    monkeypatch.setattr(tower, "fit_tower", lambda backbone, start, *args, **kwargs: start)
+    no_steps(monkeypatch)
     given = tower_inputs(small)
     tuned = given.tuned[0].adapter
     for tau, expected in ((0.0, tuned.anchor(small)), (1.0, tuned)):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from mergekit_vl.adapters.linear_head import LinearHead, class_means, zero_shot
 from mergekit_vl.adapters.tower import Tower
+from mergekit_vl.adapters.tower_network import TowerNetwork
 from mergekit_vl.backbones.clip import backbone_of, construct, load_tokenizer
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.datasets.base import Augment
@@ -22,7 +23,7 @@ from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.storage.tuned import load_tuned, with_start
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.mergetune import MergeTune
-from mergekit_vl.tuners import tower
+from mergekit_vl.tuners import adamw
 from mergekit_vl.tuners.full import Full
 
 SMALL = {
@@ -145,7 +146,7 @@ def test_a_tower_of_another_architecture_is_told_when_it_is_read(small, tmp_path
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
-    schedule = tower.TowerSchedule(epochs=1, batch=1, lr=2.0, warmup=4)
+    schedule = adamw.AdamWSchedule(epochs=1, batch=1, lr=2.0, warmup=4)
     assert [schedule.lr_at(s, 40) for s in (0, 1, 3, 4, 22)] == pytest.approx([0.5, 1.0, 2.0, 2.0, 1.0])
     assert schedule.lr_at(0, 20) == 1.0  # two steps: a tenth of all
     assert schedule.lr_at(0, 5) == 2.0 and 0 < schedule.lr_at(39, 40) < 0.01
@@ -165,13 +166,14 @@ def test_the_last_step_of_an_epoch_averages_over_the_batches_it_has(small, monke
     """Five batches of two, three to a step: both steps see the same gradient of 0.1, at rates 0.5 and 0.25."""
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
 
-    def losses(forward, weights, images, labels):
-        assert len(images) == 2
-        yield 0.1 * weights["linear_head.bias"].sum()
-
-    schedule = tower.TowerSchedule(1, 2, 0.5, warmup=0, accumulate=3)
     start = Tower(small.image_weights(), zero_shot(small, CLASSES))
-    found = tower.fit_tower(small, start, inputs(small, noise(10)), schedule, Augment(), losses, what="what")
+    schedule = adamw.AdamWSchedule(1, 2, 0.5, warmup=0, accumulate=3)
+    training = adamw.AdamWTraining(small, TowerNetwork(small, start, CLASSES), schedule)
+    for step in training.steps(inputs(small, noise(10)), Augment(), what="what"):
+        assert len(step.x) == 2
+        with step:
+            step.minimise(0.1 * step.weights["linear_head.bias"].sum())
+    found = training.chosen()
     torch.testing.assert_close(found.head.bias, torch.full((3,), -0.1 * (0.5 + 0.25)))
 
 
@@ -235,7 +237,7 @@ def test_validation_takes_the_best_epoch(small, monkeypatch):
         seen.append(model.adapter)
         return Scores(next(scores)), 0.0, None
 
-    monkeypatch.setattr(tower, "evaluate", scored)
+    monkeypatch.setattr(adamw, "evaluate", scored)
     given = inputs(small, noise(6), val=noise(3, seed=1))
     found = Full(**SLOW | {"epochs": 4, "choose": "validation"}).tune(given).adapter
     assert found.chosen == {"epoch": 2} and same(found, seen[1])
@@ -248,22 +250,22 @@ def test_a_loss_that_is_not_finite_is_told(small):
     weights = {n: torch.full_like(t, torch.inf) if n == "visual.proj" else t for n, t in small.image_weights().items()}
     start, given = Tower(weights, zero_shot(small, CLASSES)), inputs(small, noise(6))
 
-    def losses(forward, weights, images, labels):
-        yield F.cross_entropy(forward(weights, images), labels)
-
+    network = TowerNetwork(small, start, CLASSES)
+    training = adamw.AdamWTraining(small, network, adamw.AdamWSchedule(1, 6, 0.5))
     with pytest.raises(UserError, match=r"what: the loss of what is nan in epoch 1 \(lower lr \(now 0.5\)\)"):
-        tower.fit_tower(small, start, given, tower.TowerSchedule(1, 6, 0.5), Augment(), losses, what="what")
+        for step in training.steps(given, Augment(), what="what"):
+            with step:
+                step.minimise(F.cross_entropy(network(step.weights, step.x), step.labels))
 
 
 def test_memory_that_ends_is_told_with_half_the_batch(small):
-    def losses(forward, weights, images, labels):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-        yield
-
+    start = Tower(small.image_weights(), zero_shot(small, CLASSES))
+    schedule = adamw.AdamWSchedule(1, 8, 0.5, accumulate=2)
+    training = adamw.AdamWTraining(small, TowerNetwork(small, start, CLASSES), schedule)
     with pytest.raises(UserError, match="out of memory with 6 images at once .set batch=3 accumulate=4"):
-        schedule = tower.TowerSchedule(1, 8, 0.5, accumulate=2)
-        start = Tower(small.image_weights(), zero_shot(small, CLASSES))
-        tower.fit_tower(small, start, inputs(small, noise(6)), schedule, Augment(), losses, what="what")
+        for step in training.steps(inputs(small, noise(6)), Augment(), what="what"):
+            with step:
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("option", [{"accumulate": 0}, {"weight_decay": -1.0}, {"warmup": -1}])
@@ -312,7 +314,7 @@ def test_training_uses_the_scale_and_texts_of_a_tuned_text_tower(small, tuned_st
     """A tower that brings a scale of its own is trained under it, as it is scored under it."""
     given = tuned_state | {"logit_scale": tuned_state["logit_scale"] + 1}
     start = Tower(given)
-    forward = tower.Forward(small, start, CLASSES)
+    forward = TowerNetwork(small, start, CLASSES)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     reference = construct(SMALL, "here").eval()
     reference.load_state_dict(given)

@@ -1,0 +1,31 @@
+"""The diagonal Fisher information where logits are known in closed form: the mean over labels is taken exactly (`estimators.fisher_information`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def of_head(w: Tensor, x: Tensor) -> Tensor:
+    """Of a head w [K, D + 1] that reads x [N, D + 1]: mean_i p_ik (1 - p_ik) x_id^2."""
+    p = (x @ w.T).softmax(-1)
+    return (p * (1 - p)).T @ x.square() / len(x)
+
+
+def of_text_features(text: Tensor, images: Tensor, scale: Tensor) -> Tensor:
+    """Of raw text features [K, D], logits scale x . t / |t| of normalised images [N, D]."""
+    import torch.nn.functional as F
+
+    unit = F.normalize(text, dim=-1)
+    cosines = images @ unit.T  # [N, K]
+    p = (scale * cosines).softmax(-1)
+    q = p * (1 - p)
+    # d logit_k / d t_k = scale (x - cos t_hat) / |t|, squared and summed with weights q
+    squares = (
+        q.T @ images.square()
+        - 2 * (q * cosines).T @ images * unit
+        + (q * cosines.square()).sum(0)[:, None] * unit.square()
+    )
+    return squares.clamp_min(0) * (scale / text.norm(dim=-1, keepdim=True)).square() / len(images)

@@ -47,11 +47,10 @@ class TextLine:
     def fisher(self, x: Tensor) -> Tensors:
         return {"text": exact_fisher.of_text_features(self.text1, x, self.scale)}
 
-    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Tensor, Iterator[Tensor]]:
+    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
         text = self.encode(weights)  # [K, D]: the one text forward of a step
         points = interpolate(text, self.text2, alphas)  # [A, K, D]
-        there = (cosine_logits(self.scale, each, x) for each in (points,))
-        return {"text": text}, cosine_logits(self.scale, text, x), there
+        return {"text": text}, (cosine_logits(self.scale, each, x) for each in (text, points))
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ class TextWeightLine:
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Tensor, Iterator[Tensor]]:
+    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
         import torch
 
         stacked = {n: torch.cat([w[None], interpolate(w, self.second[n], alphas)]) for n, w in weights.items()}
         text, *points = self.encode(stacked)  # [1 + A, K, D]
-        there = (cosine_logits(self.scale, torch.stack(each), x) for each in (points,) if each)
-        return weights, cosine_logits(self.scale, text, x), there
+        there = [torch.stack(points)] if points else []
+        return weights, (cosine_logits(self.scale, each, x) for each in (text, *there))
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ class HeadLine:
     def fisher(self, x: Tensor) -> Tensors:
         return {"w": exact_fisher.of_head(self.w1, x)}
 
-    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Tensor, Iterator[Tensor]]:
+    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
         w = self.matrix(weights)
         z, z2 = x @ w.T, x @ self.w2.T  # [B, K]
-        return {"w": w}, z, (interpolate(z, z2, each) for each in (alphas,))
+        return {"w": w}, iter((z, interpolate(z, z2, alphas)))
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,11 @@ class TowerLine:
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Tensor, Iterator[Tensor]]:
-        return weights, self.logits(weights, x), self._points(weights, alphas, x)
+    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
+        return weights, self._logits(weights, alphas, x)
 
-    def _points(self, weights: Tensors, alphas: Tensor, x: Tensor) -> Iterator[Tensor]:
+    def _logits(self, weights: Tensors, alphas: Tensor, x: Tensor) -> Iterator[Tensor]:
+        yield self.logits(weights, x)
         for alpha in alphas:
             point = {name: self.second[name] + alpha * (w - self.second[name]) for name, w in weights.items()}
             yield self.logits(point, x)[None]

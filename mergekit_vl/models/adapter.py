@@ -6,7 +6,7 @@ registered by its class; what is trained on it, merged and measured asks it thro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
@@ -98,10 +98,10 @@ class Line(Protocol):
         """At `first`, of prepared inputs, in closed form; None where it has to be sampled (`estimators.fisher_information`)."""
         ...
 
-    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Tensor, Iterable[Tensor]]:
-        """w, the logits there [B, K], and those of the points w2 + alpha (w - w2), in parts of [A, B, K].
+    def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
+        """w, and logits: first those at w, [B, K], then those of the points w2 + alpha (w - w2), in parts of [A, B, K].
 
-        A part is made when it is asked for: its graph may go before the next one is made.
+        Logits are made when they are asked for: their graph may go before the next ones are made.
         """
         ...
 

@@ -221,11 +221,11 @@ class Objective:
         """Of prepared inputs of B images and labels [B]; a term's graph may go before the next is made."""
         lambda_, beta = self.options.lambda_, self.options.beta
         alphas = self._alphas(draw, x) if beta else x.new_empty(0)
-        w, here, points = self.line.at(weights, alphas, x)  # logits [B, K] at w, and [A, B, K] in parts
-        yield cross_entropy(here, labels)
+        w, logits = self.line.at(weights, alphas, x)
         if lambda_:
             yield lambda_ * self.distance(w)
-        for part in points if beta else ():
+        yield cross_entropy(next(logits), labels)  # [B, K] at w
+        for part in logits if beta else ():  # [A, B, K] at points
             yield beta * (len(part) / len(alphas)) * cross_entropy(part, labels)
 
     def distance(self, w: Mapping[str, Tensor]) -> Tensor:

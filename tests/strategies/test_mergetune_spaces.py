@@ -215,7 +215,7 @@ def test_the_terms_of_a_tower_are_those_of_the_formula(small, with_head):
         return (logits.exp().sum(1).log() - logits[range(4), labels]).mean()
 
     squares = [sum(((w[n] - first[n]) ** 2).sum() for n in first) for w in (at, second)]
-    expected = [literal_ce(at), 3.0 * squares[0] / squares[1]]
+    expected = [3.0 * squares[0] / squares[1], literal_ce(at)]
     expected += [0.7 / 2 * literal_ce({n: a * at[n] + (1 - a) * second[n] for n in at}) for a in ALPHAS]
     assert values == pytest.approx([e.item() for e in expected], rel=1e-4)
     literal_gradients = torch.autograd.grad(sum(expected), list(at.values()))
@@ -233,10 +233,10 @@ def test_terms_without_weight_are_not_computed(small):
 def test_the_pull_at_the_tuned_tower_is_lambda(small):
     """Whatever else is in its file: a text tower that was tuned too, running statistics far from the first ones."""
     given = tower_inputs(small, with_head=False)
-    assert terms(given, given.tuned[0].adapter)[0][1] == pytest.approx(3.0, rel=1e-4)
+    assert terms(given, given.tuned[0].adapter)[0][0] == pytest.approx(3.0, rel=1e-4)
     whole = Tower(moved(small.model.state_dict(), 0.1, 1))
     given = replace(given, tuned=(Single(small, whole),))
-    assert terms(given, whole)[0][1] == pytest.approx(3.0, rel=1e-4)
+    assert terms(given, whole)[0][0] == pytest.approx(3.0, rel=1e-4)
 
 
 def test_the_pull_of_a_model_with_running_statistics_is_over_its_parameters():
@@ -252,7 +252,7 @@ def test_the_pull_of_a_model_with_running_statistics_is_over_its_parameters():
     weights = {n: t + 100 if n.endswith("running_mean") else t for n, t in weights.items()}
     tuned = Single(norm, Tower(weights, top))
     given = inputs(norm, split(6, side=16), tuned=(tuned,))
-    assert terms(given, tuned.adapter)[0][1] == pytest.approx(3.0, rel=1e-4)
+    assert terms(given, tuned.adapter)[0][0] == pytest.approx(3.0, rel=1e-4)
 
 
 def test_the_fisher_of_a_tower_has_mean_one_in_its_pull(small, monkeypatch):
@@ -265,9 +265,9 @@ def test_the_fisher_of_a_tower_has_mean_one_in_its_pull(small, monkeypatch):
         asked.append((set(w1), n))
         return {name: torch.full_like(tensor, 7.0) for name, tensor in w1.items()}
 
-    true = terms(given, at, surrogate="fisher", fisher_images=5)[0][1]
+    true = terms(given, at, surrogate="fisher", fisher_images=5)[0][0]
     monkeypatch.setattr(fisher_information, "by_sampling", flat)
-    assert terms(given, at, surrogate="fisher", fisher_images=5)[0][1] == pytest.approx(3.0, rel=1e-4)
+    assert terms(given, at, surrogate="fisher", fisher_images=5)[0][0] == pytest.approx(3.0, rel=1e-4)
     assert asked == [(set(at.tensors), 5)] and abs(true - 3.0) > 1e-3
     with pytest.raises(UserError, match="surrogate=cosine is not there for towers .l2 or fisher"):
         MergeTune(surrogate="cosine").merge(given)

@@ -26,7 +26,7 @@ def test_a_methods_closure_is_its_maths():
     assert {"strategies.ties", "merging.task_vectors", "merging.prepass", "merging.engine", "merging.chunks"} <= of(
         "strategies.ties"
     )
-    assert {"tuners.coop", "tuners.context", "tuners.sgd", "adapters.prompt"} <= of(
+    assert {"tuners.coop", "tuners.training", "tuners.sgd", "adapters.prompt"} <= of(
         "tuners.coop"
     )  # late imports are among them
     assert "strategies.slerp" not in of("strategies.ties")

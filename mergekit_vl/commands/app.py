@@ -22,25 +22,15 @@ from mergekit_vl.commands import path as path_command
 from mergekit_vl.commands import use as use_commands
 from mergekit_vl.commands.exits import USAGE, exit_code
 from mergekit_vl.commands.merge_request import is_merge
-from mergekit_vl.commands.terminal import (
-    AllowEnv,
-    Column,
-    TerminalProgress,
-    alone,
-    claim,
-    device_of,
-    ours_alone,
-    registry,
-    say,
-    say_table,
-    tidied,
-    warn,
-)
+from mergekit_vl.commands.terminal import AllowEnv, Column, TerminalProgress, ours_alone, say, say_table, warn
 from mergekit_vl.errors import Failed, UserError, unknown
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.printable import shortened
 from mergekit_vl.recipe import installed_recipes, load_recipe
 from mergekit_vl.registry import plugins
 from mergekit_vl.registry.calls import blamed, told
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:
@@ -262,7 +252,7 @@ def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> No
 
     def build(plan: Recipe) -> Any:
         if plan.every:  # a bench
-            from mergekit_vl.bench import plan as module
+            from mergekit_vl.benchmark import plan as module
         else:
             from mergekit_vl.experiments import experiment as module
         return module.build(plan, registry())

@@ -8,27 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_vl.commands.terminal import (
-    AllowEnv,
-    Column,
-    TerminalProgress,
-    alone,
-    check_device,
-    claim,
-    device_of,
-    registry,
-    say,
-    say_table,
-    tidied,
-    warn,
-)
+from mergekit_vl.commands.terminal import AllowEnv, Column, TerminalProgress, say, say_table, warn
 from mergekit_vl.errors import UserError
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
+from mergekit_vl.registry.plugins import registry
 from mergekit_vl.reports.intervals import NO_INTERVAL
+from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:
-    from mergekit_vl.bench.plan import Plan
+    from mergekit_vl.benchmark.plan import Plan
 
 SMALL = "bench_small"
 """What a bare `bench` runs."""
@@ -60,8 +50,8 @@ def bench(
 
     Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
     """
-    from mergekit_vl.bench import plan as plans
-    from mergekit_vl.bench import report, wording
+    from mergekit_vl.benchmark import plan as plans
+    from mergekit_vl.benchmark import report, wording
 
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
@@ -100,7 +90,7 @@ def bench(
 
 
 def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
-    from mergekit_vl.bench import run
+    from mergekit_vl.benchmark import run
     from mergekit_vl.models.features import FeatureStore
 
     with TerminalProgress(show) as progress:
@@ -125,7 +115,7 @@ def _whole(text: str, where: str) -> int:
 
 def described(plan: Plan) -> list[str]:
     """The plan in words: cells, rows, and how long it will take."""
-    from mergekit_vl.bench.plan import lineup
+    from mergekit_vl.benchmark.plan import lineup
 
     datasets = [spec.options.get("task") or spec.options.get("dataset") or spec.label for spec in plan.recipe.datasets]
     shots = [str(n) for n in plan.shots if n is not None]
@@ -149,7 +139,7 @@ def _stars(shown: dict[str, Any]) -> str:
 
 
 def _print(report: dict[str, Any], folder: Path) -> None:
-    from mergekit_vl.bench.wording import headline, reasons
+    from mergekit_vl.benchmark.wording import headline, reasons
 
     for shown in report["tables"]:
         if not shown["rows"]:

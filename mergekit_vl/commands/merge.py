@@ -13,10 +13,11 @@ import typer
 
 from mergekit_vl import options
 from mergekit_vl.commands.merge_request import RECIPES, ask, closed_form
-from mergekit_vl.commands.terminal import counting, device_of, ours_alone, say, warn
+from mergekit_vl.commands.terminal import counting, ours_alone, say, warn
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import MOST_SEED
 from mergekit_vl.registry.calls import is_plugins
+from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 from mergekit_vl.system.regular_files import user_path
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options, yaml_text
-from mergekit_vl.commands.terminal import check_device, device_of, registry
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import set_option
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:

@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_vl.commands.terminal import (
-    AllowEnv,
-    Column,
-    TerminalProgress,
-    alone,
-    claim,
-    device_of,
-    registry,
-    say,
-    say_table,
-    tidied,
-    warn,
-)
+from mergekit_vl.commands.terminal import AllowEnv, Column, TerminalProgress, say, say_table, warn
 from mergekit_vl.errors import UserError
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:

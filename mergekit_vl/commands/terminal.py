@@ -1,23 +1,19 @@
-"""What the commands share: everything that is written to the terminal, the device, and a run's own folder."""
+"""What the commands share: everything that is written to the terminal."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
 from mergekit_vl.registry.calls import to_stderr
-from mergekit_vl.registry.plugins import Registry, load_plugins
 
 AllowEnv = Annotated[
     list[str] | None,
@@ -26,15 +22,6 @@ AllowEnv = Annotated[
     ),
 ]
 ALL_CELLS = "all cells"
-MARK, LOCK = ".recipe-hash", ".lock"
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of these is there where torch may find a GPU on Linux: NVIDIA's, AMD's, that of WSL."""
-
-
-@lru_cache(maxsize=1)
-def registry() -> Registry:
-    """The plugins, loaded once a process."""
-    return load_plugins()
 
 
 @contextmanager
@@ -111,93 +98,6 @@ def _write(text: str, stream: TextIO | None) -> None:
         raise
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where="standard output") from None
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep every other command out of a run's folder; raises UserError at once where another process is at work in it.
-
-    Where nothing can be written there is no lock: what is there can still be told.
-    """
-    from mergekit_vl.system.atomic_files import made_parents
-    from mergekit_vl.system.locks import locked
-
-    hint = "choose another --out"
-    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        yield
-        return
-    with made_parents(folder / LOCK, hint=hint), locked(folder / LOCK, where=folder, hint=hint):
-        yield
-
-
-def claim(folder: Path, mark: str, load: Callable[[Path], Any], *, force: bool) -> Any:
-    """Take a folder, `alone`, for what `mark` stands for; what `load` finds there if it is done already.
-
-    Raises UserError for the folder of something else.
-    """
-    import shutil
-
-    from mergekit_vl.system.atomic_files import PARTIAL, sweep, write_text
-
-    file = folder / MARK
-    if folder.exists() and not folder.is_dir():
-        raise UserError("is a file", where=str(folder), hint="choose another --out")
-    if folder.is_dir() and any(path.suffix != PARTIAL and path.name != LOCK for path in folder.iterdir()):
-        if not file.exists() or file.read_bytes().strip() != mark.encode():
-            raise UserError(
-                "this folder belongs to another recipe, or to other settings of it",
-                where=str(folder),
-                hint="choose another --out",
-            )
-        if force:  # what says that it is done goes first, and the mark stays: a kill leaves a run that goes on
-            for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
-                if path.name not in (MARK, LOCK):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif (found := load(folder)) is not None:
-            return found
-    write_text(file, mark + "\n")
-    sweep(folder)
-    return None
-
-
-@contextmanager
-def tidied(folder: Path) -> Iterator[None]:
-    """What fails or is interrupted inside before its first result leaves no new folder behind."""
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        yield
-    except BaseException:
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == [MARK]:
-            (folder / MARK).unlink()
-        for place in new:
-            if not place.is_dir() or any(place.iterdir()):
-                break
-            place.rmdir()
-        raise
-
-
-def check_device(name: str) -> None:
-    """Raise UserError for what is no device's name; whether it is there is not asked."""
-    kind, colon, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda"):
-        raise unknown("device", name, ("auto", "cpu", "cuda"))
-    if colon and not (kind != "auto" and number.isascii() and number.isdigit()):
-        raise UserError(f"device {name!r}", where="command line", hint="write auto, cpu, cuda or cuda:0")
-
-
-def device_of(name: str) -> str:
-    """A device as torch names it; raises UserError for one that is not there.
-
-    torch takes seconds and memory to import: without a driver it is not asked.
-    """
-    check_device(name)
-    if name.startswith("cpu") or (name == "auto" and sys.platform == "linux" and not any(map(os.path.exists, DRIVERS))):
-        return name.replace("auto", "cpu")
-    import torch
-
-    if name != "auto" and not torch.cuda.is_available():
-        raise UserError(f"device {name}: no GPU is visible to torch", hint="use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 @contextmanager

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WITHOUT = (
     *("strategies", "tuners", "recipe", "experiments.landscape", "storage.export"),
     *("reports.report", "reports.html", "reports.card", "reports.landscape_page"),
-    *("bench.report", "bench.table", "bench.page", "bench.plots", "bench.wording"),
+    *("benchmark.report", "benchmark.table", "benchmark.page", "benchmark.plots", "benchmark.wording"),
 )
 """Modules that not all rows depend on: what is in the recipe, and what shows them."""
 

@@ -76,6 +76,11 @@ def open_plan(plan: MergePlan) -> AlignedCheckpoints:
         open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
     )
     base = open_checkpoint(plan.base, plan.base_label) if plan.base is not None else None
+    return aligned(plan, base, tuned)
+
+
+def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, ...]) -> AlignedCheckpoints:
+    """The plan on checkpoints that are open, or held in memory; raises UserError for what cannot be merged; reads no tensor."""
     everyone = (*((base,) if base else ()), *tuned)
     reference = everyone[0]
     for key in plan.keep:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,12 @@ def singular(kind: str) -> str:
 
 def command_name(command: Any) -> str:
     return command.name or command.callback.__name__.replace("_", "-")
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The plugins, loaded once a process."""
+    return load_plugins()
 
 
 def load_plugins(directory: Path | None = None) -> Registry:

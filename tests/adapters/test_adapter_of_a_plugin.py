@@ -9,7 +9,7 @@ import torch
 from noise import NAMES, inputs, split
 
 from mergekit_vl.backbones.micro import Micro
-from mergekit_vl.commands import app, terminal
+from mergekit_vl.commands import app
 from mergekit_vl.errors import Unsuitable
 from mergekit_vl.models.model import Single
 from mergekit_vl.options import build
@@ -87,10 +87,10 @@ def call(monkeypatch, *words):
 @pytest.fixture
 def plugged(monkeypatch):
     """Commands see the plugin."""
-    monkeypatch.setattr(terminal, "load_plugins", lambda: REGISTRY)
-    terminal.registry.cache_clear()
+    monkeypatch.setattr(plugins, "load_plugins", lambda: REGISTRY)
+    plugins.registry.cache_clear()
     yield
-    terminal.registry.cache_clear()
+    plugins.registry.cache_clear()
 
 
 def test_a_run_a_path_and_an_eval_of_it(plugged, monkeypatch, tmp_path, capsys):

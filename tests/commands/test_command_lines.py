@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.commands import app
-from mergekit_vl.commands.terminal import registry
+from mergekit_vl.registry.plugins import registry
 
 LONG = "x" * 5000
 MERGE = "merge A.safetensors B.safetensors -o out"

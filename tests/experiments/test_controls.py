@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_vl.bench import plan
+from mergekit_vl.benchmark import plan
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import experiment
 from mergekit_vl.recipe import parse

@@ -15,8 +15,8 @@ from outcomes import answer, bounded, counted
 
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.checkpoints import torch_io
-from mergekit_vl.commands.terminal import registry
 from mergekit_vl.errors import UserError
+from mergekit_vl.registry.plugins import registry
 from mergekit_vl.storage import model_files, tuned
 
 GOOD = {

@@ -14,7 +14,7 @@ from outcomes import counted
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergekit_vl.bench import plan as plans
+from mergekit_vl.benchmark import plan as plans
 from mergekit_vl.commands.merge_request import ask
 from mergekit_vl.datasets.coop_layout import CoOpLayout
 from mergekit_vl.experiments import experiment

@@ -229,7 +229,7 @@ def test_what_a_plugin_prints_while_it_loads_goes_to_stderr(capsys):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """The console script in this process, with the plugin that was written last: exit code, stdout, stderr."""
-    from mergekit_vl.commands import app, terminal
+    from mergekit_vl.commands import app
 
     before = list(app.app.registered_commands)
     for name, value in (("MERGEKIT_VL_PLUGINS", "plug"), (PATIENCE, "60")):  # the command writes there too
@@ -237,7 +237,7 @@ def command(monkeypatch, capsys):
 
     def call(*words):
         sys.modules.pop("mergekit_vl_plugin_mine", None)
-        terminal.registry.cache_clear()
+        plugins.registry.cache_clear()
         app.app.registered_commands[:] = before
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["mergekit-vl", "--plugins-dir", "plug", *words])
@@ -247,7 +247,7 @@ def command(monkeypatch, capsys):
         return stop.value.code or 0, captured.out, captured.err
 
     yield call
-    terminal.registry.cache_clear()
+    plugins.registry.cache_clear()
     app.app.registered_commands[:] = before
 
 

@@ -11,7 +11,7 @@ from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import load_plugins
 
 SHOWN = (
-    *("reports.html", "reports.card", "reports.report", "reports.landscape_page", "bench.page", "bench.report"),
+    *("reports.html", "reports.card", "reports.report", "reports.landscape_page", "benchmark.page", "benchmark.report"),
     *("commands.app", "commands.terminal", "commands.bench"),
 )
 
@@ -36,14 +36,14 @@ def test_a_methods_closure_is_its_maths():
 def test_no_row_depends_on_what_shows_it(kind):
     for entry in load_plugins().entries[kind].values():
         assert not of(entry.resolve().__module__.removeprefix("mergekit_vl.")) & set(SHOWN), entry.name
-    assert not of("experiments.experiment", "models.evaluate", "bench.cell_rows", "bench.grid", without=WITHOUT) & set(
-        SHOWN
-    )
+    assert not of(
+        "experiments.experiment", "models.evaluate", "benchmark.cell_rows", "benchmark.grid", without=WITHOUT
+    ) & set(SHOWN)
 
 
 def test_what_all_rows_share_holds_no_method():
-    shared = of("experiments.experiment", "bench.cell_rows", "bench.grid", without=WITHOUT)
-    assert {"experiments.cell", "models.evaluate", "bench.search", "storage.model_files"} <= shared
+    shared = of("experiments.experiment", "benchmark.cell_rows", "benchmark.grid", without=WITHOUT)
+    assert {"experiments.cell", "models.evaluate", "benchmark.search", "storage.model_files"} <= shared
     assert not [name for name in shared if name.startswith(("strategies.", "tuners."))]
 
 

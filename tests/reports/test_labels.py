@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from mergekit_vl.bench import plots
+from mergekit_vl.benchmark import plots
 from mergekit_vl.commands import app
 from mergekit_vl.printable import in_code, in_html, in_markdown, printable
 from mergekit_vl.reports.landscape_page import section

@@ -6,8 +6,8 @@ from test_fisher_regmean import head, heads
 from test_merge_methods import models
 from test_narrowing import prompts
 
-from mergekit_vl.bench.cell_rows import CellRun
-from mergekit_vl.bench.plan import Entry
+from mergekit_vl.benchmark.cell_rows import CellRun
+from mergekit_vl.benchmark.plan import Entry
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.strategies.adamerging import AdaMerging

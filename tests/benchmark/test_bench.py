@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_vl.bench import plan, run, wording
+from mergekit_vl.benchmark import plan, run, wording
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.recipe import load_recipe, parse, with_datasets

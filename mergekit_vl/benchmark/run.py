@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.bench import report
-from mergekit_vl.bench.cell_rows import CellRun
-from mergekit_vl.bench.grid import Bench, Key
-from mergekit_vl.bench.plan import ROOTS, Plan
+from mergekit_vl.benchmark import report
+from mergekit_vl.benchmark.cell_rows import CellRun
+from mergekit_vl.benchmark.grid import Bench, Key
+from mergekit_vl.benchmark.plan import ROOTS, Plan
 from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.experiment import prepare
 from mergekit_vl.reports.results import plain

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.bench import search
-from mergekit_vl.bench.plan import BEST, Entry
+from mergekit_vl.benchmark import search
+from mergekit_vl.benchmark.plan import BEST, Entry
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.experiments import landscape
 from mergekit_vl.experiments.cell import read_record
@@ -28,7 +28,7 @@ from mergekit_vl.system.atomic_files import slug, write_json
 from mergekit_vl.system.memory import Peak
 
 if TYPE_CHECKING:
-    from mergekit_vl.bench.grid import Bench, Key, Record
+    from mergekit_vl.benchmark.grid import Bench, Key, Record
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.model import Model
     from mergekit_vl.recipe import Spec

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.bench import search
-from mergekit_vl.bench.plan import Entry, Plan, lineup
+from mergekit_vl.benchmark import search
+from mergekit_vl.benchmark.plan import Entry, Plan, lineup
 from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets

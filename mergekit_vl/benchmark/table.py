@@ -13,7 +13,7 @@ from mergekit_vl.reports.report import paired, summary
 from mergekit_vl.reports.results import CellResult, Row, plain
 
 if TYPE_CHECKING:
-    from mergekit_vl.bench.grid import Bench
+    from mergekit_vl.benchmark.grid import Bench
     from mergekit_vl.protocols.base import Metric
 
 

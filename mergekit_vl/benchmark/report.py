@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.bench import wording
-from mergekit_vl.bench.table import chosen, done, left_out, selection_split, table
-from mergekit_vl.bench.wording import lead, reasons, span
+from mergekit_vl.benchmark import wording
+from mergekit_vl.benchmark.table import chosen, done, left_out, selection_split, table
+from mergekit_vl.benchmark.wording import lead, reasons, span
 from mergekit_vl.experiments import landscape
 from mergekit_vl.experiments.cell import read_record, without_makers
 from mergekit_vl.models import choices
@@ -20,8 +20,8 @@ from mergekit_vl.printable import in_markdown
 from mergekit_vl.system.atomic_files import write_json, write_text
 
 if TYPE_CHECKING:
-    from mergekit_vl.bench.grid import Bench, Key
-    from mergekit_vl.bench.plan import Entry
+    from mergekit_vl.benchmark.grid import Bench, Key
+    from mergekit_vl.benchmark.plan import Entry
 
 NAME = "bench.json"
 """Written last: it marks a bench as done."""
@@ -29,7 +29,7 @@ NAME = "bench.json"
 
 def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> dict[str, Any]:
     """Write every file of a finished bench and return its report."""
-    from mergekit_vl.bench import page
+    from mergekit_vl.benchmark import page
     from mergekit_vl.reports.report import environment, to_yaml
 
     plan = bench.plan

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.bench import plots
-from mergekit_vl.bench.wording import chosen, failed, headline, lead, reasons
+from mergekit_vl.benchmark import plots
+from mergekit_vl.benchmark.wording import chosen, failed, headline, lead, reasons
 from mergekit_vl.models import choices
 from mergekit_vl.printable import in_html
 from mergekit_vl.reports import landscape_page

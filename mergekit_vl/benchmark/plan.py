@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_vl import __version__, options
-from mergekit_vl.bench.search import Search, configurations
+from mergekit_vl.benchmark.search import Search, configurations
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT
 from mergekit_vl.experiments.experiment import Experiment
@@ -28,7 +28,7 @@ from mergekit_vl.system.atomic_files import slug
 BEST = "best single model"
 
 
-ROOTS = ("mergekit_vl.bench.cell_rows", "mergekit_vl.bench.grid")
+ROOTS = ("mergekit_vl.benchmark.cell_rows", "mergekit_vl.benchmark.grid")
 """What every row is made by, beside what makes those of a run."""
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from noise import Noise
 
-from mergekit_vl.bench import search
-from mergekit_vl.bench.search import Search, configurations
+from mergekit_vl.benchmark import search
+from mergekit_vl.benchmark.search import Search, configurations
 from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.errors import UserError
 from mergekit_vl.options import build, option

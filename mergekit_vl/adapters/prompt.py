@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -165,11 +165,23 @@ class Prompt:
         stored.write(path, self.tensors, facts)
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "cpu", init: str | None = None) -> Prompt:
+    def recognises(cls, names: Collection[str]) -> bool:
+        return not set(DASSL_KEYS).isdisjoint(names)
+
+    @classmethod
+    def read(cls, path: Path, backbone: Backbone) -> Prompt:
+        return cls.load(path, device=backbone.device)
+
+    def with_init(self, init: str) -> Prompt:
+        """Started from these words; from none, that is at random, where they are empty."""
+        return replace(self, init=init)
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu") -> Prompt:
         """A prompt that `save` wrote, or one of CoOp or KgCoOp as Dassl writes them (`prompt_learner/model.pth.tar-50`).
 
-        Dassl's files do not tell the words that the context started from: `init`, or else "a photo of a" where the context is as
-        long as that. Raises UserError for a file that is missing, cut short, of another kind or not finite.
+        Dassl's files do not tell the words that the context started from: they are taken to be "a photo of a" where the context is as
+        long as that (`with_init` tells others). Raises UserError for a file that is missing, cut short, of another kind or not finite.
         """
         import torch
 
@@ -205,7 +217,5 @@ class Prompt:
             or (before is not None and before.ndim != 3)
         ):
             raise UserError("its context has another shape than a prompt's", where=str(path), hint=FILES)
-        words = (
-            init if init is not None else meta.get("init", DASSL_INIT if len(ctx) == len(DASSL_INIT.split()) else "")
-        )
-        return cls(ctx, words, names, before)
+        init = meta.get("init", DASSL_INIT if len(ctx) == len(DASSL_INIT.split()) else "")
+        return cls(ctx, init, names, before)

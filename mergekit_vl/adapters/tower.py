@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from mergekit_vl.adapters import stored, usage
 from mergekit_vl.adapters.head_network import HEAD
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.errors import UserError
 from mergekit_vl.models.adapter import About, Whole
 from mergekit_vl.models.classifier import ImageEncoder
 
@@ -134,3 +135,45 @@ class Tower:
         head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
         return cls(weights, LinearHead.restored(head, facts["head"], where=str(path)), chosen)
+
+    @classmethod
+    def recognises(cls, names: Collection[str]) -> bool:
+        """Whatever no other adapter takes: whether it fits is told against the backbone."""
+        return True
+
+    @classmethod
+    def read(cls, path: Path, backbone: Backbone) -> Tower:
+        """Weights of the backbone's architecture, all of them or the image tower's, as open_clip, timm or others write them.
+
+        A classifier among them becomes a linear head over the classes it is asked for, in their order.
+        """
+        import torch
+
+        from mergekit_vl.checkpoints import torch_io
+
+        where = str(path)
+        state = torch_io.read(path)
+        own = backbone.model.state_dict()
+        given, classifier = backbone.read(state)
+        given = torch_io.without_made(backbone.model, given)
+        if all(name.startswith("visual.") for name in state):  # what reading adds for a whole model is not the file's
+            given = {name: tensor for name, tensor in given.items() if name.startswith("visual.")}
+        visual = {name: tensor for name, tensor in own.items() if name.startswith("visual.")}
+        needed = visual if visual and given.keys() <= visual.keys() else own
+        hint = "give weights that were tuned from the recipe's backbone"
+        torch_io.check_fits(needed, given, where=where, hint=hint, than=f" than {backbone.spec}")
+        torch_io.check_finite(state, where=where, hint="use an undamaged checkpoint")  # the classifier's too
+        weights = {
+            name: torch_io.cast(tensor, own[name].dtype, name=name, where=where).to(own[name])
+            for name, tensor in given.items()
+        }
+        head = None
+        if classifier is not None:
+            weight, bias = (
+                torch_io.cast(tensor, torch.float32, name=f"classifier.{name}", where=where).to(backbone.device)
+                for name, tensor in (("weight", classifier.weight), ("bias", classifier.bias))
+            )
+            head = LinearHead(weight, bias, (), normalise=False)
+        elif backbone.text is None:
+            raise UserError("no classifier is in it", where=where, hint="give a timm checkpoint with its classifier")
+        return cls(weights, head)

@@ -85,8 +85,9 @@ class Cell:
         return self.folder / "scratch" / sources.digest(made_of)
 
     def made_of(self, makers: Iterable[Any]) -> dict[str, Any]:
-        """What a row depends on: images, weights, checkpoints, and the code of all rows and of these strategies and tuners."""
-        code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(makers))
+        """What a row depends on: images, weights, checkpoints, and the code of all rows and of these strategies, tuners and checkpoints."""
+        own = [maker.adapter if isinstance(maker, Single) else maker for maker in makers]
+        code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(own))
         return {**self.given, "code": code}
 
     def fresh(self, kept: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:

@@ -91,9 +91,11 @@ class Experiment:
 
     def code(self) -> dict[str, str]:
         """Of everything that is in the report: module -> hash."""
-        rows = [t for t in self.tuners if not isinstance(t, TunedSpec)] + [
-            s for _, s in (*self.controls, *self.strategies)
-        ]
+        tuners = [t for t in self.tuners if not isinstance(t, TunedSpec)]
+        adapters = (
+            self.registry.adapters() if len(tuners) < len(self.tuners) else ()
+        )  # which one is told by the checkpoint
+        rows = [*tuners, *adapters, *(s for _, s in (*self.controls, *self.strategies))]
         return sources.closure(sources.modules_of(self.makers), WITHOUT) | sources.closure(
             sources.modules_of(["mergekit_vl.experiments.landscape", "mergekit_vl.storage.tuned", *rows])
         )
@@ -347,7 +349,7 @@ def _loaded(tuner: Tuner | TunedSpec | Single, backbone: Backbone, registry: Reg
     if not isinstance(tuner, TunedSpec):
         return tuner
     path = user_path(str(tuner.checkpoint))
-    return Single(backbone, load_tuned(path, backbone, registry.adapter, init=tuner.init))
+    return Single(backbone, load_tuned(path, backbone, registry, init=tuner.init))
 
 
 def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, CellResult]:

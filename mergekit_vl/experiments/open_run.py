@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
-from mergekit_vl.adapters.linear_head import LinearHead
-from mergekit_vl.adapters.zero_shot import ZeroShot
+from mergekit_vl.adapters.linear_head import untuned
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
 from mergekit_vl.recipe import Recipe, load_recipe
@@ -53,14 +52,9 @@ def open_model(
         raise UserError("--row is for runs", where=given, hint="give a run folder")
     backbone = _backbone(given, registry, device)
     if checkpoint is not None:
-        return Used(Single(backbone, load_tuned(checkpoint, backbone, registry.adapter)), checkpoint.name)
-    if backbone.text is not None:
-        return Used(Single(backbone, ZeroShot()), f"{backbone.spec}, zero-shot")
-    own = backbone.classifier
-    if own is None:
-        raise UserError("an image classifier without a classifier of its own", where=given, hint="give it a checkpoint")
-    head = LinearHead(own.weight, own.bias, (), normalise=False).to(backbone.device)
-    return Used(Single(backbone, head), backbone.spec)
+        return Used(Single(backbone, load_tuned(checkpoint, backbone, registry)), checkpoint.name)
+    label = backbone.spec if backbone.text is None else f"{backbone.spec}, zero-shot"
+    return Used(Single(backbone, untuned(backbone)), label)
 
 
 def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> Used:

@@ -6,10 +6,10 @@ registered by its class; what is trained on it, merged and measured asks it thro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,3 +218,25 @@ class TextAdapter(Adapter, Protocol):
     def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
         """Raw (un-normalised) text features [K, D]."""
         ...
+
+
+@runtime_checkable
+class ReadsOthers(Protocol):
+    """One that files hold which other code wrote: checkpoints that do not tell what adapter they are."""
+
+    @classmethod
+    def recognises(cls, names: Collection[str]) -> bool:
+        """Whether a file of tensors with these names is read as this adapter. Plugins are asked first, then built-ins, in order."""
+        ...
+
+    @classmethod
+    def read(cls, path: Path, backbone: Backbone) -> Self:
+        """Raises UserError where the file is damaged, or made for another backbone."""
+        ...
+
+
+@runtime_checkable
+class HasInit(Protocol):
+    """One whose tuning starts from words, which files of others do not tell."""
+
+    def with_init(self, init: str) -> Self: ...

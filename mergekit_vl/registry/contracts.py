@@ -16,6 +16,7 @@ from typing import Any
 
 PROTOCOLS = {
     "backbones": ("mergekit_vl.backbones.base:BackboneOptions", "HasBase"),
+    "adapters": ("mergekit_vl.models.adapter:Adapter", "TextAdapter", "ReadsOthers", "HasInit"),
     "tuners": ("mergekit_vl.tuners.base:Tuner", "MovesTower"),
     "strategies": (
         "mergekit_vl.strategies.base:Strategy",
@@ -25,14 +26,14 @@ PROTOCOLS = {
     "protocols": ("mergekit_vl.protocols.base:EvaluationProtocol", "IsJoint", "HasShots"),
 }
 """By kind: the protocol that a class must fit, then those of the same module whose members it may have."""
+ABOUT = "mergekit_vl.models.adapter:About"
+"""What an adapter declares; one that makes texts must fit `TextAdapter`."""
 
 
 def faults(target: object, kind: str) -> tuple[str, ...]:
     """What is wrong with a class as one of this kind, a line each, with what was expected; empty for one that fits."""
     if not isinstance(target, type):
         return (f"{target!r} is not a class: a frozen dataclass was expected",)
-    if kind not in PROTOCOLS:
-        return ()
     return _faults(target, kind)
 
 
@@ -41,19 +42,29 @@ def _faults(cls: type, kind: str) -> tuple[str, ...]:
     required, *optional = _protocols(kind)
     found = [*_members_fit(cls, required, required=True)]
     for protocol in optional:
-        found += _members_fit(cls, protocol, required=False)
+        found += _members_fit(cls, protocol, required=protocol.__name__ in _declared(cls))
     if not dataclasses.is_dataclass(cls):
-        found.append(
-            f"{cls.__qualname__} is not a dataclass: a frozen dataclass was expected, its fields are the options"
-        )
+        fields = "what it holds" if kind == "adapters" else "the options"
+        found.append(f"{cls.__qualname__} is not a dataclass: a frozen dataclass was expected, its fields are {fields}")
     return tuple(found)
+
+
+def _declared(cls: type) -> tuple[str, ...]:
+    """Of an adapter: the protocols that it says it fits beside its kind's."""
+    about = inspect.getattr_static(cls, "about", None)
+    return ("TextAdapter",) if isinstance(about, _named(ABOUT)) and about.makes_texts else ()
 
 
 def _protocols(kind: str) -> list[type]:
     first, *others = PROTOCOLS[kind]
-    name, _, required = first.partition(":")
-    module = importlib.import_module(name)
-    return [vars(module)[protocol] for protocol in (required, *others)]
+    module = first.partition(":")[0]
+    return [_named(first), *(_named(f"{module}:{name}") for name in others)]
+
+
+def _named(place: str) -> Any:
+    """What `"module:name"` is."""
+    module, _, name = place.partition(":")
+    return vars(importlib.import_module(module))[name]
 
 
 def _members_fit(cls: type, protocol: type, *, required: bool) -> Iterator[str]:
@@ -78,8 +89,9 @@ def _fields(cls: type) -> set[str]:
 
 
 def _method_fits(cls: type, name: str, member: Any, own: Any) -> Iterator[str]:
-    """Whether it takes what the protocol's method is called with: its parameters, by position."""
-    wanted = [p for p in inspect.signature(_function(member)).parameters.values()][1:]
+    """Whether it takes what the protocol's method is called with: its parameters, by position unless they have to be named."""
+    wanted = list(inspect.signature(_function(member)).parameters.values())[1:]
+    named = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
     if not callable(_function(own)):
         yield f"{cls.__qualname__}.{name} is {own!r}: {_told(name, member)} was expected"
         return
@@ -92,7 +104,7 @@ def _method_fits(cls: type, name: str, member: Any, own: Any) -> Iterator[str]:
     except (ValueError, TypeError):  # a callable that does not tell
         return
     try:
-        signature.bind(*([None] * bound), *(None for _ in wanted))
+        signature.bind(*([None] * bound), *(None for _ in wanted[len(named) :]), **named)
     except TypeError:
         yield f"{cls.__qualname__}.{name}{signature} cannot be called so: {_told(name, member)} was expected"
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -93,6 +93,11 @@ class Registry:
     def adapter(self, name: str) -> Any:
         """The class of a registered adapter."""
         return self.find("adapters", name).resolve()
+
+    def adapters(self) -> Iterator[Any]:
+        """The classes of all adapters: those of plugins, then ours, each in the order of registration."""
+        for entry in sorted(self.entries["adapters"].values(), key=lambda entry: entry.owner in DEFAULT_PLUGINS):
+            yield entry.resolve()
 
     def add_commands(self, app: Any) -> None:
         """Let plugins add commands to the Typer application; one that raises is named in `failures`."""

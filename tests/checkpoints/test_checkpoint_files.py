@@ -66,7 +66,7 @@ def test_a_coop_prompt_with_a_live_scheduler_of_an_unimportable_module(dassl, mi
     prompt = Prompt.load(file)
     assert torch.equal(prompt.ctx, ctx) and prompt.init == "a photo of a"
     prompt.check(micro)
-    assert Prompt.load(file, init="a sketch of a").init == "a sketch of a"
+    assert Prompt.load(file).with_init("a sketch of a").init == "a sketch of a"
 
 
 class Runs:
@@ -168,7 +168,7 @@ def test_a_context_of_another_length_has_no_zero_shot_point_until_its_words_are_
     torch.save({"state_dict": {"ctx": torch.ones(5, 128)}}, tmp_path / "five.pth.tar-1")
     with pytest.raises(UserError, match="started at random .* {checkpoint: FILE, init: a photo of a}"):
         Prompt.load(tmp_path / "five.pth.tar-1").anchor(micro)
-    assert Prompt.load(tmp_path / "five.pth.tar-1", init="a photo of a big").anchor(micro).ctx.shape == (5, 128)
+    assert Prompt.load(tmp_path / "five.pth.tar-1").with_init("a photo of a big").anchor(micro).ctx.shape == (5, 128)
 
 
 def test_a_recipe_continues_from_a_coop_checkpoint(dassl, tmp_path, micro):

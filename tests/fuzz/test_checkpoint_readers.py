@@ -317,6 +317,6 @@ def test_adapters(folder, micro, told, shapes):
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
         place = end
     path = hostile.safetensors(folder / "adapter.safetensors", json.dumps(header).encode(), bytes(place))
-    for load in (model_files.load_adapter, tuned.load_tuned):
+    for load, adapters in ((model_files.load_adapter, registry().adapter), (tuned.load_tuned, registry())):
         with bounded(), contextlib.suppress(UserError):
-            load(path, micro, registry().adapter)
+            load(path, micro, adapters)

@@ -1,6 +1,7 @@
 """A class that does not fit its kind is told where it is registered: plugin, class, member, what was expected."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,9 +141,46 @@ def test_a_class_given_by_its_place_is_told_when_it_is_used(tmp_path, monkeypatc
     assert str(caught.value) == f"plugin mine: strategy 'odd': Odd has no merge: {MERGE}"
 
 
-def test_builtins_fit_and_every_kind_but_adapters_has_a_contract():
+def test_builtins_fit_and_every_kind_has_a_contract():
     registry = load_plugins()
     for entries in registry.entries.values():
         for entry in entries.values():
             entry.resolve()  # raises for one that does not fit
-    assert set(contracts.PROTOCOLS) == set(KINDS) - {"adapters"}
+    assert set(contracts.PROTOCOLS) == set(KINDS)
+
+
+RESIDUAL = (Path(__file__).parent.parent / "adapters" / "plug" / "text_residual.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        ("def check(", "def checked(", "TextResidual has no check: check(backbone: Backbone) -> None was expected"),
+        ("about = About", "about_it = About", "TextResidual has no about: about: About was expected"),
+        ('about = About("a text residual", "residuals", makes_texts=True, lr=1.0, weight_decay=0.0)', "about = 'a residual'",
+         "TextResidual.about is 'a residual': about: About was expected"),
+        ("def text_features(", "def texts(", "TextResidual has no text_features: "
+         "text_features(backbone: Backbone, classes: Classes) -> Tensor was expected"),
+        ("def save(self, path, *, backbone)", "def save(self, path)", "TextResidual.save(self, path) cannot be called so: "
+         "save(path: Path, *, backbone: str) -> None was expected"),
+        ("def networks(self, backbone, classes, *, training)", "def networks(self, backbone, classes)",
+         "TextResidual.networks(self, backbone, classes) cannot be called so: "
+         "networks(backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> Sequence[Network] was expected"),
+        ("    @classmethod\n    def load(cls,", "    def load(self,", "TextResidual.load is a method of instances: the class method "
+         "load(path: Path, *, device: str = cpu) -> Self was expected"),
+        ("    chosen = {}", "    chosen = {}\n\n    @classmethod\n    def recognises(cls): ...", "TextResidual.recognises(cls) cannot be called so: "
+         "recognises(names: Collection[str]) -> bool was expected"),
+        ("@dataclass(frozen=True, eq=False)\n", "", "TextResidual is not a dataclass: a frozen dataclass was expected, its fields are what it holds"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit(tmp_path, old, new, expected):
+    assert old in RESIDUAL
+    (tmp_path / "mine.py").write_text(RESIDUAL.replace(old, new, 1))
+    registry = load_plugins(tmp_path)
+    assert registry.failures == {"mine": f"adapter 'text_residual': {expected}"}
+    assert "text_residual" not in registry.entries["adapters"] and "task_res" not in registry.entries["tuners"]
+
+
+def test_an_adapter_that_fits(tmp_path):
+    (tmp_path / "mine.py").write_text(RESIDUAL)
+    assert load_plugins(tmp_path).failures == {}

@@ -61,7 +61,7 @@ def test_another_width_and_an_unknown_start_are_told(micro, tmp_path):
         narrow.bind(micro, Classes(NAMES))
     narrow.save(tmp_path / "narrow.safetensors", backbone="micro")
     with pytest.raises(UserError, match="features of width 7, micro gives 128"):
-        load_tuned(tmp_path / "narrow.safetensors", micro, load_plugins().adapter)
+        load_tuned(tmp_path / "narrow.safetensors", micro, load_plugins())
     with pytest.raises(UserError, match="nothing tells the head that this one was tuned from"):
         HEAD.anchor(micro)
 

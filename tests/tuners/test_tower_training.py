@@ -132,14 +132,14 @@ def test_a_tower_of_another_architecture_is_told_when_it_is_read(small, tmp_path
     other = clip(embed_dim=8)
     Tower(other.image_weights()).save(tmp_path / "t.safetensors", backbone="other")
     with pytest.raises(UserError, match=r"another architecture: visual.proj is \(32, 8\) in them, \(32, 16\) in the"):
-        load_tuned(tmp_path / "t.safetensors", small, load_plugins().adapter)
+        load_tuned(tmp_path / "t.safetensors", small, load_plugins())
     Tower({"none": torch.ones(1)}).save(tmp_path / "n.safetensors", backbone="other")
     with pytest.raises(UserError, match=r"none is \(1,\) in them, missing in the model"):
-        load_tuned(tmp_path / "n.safetensors", small, load_plugins().adapter)
+        load_tuned(tmp_path / "n.safetensors", small, load_plugins())
     narrow = LinearHead(torch.ones(3, 5), torch.ones(3), NAMES, True)
     Tower(small.image_weights(), narrow).save(tmp_path / "w.safetensors", backbone="other")
     with pytest.raises(UserError, match="features of width 5, small gives 16"):
-        load_tuned(tmp_path / "w.safetensors", small, load_plugins().adapter)
+        load_tuned(tmp_path / "w.safetensors", small, load_plugins())
 
 
 # full tuning
@@ -278,7 +278,7 @@ def test_options_that_make_no_sense(option):
 
 
 def loaded(path, backbone):
-    return load_tuned(path, backbone, load_plugins().adapter)
+    return load_tuned(path, backbone, load_plugins())
 
 
 @pytest.fixture(scope="module")

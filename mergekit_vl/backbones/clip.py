@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
+from mergekit_vl.system.memory import physical_memory
 from mergekit_vl.system.regular_files import MOST_TEXT, check_shape, parse_json, read_regular, user_path
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def construct(config: Mapping[str, Any], where: str) -> nn.Module:
     import open_clip
     import torch
 
+    _check_size(config, where)
     config = copy.deepcopy(dict(config))
     if "timm_model_name" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
@@ -252,6 +254,41 @@ def construct(config: Mapping[str, Any], where: str) -> nn.Module:
                 raise UserError(f"open_clip cannot build it: {first}", where=where, hint="correct its config") from None
         hint = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
         return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(hint), where)
+
+
+MOST_LAYERS = 1000
+"""Of a tower; the deepest of open_clip have 64."""
+
+
+def _check_size(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config whose towers alone would not fit into this machine's memory, before anything is built. Raises UserError."""
+    towers = [config.get(key) or {} for key in ("vision_cfg", "text_cfg", "multimodal_cfg")]
+    total = sum(_least_bytes(tower, config.get("embed_dim"), where) for tower in towers)
+    if total > physical_memory():
+        raise UserError(
+            f"its config asks for towers of at least {total >> 30:,} GiB, more than this machine has",
+            where=where,
+            hint="correct its config",
+        )
+
+
+def _least_bytes(tower: Mapping[str, Any], outputs: Any, where: str) -> int:
+    """A lower bound on the bytes of a tower of float32: a transformer's layer holds 4 width^2 numbers and its hidden layer's, a table
+    width numbers for each word, place, patch and output.
+    """
+
+    def largest(value: Any) -> int:
+        return max((v for v in (value if isinstance(value, list) else [value]) if type(v) is int), default=0)
+
+    layers, width = largest(tower.get("layers")), largest(tower.get("width"))
+    if layers > MOST_LAYERS:
+        raise UserError(
+            f"its config asks for {layers:,} layers", where=where, hint=f"at most {MOST_LAYERS:,}: correct its config"
+        )
+    patch = largest(tower.get("patch_size"))
+    patches = (largest(tower.get("image_size")) // patch) ** 2 if patch > 0 else 0
+    rows = largest(tower.get("vocab_size")) + largest(tower.get("context_length")) + patches + largest(outputs)
+    return 4 * width * ((4 + 2 * largest(tower.get("mlp_ratio"))) * width * layers + rows)
 
 
 def _with_transformers(hint: str) -> str:

@@ -52,8 +52,14 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def open_checkpoint(given: str, label: str = "") -> Checkpoint:
     """Read the headers of a file, a folder, an index, an `hf-hub:` name or an `open_clip:ARCH/TAG`."""
-    if given.startswith(("hf-hub:", "open_clip:")):
-        return _from_open_clip(given, label or given.split(":", 1)[1].replace("/", "-"))
+    kind, _, name = given.partition(":")
+    if kind == "open_clip":
+        return _from_open_clip(given, label or name.replace("/", "-"))
+    if kind == "hf-hub":
+        from mergekit_vl.checkpoints.hub import fetched_folder
+
+        folder = fetched_folder(name, INDEX_FILES, WEIGHT_FILES, CONFIGS, _shards_of)
+        return _open_folder(folder, label or name.replace("/", "-").replace("@", "-"))
     path = user_path(given)
     label = label or label_of(given)
     try:
@@ -216,12 +222,25 @@ def _read_index(path: Path) -> tuple[dict[str, str], float | None]:
     return places, told
 
 
-def _shard(index: Path, name: str) -> Path:
-    """A shard's file; raises UserError for a name that leads out of the index' folder, or to another index."""
+def _shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of shards names, each once; raises UserError as reading it does."""
+    places, _ = _read_index(index)
+    for name in (names := sorted(set(places.values()))):
+        _check_shard(index, name)
+    return names
+
+
+def _check_shard(index: Path, name: str) -> list[str]:
+    """The parts of a shard's name; raises UserError for one that leads out of the index' folder, or to another index."""
     parts = name.split("/")
     if "\0" in name or not all(part not in ("", ".", "..") for part in parts) or name.endswith(".index.json"):
         raise UserError(f"{name!r} is no file beside its index", where=str(index), hint="copy the model again")
-    file = index.parent.joinpath(*parts)
+    return parts
+
+
+def _shard(index: Path, name: str) -> Path:
+    """A shard's file; raises UserError where there is none."""
+    file = index.parent.joinpath(*_check_shard(index, name))
     if not file.is_file():
         raise UserError(f"the shard {name} is missing", where=str(index), hint="copy it beside its index")
     return file
@@ -232,16 +251,12 @@ CHANGED = "a shard was changed after its index was written: copy the model again
 
 
 def _from_open_clip(given: str, label: str) -> Checkpoint:
-    """A model by open_clip's own loader, which may download it; held in memory."""
+    """A pretrained tag of open_clip's own list, by its loader, which may download it; held in memory."""
     import open_clip
 
-    kind, _, name = given.partition(":")
-    arch, _, tag = name.partition("/")
+    arch, _, tag = given.removeprefix("open_clip:").partition("/")
     try:
-        if kind == "hf-hub":
-            model = open_clip.create_model(given)
-        else:
-            model = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True)
+        model = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True)
     except Exception as error:  # whatever open_clip, its hub client or the network raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -323,7 +323,7 @@ def _table() -> list[Callable[[_Reader], Any] | None]:
     def tuple_of(count: int) -> Callable[[_Reader], None]:
         def operation(r: _Reader) -> None:
             values = tuple(r.stack[-count:])
-            if len(values) < count or any(value is _MARK for value in values):
+            if len(values) < count or _MARK in values:
                 raise IndexError
             del r.stack[-count:]
             r.keep(values)

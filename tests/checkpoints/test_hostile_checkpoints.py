@@ -457,3 +457,22 @@ def test_a_config_of_open_clip_that_is_none(tmp_path, content):
     torch.save({"w": torch.ones(2)}, tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError):
         Clip(arch=f"local-dir:{tmp_path}").build("cpu")
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"layers": 10**9}, "1,000,000,000 layers"),
+        ({"layers": [1, 10**9]}, "1,000,000,000 layers"),
+        ({"width": 10**6}, "GiB, more than this machine has"),
+        ({"image_size": 10**7, "patch_size": 1}, "GiB, more than this machine has"),
+    ],
+)
+def test_a_config_that_asks_for_a_model_without_end_is_refused_before_it_is_built(tmp_path, change, told):
+    from mergekit_vl.backbones.clip import Clip
+
+    config = {**GOOD_CONFIG, "vision_cfg": {**GOOD_CONFIG["vision_cfg"], **change}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.save({"w": torch.ones(2)}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match=told):
+        Clip(arch=f"local-dir:{tmp_path}").build("cpu")

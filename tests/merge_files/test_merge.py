@@ -230,24 +230,25 @@ def test_a_folder_that_plain_open_clip_loads():
         torch.testing.assert_close(value, 0.75 * states[0][name] + 0.25 * states[1][name])
 
 
-def test_open_clip_names_go_through_its_own_loader(monkeypatch):
-    open_clip = pytest.importorskip("open_clip")
+def test_tags_of_open_clip_go_through_its_own_loader(monkeypatch):
+    import open_clip
+
     asked = []
 
     def create_model(name, pretrained=None, **more):
         asked.append((name, pretrained))
         model = torch.nn.Linear(2, 1)
-        torch.nn.init.constant_(model.weight, 1.0 if pretrained else 3.0)
+        torch.nn.init.constant_(model.weight, 1.0 if pretrained == "openai" else 3.0)
         torch.nn.init.zeros_(model.bias)
         return model
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
     metadata = streaming.merge(
-        plan(Linear(), models=("open_clip:ViT-B-16/openai", "hf-hub:org/name"), base=None), Path("out")
+        plan(Linear(), models=("open_clip:ViT-B-16/openai", "open_clip:ViT-B-16/laion"), base=None), Path("out")
     )
-    assert asked == [("ViT-B-16", "openai"), ("hf-hub:org/name", None)]
+    assert asked == [("ViT-B-16", "openai"), ("ViT-B-16", "laion")]
     assert load_file("out/model.safetensors")["weight"].tolist() == [[2.0, 2.0]]
-    assert [m["label"] for m in metadata["models"]] == ["ViT-B-16-openai", "org-name"]
+    assert [m["label"] for m in metadata["models"]] == ["ViT-B-16-openai", "ViT-B-16-laion"]
     assert all(len(m["blake3"]["tensors"]) == 64 for m in metadata["models"])  # there is no file to hash
 
 

@@ -206,6 +206,8 @@ def is_ours(folder: Path) -> bool:
 
 def check_target(folder: Path, *, force: bool) -> None:
     """Raise UserError unless the folder may be written."""
+    if folder.name in ("", ".."):
+        raise UserError("is no name for a new folder", where=str(folder), hint="choose another -o")
     if folder.is_symlink():
         raise UserError("is a link", where=str(folder), hint=f"name what it leads to: {os.path.realpath(folder)}")
     if folder.is_file():

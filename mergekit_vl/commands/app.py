@@ -362,6 +362,10 @@ def _load_plugins(words: list[str]) -> None:
 
 
 def _call(words: list[str]) -> None:
+    for before, word in zip(["", *words], words):
+        option = before if not word else word[:-1] if word.endswith("=") else ""
+        if option.startswith("-"):  # Path would read it as this folder
+            raise UserError(f"{option} is empty", where="command line", hint="give it a value, or leave it out")
     command = typer.main.get_command(app)
     with command.make_context("mergekit-vl", words) as context:  # `app()` would end the process itself
         try:

@@ -48,6 +48,13 @@ run broken.yaml
 run latin.yaml
 run mergetune_coop.yml
 {COOP} --nonsense
+{COOP} --out ''
+{COOP} --out=
+bench bench_small --out ''
+path mergetune_coop --out ''
+merge A.safetensors B.safetensors --strategy linear -o .
+merge A.safetensors B.safetensors --strategy linear --force -o ..
+merge A.safetensors B.safetensors --strategy linear --force -o /
 {COOP} --device
 {COOP} --device ''
 {COOP} --device gpu

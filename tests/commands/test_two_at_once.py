@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from mergekit_vl.commands import app
-from mergekit_vl.commands.terminal import LOCK
+from mergekit_vl.experiments.run_folder import LOCK
 
 HOLD = """
 import sys
 from pathlib import Path
-from mergekit_vl.commands.terminal import alone
+from mergekit_vl.experiments.run_folder import alone
 with alone(Path("out")):
     print("held", flush=True)
     sys.stdin.read()

@@ -47,6 +47,15 @@ def values(given: Any) -> dict[str, Any]:
     return {key_of(field): getattr(given, field.name) for field in dataclasses.fields(given) if field.init}
 
 
+def check(given: Any, *, where: str = "", **rules: tuple[bool, str]) -> None:
+    """Raise UserError for the first of these fields that breaks its rule: whether its value is valid, and which are."""
+    told = {field.name: field for field in dataclasses.fields(given)}
+    for name, (valid, hint) in rules.items():
+        if not valid:
+            key = key_of(told[name])
+            raise UserError(f"{key}={values(given)[key]}", where=where, hint=hint)
+
+
 def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> None:
     """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here."""
     for field in dataclasses.fields(given):

@@ -10,7 +10,7 @@ A recipe may come from anywhere, and what a run writes may go anywhere: so an en
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergekit_vl.errors import UserError
@@ -42,16 +42,9 @@ def fill(tree: Any, environment: Mapping[str, str | None], *, where: str) -> Any
 
 
 def names(tree: Any) -> tuple[str, ...]:
-    """The environment variables that are referred to, in order."""
-    found: dict[str, None] = {}
-    waiting = [tree]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str):
-            found |= {match[1]: None for inner in REFERENCE.findall(value) if (match := ENVIRONMENT.fullmatch(inner))}
-    return tuple(sorted(found))
+    """The environment variables that are referred to, by the alphabet."""
+    referred = [ENVIRONMENT.fullmatch(inner) for _, text in _texts(tree) for inner in REFERENCE.findall(text)]
+    return tuple(sorted({match[1] for match in referred if match}))
 
 
 def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
@@ -68,28 +61,32 @@ def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
     return out
 
 
-def check_form(tree: Any, *, where: str, at: Place = ()) -> None:
+def check_form(tree: Any, *, where: str) -> None:
     """Raise UserError for a `${` without its `}`, for one within another, and for one of nothing."""
-    if isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            check_form(value, where=where, at=(*at, key))
-    elif isinstance(tree, str) and "${" in tree:
+    for at, text in _texts(tree):
         here = f"{where}: {_told(at)}" if at else where
-        if "${" in REFERENCE.sub("", tree):
-            raise UserError(f"`${{` without its `}}` in {tree!r}", where=here, hint="write ${key} or ${oc.env:NAME}")
-        if not all(inner.strip() for inner in REFERENCE.findall(tree)):
-            raise UserError(f"{tree!r} refers to nothing", where=here, hint="write ${key} or ${oc.env:NAME}")
+        if "${" in REFERENCE.sub("", text):
+            raise UserError(f"`${{` without its `}}` in {text!r}", where=here, hint="write ${key} or ${oc.env:NAME}")
+        if not all(inner.strip() for inner in REFERENCE.findall(text)):
+            raise UserError(f"{text!r} refers to nothing", where=here, hint="write ${key} or ${oc.env:NAME}")
 
 
 def check_none(tree: Any, *, where: str) -> None:
     """Raise UserError for a `${`: it is read in recipes alone."""
-    waiting = [tree]
+    for _, text in _texts(tree):
+        raise UserError(f"{text} is read in recipes alone", where=where, hint="write the value")
+
+
+def _texts(tree: Any) -> Iterator[tuple[Place, str]]:
+    """The texts with a `${`, and their places, in order."""
+    waiting: list[tuple[Place, Any]] = [((), tree)]
     while waiting:
-        value = waiting.pop()
+        at, value = waiting.pop()
         if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += reversed([((*at, key), each) for key, each in inner])
         elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{value} is read in recipes alone", where=where, hint="write the value")
+            yield at, value
 
 
 class _Expansion:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pictures
 from safetensors.numpy import load_file, save_file
 
 SHORT = ["tuned.0.tuner.epochs=2", "strategy.0.epochs=2"]
@@ -66,12 +66,7 @@ def command(place: Path, words: list[str], cache: str = "cache") -> str:
 
 def prepare(place: Path) -> None:
     draw = np.random.default_rng(0)
-    for i, name in enumerate(("red", "green", "blue")):
-        (place / "pictures" / name).mkdir(parents=True)
-        for n in range(12):
-            pixels = draw.integers(0, 120, (48, 48, 3), np.uint8)
-            pixels[..., i] += 100
-            Image.fromarray(pixels).save(place / "pictures" / name / f"{n}.png")
+    pictures.write(place / "pictures", draw)
     shapes = {f"visual.blocks.{i}.w": (24, 16) for i in range(2)} | {"visual.bias": (7,), "text.w": (5, 4, 3)}
     base = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(base, place / "base.safetensors")

@@ -8,9 +8,9 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from PIL import Image
 from test_merge_methods import merged, models, random_models
 from test_text_towers import tower
 
@@ -61,13 +61,7 @@ def runs(request, tmp_path_factory):
     asked = {"prompt", "again"}
     asked |= {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     place = tmp_path_factory.mktemp("runs")
-    draw = np.random.default_rng(0)
-    for i, name in enumerate(("red", "green", "blue")):
-        (place / "pictures" / name).mkdir(parents=True)
-        for n in range(12):
-            pixels = draw.integers(0, 120, (64, 64, 3), np.uint8)
-            pixels[..., i] += 100
-            Image.fromarray(pixels).save(place / "pictures" / name / f"{n}.png")
+    pictures.write(place / "pictures", np.random.default_rng(0), side=64)
     started = {}
     for name, words in RUNS.items():
         if name not in asked:

@@ -79,8 +79,11 @@ class Clip:
             source = replace(source, quick_gelu=True)
         quick_gelu, notes = self._activation(source)
         config = {**source.config, "quick_gelu": quick_gelu}
-        for key, name in (("tokenizer", "hf_tokenizer_name"), ("hf_text", "hf_model_name")):
-            if getattr(self, key) and not config["text_cfg"].get(name):
+        for key, given, name in (
+            ("tokenizer", self.tokenizer, "hf_tokenizer_name"),
+            ("hf_text", self.hf_text, "hf_model_name"),
+        ):
+            if given and not config["text_cfg"].get(name):
                 raise UserError(
                     f"{key} is of no use: {self.arch} takes none from the hub", where=where, hint="remove it"
                 )

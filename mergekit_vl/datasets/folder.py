@@ -189,11 +189,9 @@ class Folder:
         return templates
 
     def _check_shares(self, *, single: bool) -> None:
-        for key in ("val_share", "test_share"):
-            if not 0 < getattr(self, key) < 1:
-                raise UserError(
-                    f"{key}={getattr(self, key)}", where=f"dataset.{key}", hint="between 0 and 1, both excluded"
-                )
+        for key, share in (("val_share", self.val_share), ("test_share", self.test_share)):
+            if not 0 < share < 1:
+                raise UserError(f"{key}={share}", where=f"dataset.{key}", hint="between 0 and 1, both excluded")
         if single and self.val_share + self.test_share >= 1:
             raise UserError(
                 f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on",

@@ -34,7 +34,9 @@ def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) ->
     """
     if model.adapter.about.exact_fisher:
         (network,) = model.adapter.networks(model.backbone, [data.classes], training=False)
-        return network.fisher(network.prepare(inputs.features.features(model.paths[0], data.train)))
+        exact = network.fisher(network.prepare(inputs.features.features(model.paths[0], data.train)))
+        assert exact is not None, f"{model.adapter.about.one} says that its Fisher information is known in closed form"
+        return exact
     weights, (predict,) = predictors(model, [(data.classes, data.train)], inputs)
     rows = some(inputs, len(data.train), images).tolist()
 

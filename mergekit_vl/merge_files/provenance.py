@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,8 +94,7 @@ def _adapter(opened: AlignedCheckpoints) -> dict[str, Any]:
 
 def option_values(method: Any) -> dict[str, Any]:
     """A method's options as a recipe writes them."""
-    values = {options.key_of(f): getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(options.values(method)))
 
 
 def model_card(opened: AlignedCheckpoints, metadata: Mapping[str, Any]) -> str:

@@ -131,8 +131,8 @@ class Network(Protocol):
         """Prepared inputs of B images -> logits [B, K]. Where features are read, weights may have a leading [S]: logits [S, B, K]."""
         ...
 
-    def fisher(self, x: Tensor) -> Tensors:
-        """The diagonal Fisher information at the adapter's own values; asked only where `About.exact_fisher`."""
+    def fisher(self, x: Tensor) -> Tensors | None:
+        """The diagonal Fisher information at the adapter's own values, in closed form; None unless `About.exact_fisher`."""
         ...
 
     def line(self, first: Adapter, second: Adapter, path: Literal["features", "weights"]) -> Line:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.checkpoints.torch_io import check_finite
-from mergekit_vl.errors import Failed, Unsuitable, UserError
+from mergekit_vl.errors import Failed, Unsuitable
 from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.strategies.in_memory import anchors, as_model
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
@@ -67,15 +67,15 @@ class AdaMerging:
     trains = True
 
     def __post_init__(self) -> None:
-        for name, valid, hint in (
-            ("start", 0 <= self.start <= 1, "between 0 and 1"),
-            ("trim", self.trim is None or 0 < self.trim <= 1, "above 0, at most 1"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("lr", 0 < self.lr < float("inf"), "above 0"),
-        ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)}", where=WHERE, hint=hint)
+        check(
+            self,
+            where=WHERE,
+            start=(0 <= self.start <= 1, "between 0 and 1"),
+            trim=(self.trim is None or 0 < self.trim <= 1, "above 0, at most 1"),
+            steps=(self.steps >= 1, "at least 1"),
+            batch=(self.batch >= 1, "at least 1"),
+            lr=(0 < self.lr < float("inf"), "above 0"),
+        )
 
     def merge(self, inputs: MergeInputs) -> Model:
         start, vectors = self._task_vectors(inputs)

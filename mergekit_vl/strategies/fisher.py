@@ -11,7 +11,7 @@ from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model
-from mergekit_vl.options import check_effect, option
+from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import anchors, as_model
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class Fisher:
     grid = {"base": (False, True), "normalise": (False, True)}
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise UserError(f"images={self.images}", where=WHERE, hint="at least 1")
-        if not self.floor > 0:
-            raise UserError(f"floor={self.floor}", where=WHERE, hint="above 0")
+        check(self, where=WHERE, images=(self.images >= 1, "at least 1"), floor=(self.floor > 0, "above 0"))
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch

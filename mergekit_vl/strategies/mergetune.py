@@ -43,11 +43,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.datasets.base import Augment
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.estimators import fisher_information, surrogates
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
-from mergekit_vl.options import check_effect, option
+from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import anchors
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.tuners.sgd import cross_entropy
@@ -112,19 +112,18 @@ class MergeTune:
         return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}
 
     def __post_init__(self) -> None:
-        for name, valid, hint in (
-            ("lambda_", self.lambda_ >= 0, "0 or more"),
-            ("beta", self.beta >= 0, "0 or more"),
-            ("tau", 0 <= self.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
-            ("alphas", all(0 <= alpha <= 1 for alpha in self.alphas), "points between 0 and 1"),
-            ("n_alpha", self.n_alpha >= 1, "at least 1"),
-            ("fisher_images", self.fisher_images >= 1, "at least 1"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("views", self.views >= 0, "0 or more"),
-        ):
-            if not valid:
-                value = getattr(self, name)
-                raise UserError(f"{name.rstrip('_')}={value}", where=WHERE, hint=hint)
+        check(
+            self,
+            where=WHERE,
+            lambda_=(self.lambda_ >= 0, "0 or more"),
+            beta=(self.beta >= 0, "0 or more"),
+            tau=(0 <= self.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
+            alphas=(all(0 <= alpha <= 1 for alpha in self.alphas), "points between 0 and 1"),
+            n_alpha=(self.n_alpha >= 1, "at least 1"),
+            fisher_images=(self.fisher_images >= 1, "at least 1"),
+            accumulate=(self.accumulate >= 1, "at least 1"),
+            views=(self.views >= 0, "0 or more"),
+        )
 
     def merge(self, inputs: MergeInputs) -> Model:
         zero_shot, tuned = self.ends(inputs)

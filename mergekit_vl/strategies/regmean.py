@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.checkpoints.torch_io import check_finite
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.estimators.fisher_information import some
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
-from mergekit_vl.options import check_effect, option
+from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import anchors, as_model
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class RegMean:
     grid = {"alpha": (0.1, 0.3, 0.5, 0.7, 0.8, 1.0)}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha={self.alpha}", where=WHERE, hint="between 0 and 1")
-        if self.images < 1:
-            raise UserError(f"images={self.images}", where=WHERE, hint="at least 1")
+        check(
+            self, where=WHERE, alpha=(0 <= self.alpha <= 1, "between 0 and 1"), images=(self.images >= 1, "at least 1")
+        )
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.models.by_distance import ByDistance, kth_distance
 from mergekit_vl.models.calibration import temperature
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.evaluate import logits_of, quality, score
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +50,8 @@ class Vrf:
     grid = {"calibrated": (True, False)}
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise UserError(f"k={self.k}", where=WHERE, hint="at least 1")
-        if self.b is not None and not self.b > 0:
-            raise UserError(f"b={self.b}", where=WHERE, hint="above 0")
+        k, b = self.k is None or self.k >= 1, self.b is None or self.b > 0
+        check(self, where=WHERE, k=(k, "at least 1"), b=(b, "above 0"))
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch

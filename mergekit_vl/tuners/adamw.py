@@ -21,7 +21,7 @@ from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.model import ImageEncoder, Single
 from mergekit_vl.models.views import prefetched, train_view
 from mergekit_vl.system.memory import out_of_memory
-from mergekit_vl.tuners.sgd import check_loss
+from mergekit_vl.tuners.sgd import check_loss, check_positive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +47,9 @@ class AdamWSchedule:
     """Batches whose gradients make one step."""
     choose: Literal["last", "validation"] = "last"
     """The last epoch, or the best on validation images."""
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
     def lr_at(self, step: int, steps: int) -> float:
         warmup = min(self.warmup, steps // 10)

@@ -8,10 +8,9 @@ from typing import Literal
 from mergekit_vl.adapters.linear_head import Unseen
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.datasets.base import Augment
-from mergekit_vl.errors import UserError
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.tuners.head import Init, start_head
 from mergekit_vl.tuners.sgd import cross_entropy
 
@@ -44,9 +43,13 @@ class Full:
     moves_tower = True
 
     def __post_init__(self) -> None:
-        for name, least in (("accumulate", 1), ("weight_decay", 0), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}", where="tuner full", hint=f"{least} or more")
+        check(
+            self,
+            where="tuner full",
+            accumulate=(self.accumulate >= 1, "1 or more"),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            warmup=(self.warmup >= 0, "0 or more"),
+        )
 
     def tune(self, inputs: MergeInputs) -> Single:
         from mergekit_vl.tuners.adamw import AdamWSchedule, AdamWTraining

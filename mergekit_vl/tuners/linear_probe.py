@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from mergekit_vl.adapters.head_network import HeadNetwork, matrix, mean_square
 from mergekit_vl.adapters.linear_head import LinearHead, Unseen
 from mergekit_vl.datasets.base import Augment
-from mergekit_vl.errors import UserError
 from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import ImageEncoder, Single
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.tuners.head import Init, start_head
 from mergekit_vl.tuners.sgd import Schedule, cross_entropy, sgd
 
@@ -49,9 +48,8 @@ class LinearProbe:
     unseen: Unseen = option("refuse", "other class names: refuse, or zero_shot rows")
 
     def __post_init__(self) -> None:
-        for name in ("l2", "views"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}", where="tuner linear_probe", hint="0 or more")
+        l2, views = self.l2 is None or self.l2 >= 0, self.views >= 0
+        check(self, where="tuner linear_probe", l2=(l2, "0 or more"), views=(views, "0 or more"))
 
     def tune(self, inputs: MergeInputs) -> Single:
         import torch

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from mergekit_vl.errors import Failed, UserError
+from mergekit_vl.errors import Failed
+from mergekit_vl.options import check
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +34,29 @@ class Schedule:
     warmup_lr: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}", hint="it must be positive")
+        check_positive(self)
 
     def lr_at(self, epoch: int) -> float:
         if epoch == 0 and self.epochs > 1:
             return self.warmup_lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
+
+
+class Positive(Protocol):
+    """What every schedule has."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+
+
+def check_positive(schedule: Positive) -> None:
+    """Raise UserError for a schedule of no epochs, of empty batches or without a learning rate."""
+    hint = "it must be positive"
+    check(schedule, epochs=(schedule.epochs > 0, hint), batch=(schedule.batch > 0, hint), lr=(schedule.lr > 0, hint))
 
 
 @dataclass

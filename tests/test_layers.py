@@ -14,6 +14,10 @@ FILES = {
 }
 
 
+FACE = "mergekit_vl"
+"""It names what the rooms export, for type checkers alone: tests/api/test_names.py holds it to that."""
+
+
 def imports(module):
     """The package's modules that a file imports: at its top, inside functions and for types alone."""
     for node in ast.walk(ast.parse(FILES[module].read_text())):
@@ -50,6 +54,7 @@ def test_imports_go_down():
     wrong = [
         f"{module} imports {other}"
         for module in FILES
+        if module != FACE
         for other in imports(module)
         if room(other) != room(module) and drawn[room(other)] >= drawn[room(module)]
     ]
@@ -59,7 +64,7 @@ def test_imports_go_down():
 
 def test_no_files_import_each_other_in_a_circle():
     try:
-        TopologicalSorter({module: set(imports(module)) - {module} for module in FILES}).prepare()
+        TopologicalSorter({module: set(imports(module)) - {module} for module in FILES if module != FACE}).prepare()
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mergekit_vl.checkpoints.dtypes import NAMES, float_code, narrowest, too_large
+from mergekit_vl.checkpoints.dtypes import NAMES, Array, float_code, narrowest, too_large
 from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,15 +30,20 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The named tensors of a checkpoint (all of them by default), as they are stored. Tied ones share no memory."""
-    import torch
-
     checkpoint.check_recorded()
     out = {}
     for name in checkpoint.tensors if names is None else names:
         array, place = checkpoint.raw(name), checkpoint.tensors[name]
-        tensor = torch.from_numpy(array)
-        out[name] = (tensor.view(torch.bfloat16) if place.code == "BF16" else tensor).reshape(place.shape)
+        out[name] = as_tensor(array, place.code).reshape(place.shape)
     return out
+
+
+def as_tensor(array: Array, code: str) -> Tensor:
+    """An array that is stored under `code` as a torch tensor; they share their memory."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if code == "BF16" else tensor
 
 
 def load_into(module: nn.Module, given: Mapping[str, Tensor], *, where: str, hint: str) -> None:

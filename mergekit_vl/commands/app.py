@@ -263,15 +263,7 @@ def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> No
         for line in bench_command.described(experiment):
             say(line)
         return
-    say(f"recipe    {plan.name} ({plan.hash})")
-    say(f"backbone  {experiment.backbone}")
-    for dataset in experiment.datasets:
-        say(f"dataset   {dataset}")
-    say(f"protocol  {experiment.protocol}")
-    say(f"seeds     {', '.join(map(str, plan.seeds))}")
-    say(f"rows      {', '.join(experiment.rows)}")
-    say(f"cells     {experiment.cells}; {forecast.work(experiment)}")
-    say(f"time      {forecast.time(experiment)}")
+    say(*forecast.described(experiment))
 
 
 @app.command("list")

@@ -20,6 +20,21 @@ def most_epochs(trained: Iterable[object]) -> int:
     return max((options.values(each).get("epochs", 0) for each in trained), default=0)
 
 
+def described(made: Experiment) -> list[str]:
+    """The plan of a run in words: what takes part, how many cells, and how long they will take."""
+    plan = made.recipe
+    return [
+        f"recipe    {plan.name} ({plan.hash})",
+        f"backbone  {made.backbone}",
+        *(f"dataset   {dataset}" for dataset in made.datasets),
+        f"protocol  {made.protocol}",
+        f"seeds     {', '.join(map(str, plan.seeds))}",
+        f"rows      {', '.join(made.rows)}",
+        f"cells     {made.cells}; {work(made)}",
+        f"time      {time(made)}",
+    ]
+
+
 def work(made: Experiment) -> str:
     """How often images are encoded."""
     if any(moves_tower(tuner) for tuner in made.tuners):

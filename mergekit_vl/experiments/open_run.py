@@ -11,6 +11,7 @@ from mergekit_vl import options
 from mergekit_vl.adapters.linear_head import untuned
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.printable import in_html
 from mergekit_vl.recipe import Recipe, load_recipe
 from mergekit_vl.storage import model_files
 from mergekit_vl.storage.tuned import load_tuned
@@ -25,14 +26,29 @@ if TYPE_CHECKING:
 FORMS = "a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote"
 
 
-@dataclass(frozen=True)
-class Used:
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
     """A model with the classes that it was tested on, where they are known."""
 
     model: Model
     label: str
     classes: Classes | None = None
     recipe: Recipe | None = None
+
+    def table(self) -> list[tuple[str, str]]:
+        """(what, which) in a few lines."""
+        encoders = ", ".join(dict.fromkeys(encoder.backbone.spec for encoder in self.model.paths))
+        told = [("model", self.label), ("backbone", encoders), ("parameters", f"{self.model.parameters:,}")]
+        if self.recipe is not None:
+            told.insert(1, ("run", self.recipe.name))
+        return told + ([("classes", str(len(self.classes.names)))] if self.classes is not None else [])
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(f'{what} {which}' for what, which in self.table())}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{in_html(what)}</th><td>{in_html(which)}</td></tr>" for what, which in self.table())
+        return f"<table>{rows}</table>"
 
 
 def open_model(
@@ -43,7 +59,7 @@ def open_model(
     device: str,
     checkpoint: Path | None = None,
     allow_env: Sequence[str] = (),
-) -> Used:
+) -> LoadedModel:
     """A row of a finished run, or a backbone as it is, or that backbone with a tuned checkpoint on it."""
     folder = user_path(given)
     if (folder / "recipe.yaml").is_file() and (folder / "state").is_dir():
@@ -52,12 +68,12 @@ def open_model(
         raise UserError("--row is for runs", where=given, hint="give a run folder")
     backbone = _backbone(given, registry, device)
     if checkpoint is not None:
-        return Used(Single(backbone, load_tuned(checkpoint, backbone, registry)), checkpoint.name)
+        return LoadedModel(Single(backbone, load_tuned(checkpoint, backbone, registry)), checkpoint.name)
     label = backbone.spec if backbone.text is None else f"{backbone.spec}, zero-shot"
-    return Used(Single(backbone, untuned(backbone)), label)
+    return LoadedModel(Single(backbone, untuned(backbone)), label)
 
 
-def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> Used:
+def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> LoadedModel:
     recipe = load_recipe(str(folder / "recipe.yaml"), allow_env=allow_env)
     report = folder / "report.json"
     if not report.is_file():
@@ -79,7 +95,7 @@ def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allo
             where=str(state),
             hint="towers of closed forms are kept for the main strategy alone: put it first in the recipe and run again",
         )
-    return Used(model, label, read_json(state / "shots.json", _classes), recipe)
+    return LoadedModel(model, label, read_json(state / "shots.json", _classes), recipe)
 
 
 def _first_cell(report: Any) -> tuple[str, list[str], str, int]:

@@ -63,18 +63,80 @@ def merge(
     with claimed(out, force=force):
         reuse_freed_memory()
         opened = open_plan(plan)
-        try:
-            _check_not_an_input(opened, out)
-            for note in warnings(opened):
-                warn(note)
-            threads = threads or threads_available()
-            chunk_size = chunk_size or chunk_for(opened, threads, max_ram)
-            for note in opened.symmetries.notes if opened.symmetries else ():
-                tell(f"rebasin: {note}")
-            align(opened, tell)
-            return _written(opened, out, threads, chunk_size, shard_size, warn, progress)
-        finally:
-            opened.close()
+        return merge_opened(
+            opened, out, threads=threads, max_ram=max_ram, shard_size=shard_size, warn=warn, tell=tell,
+            progress=progress, chunk_size=chunk_size,
+        )  # fmt: skip
+
+
+def merge_opened(
+    opened: AlignedCheckpoints,
+    out: Path,
+    *,
+    threads: int | None = None,
+    max_ram: int | None = None,
+    shard_size: int | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda elements: None,
+    chunk_size: int | None = None,
+) -> dict[str, Any]:
+    """The merge of models that are open, or held in memory, into a folder that is `claimed`; closes them."""
+    try:
+        _check_not_an_input(opened, out)
+        threads = threads or threads_available()
+        chunk_size = _prepared(opened, threads, max_ram, chunk_size, warn, tell)
+        return _written(opened, out, threads, chunk_size, shard_size, warn, progress)
+    finally:
+        opened.close()
+
+
+def merge_into_arrays(
+    opened: AlignedCheckpoints,
+    *,
+    threads: int | None = None,
+    max_ram: int | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda elements: None,
+) -> dict[str, Array]:
+    """The merge of models that are open, or held in memory, as arrays: by name, in the dtypes and with the bytes that `merge` writes.
+
+    Closes the models. `max_ram` does not count the arrays themselves.
+    """
+    out = {slot.name: np.empty(slot.shape, STORED[slot.code]) for slot in opened.slots}
+
+    def put(name: str, start: int, stored: Array) -> None:
+        out[name].reshape(-1)[start : start + stored.size] = stored.reshape(-1)
+
+    try:
+        threads = threads or threads_available()
+        chunk_size = _prepared(opened, threads, max_ram, None, warn, tell)
+        _fill(opened, put, threads, chunk_size, warn, progress)
+        for checkpoint in opened.all:
+            checkpoint.check_recorded()
+            checkpoint.check_unchanged()
+    finally:
+        opened.close()
+    return out
+
+
+def _prepared(
+    opened: AlignedCheckpoints,
+    threads: int,
+    max_ram: int | None,
+    chunk_size: int | None,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> int:
+    """Tell what is to be told, and align the models; elements of a chunk."""
+    for note in warnings(opened):
+        warn(note)
+    chunk_size = chunk_size or chunk_for(opened, threads, max_ram)
+    for note in opened.symmetries.notes if opened.symmetries else ():
+        tell(f"rebasin: {note}")
+    align(opened, tell)
+    return chunk_size
 
 
 def _written(

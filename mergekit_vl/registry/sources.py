@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+from mergekit_vl import PLACES
+
 OURS = "mergekit_vl"
 NO_NUMBERS = (
     *("errors", "printable", "registry"),
@@ -74,8 +76,14 @@ def _source(module: str) -> tuple[str, tuple[str, ...]] | None:
         return None
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     within = {OURS, module.partition(".")[0]}
-    imported = [name for name in _imports(tree, package) if name.partition(".")[0] in within and name != OURS]
+    imported = [_home(name) for name in _imports(tree, package) if name.partition(".")[0] in within and name != OURS]
     return hashlib.sha256(text.encode()).hexdigest()[:12], tuple(dict.fromkeys(imported))
+
+
+def _home(name: str) -> str:
+    """The module of a name that a plugin imports from our package itself."""
+    top, _, public = name.partition(".")
+    return PLACES[public][0] if top == OURS and public in PLACES else name
 
 
 def _imports(node: ast.AST, package: str) -> Iterator[str]:

@@ -1,0 +1,201 @@
+"""`load_model`, `evaluate` and `predict`: finished runs and plain backbones at work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl import options
+from mergekit_vl.api.notebook import html_table
+from mergekit_vl.datasets.base import Dataset, Progress, silent
+from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
+from mergekit_vl.errors import UserError
+from mergekit_vl.experiments.open_run import LoadedModel, open_model
+from mergekit_vl.experiments.use import Evaluated, View, best, evaluate_on, from_files, image_files, probabilities
+from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.models.model import Classes
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import device_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from mergekit_vl.datasets.base import DatasetOptions
+    from mergekit_vl.models.model import Model
+
+
+def load_model(
+    model: str | Path,
+    *,
+    row: str | None = None,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    allow_env: Sequence[str] = (),
+) -> LoadedModel:
+    """A model to be used: a row of a finished run (default its main strategy's), or a backbone as it is.
+
+    `model` is a run folder, or what the commands take: `micro`, `clip:ViT-B-32:openai`, `vision:resnet18`, a folder that open_clip
+    wrote. `checkpoint` is tuned weights, a prompt or a head on it. Its `.model` is the Model; its `.classes` are those of the run.
+    """
+    file = None if checkpoint is None else Path(checkpoint)
+    return open_model(
+        str(model), registry(), row=row, device=device_of(device), checkpoint=file, allow_env=tuple(allow_env)
+    )
+
+
+def evaluate(
+    model: LoadedModel | Model | str | Path,
+    data: Dataset | DatasetOptions | str | None = None,
+    *,
+    split: str = "test",
+    device: str = "auto",
+    cache: bool = True,
+    progress: Progress = silent,
+    **dataset_options: Any,
+) -> Evaluated:
+    """Score a model on a split of a dataset, against all of its class names, by the evaluator of every report.
+
+    `data` is a Dataset, a dataset with its options (`Microworld(task="...")`), or a registered name with its options:
+    `evaluate(model, "folder", path="~/pets")`. Without it, it is the first dataset of the model's run. `split` is test, val, train, or
+    a shift of the dataset. Features are kept on disk unless `cache` is False.
+    """
+    used = _used(model, device)
+    dataset = _dataset(used, data, dataset_options, progress)
+    store = FeatureStore(report=progress) if cache else FeatureStore(None, report=progress)
+    return evaluate_on(used.model, used.label, dataset, split, store)
+
+
+@dataclass(frozen=True)
+class Predictions(Sequence["tuple[str, float]"]):
+    """Probabilities of class names for images: as a sequence, the likeliest (name, probability) of each image."""
+
+    images: tuple[str, ...]
+    names: tuple[str, ...]
+    probabilities: Tensor
+    """[B, K], float32, on the CPU."""
+
+    def top(self, n: int = 3) -> list[list[tuple[str, float]]]:
+        """For each image the `n` likeliest names with their probabilities."""
+        return best(self.probabilities, self.names, n)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: Any) -> Any:
+        found = [first for (first,) in self.top(1)]
+        return found[i]
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        return iter([first for (first,) in self.top(1)])
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [image, ", ".join(f"{name} {p:.2f}" for name, p in likeliest)]
+            for image, likeliest in zip(self.images, self.top())
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{image}: {told}" for image, told in self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(["image", "likeliest"], self._rows())
+
+
+def predict(
+    model: LoadedModel | Model | str | Path,
+    images: Any,
+    classes: Classes | Sequence[str] | None = None,
+    *,
+    device: str = "auto",
+    max_megapixels: float = MOST_MEGAPIXELS,
+    progress: Progress = silent,
+) -> Predictions:
+    """What is on images, with probabilities.
+
+    `images` are paths of files or folders, PIL images, or one batch [B, 3, H, W]: of uint8 it is prepared as files are, of floats it
+    is taken as prepared by the model's own transform. `classes` are names, or Classes with templates; of a run, its own by default.
+    """
+    check_megapixels(max_megapixels)
+    used = _used(model, device)
+    known = _classes(used, classes)
+    labels, view = _views(images, max_megapixels)
+    return Predictions(labels, known.names, probabilities(used.model, known, view, len(labels), progress))
+
+
+def _used(model: LoadedModel | Model | str | Path, device: str) -> LoadedModel:
+    if isinstance(model, (str, Path)):
+        return load_model(model, device=device)
+    return model if isinstance(model, LoadedModel) else LoadedModel(model, type(model).__name__)
+
+
+def _dataset(
+    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, Any], progress: Progress
+) -> Dataset:
+    if given and not isinstance(data, str | None):
+        raise UserError(f"{next(iter(given))}= beside a dataset that is made", where="evaluate", hint="leave it out")
+    if isinstance(data, Dataset):
+        return data
+    if data is None:
+        if used.recipe is None:
+            raise UserError("no dataset", where="evaluate", hint='name one: evaluate(model, "folder", path="~/pets")')
+        spec = used.recipe.datasets[0]
+        data, given = spec.name, {**spec.options, **given}
+    if isinstance(data, str):
+        cls = registry().find("datasets", data, where="evaluate").resolve()
+        data = options.build(cls, given, where=f"dataset {data}")
+    return data.load(progress)
+
+
+def _classes(used: LoadedModel, given: Classes | Sequence[str] | None) -> Classes:
+    if isinstance(given, Classes):
+        return given
+    if given is None:
+        if used.classes is None:
+            raise UserError("no class names", where="predict", hint='name them: classes=["dog", "cat"]')
+        return used.classes
+    names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+    names = tuple(name.strip() for name in names)
+    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+        raise UserError(f"class names {names}", where="predict", hint="at least two, each once")
+    return dataclasses.replace(used.classes, names=names) if used.classes else Classes(names)
+
+
+def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
+    """What each image is called, and its test view."""
+    import torch
+    from PIL.Image import Image
+
+    from mergekit_vl.models.views import test_view
+
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"a tensor of shape {tuple(images.shape)}", where="predict", hint="one batch [B, 3, H, W]")
+        labels = tuple(f"image {i}" for i in range(len(images)))
+        if images.is_floating_point():
+            batch = images.float()
+            return labels, lambda path, i: batch[i]
+        images = [_pil(image) for image in images]
+    one = isinstance(images, (str, Path, Image))
+    given = [images] if one else list(images)
+    if not given:
+        raise UserError("no images", where="predict", hint="give paths, PIL images, or a batch [B, 3, H, W]")
+    if all(isinstance(image, (str, Path)) for image in given):
+        files = image_files([str(image) for image in given])
+        return tuple(map(str, files)), from_files(files, megapixels)
+    for image in given:
+        if not isinstance(image, Image):
+            raise UserError(
+                f"a {type(image).__name__} is no image", where="predict", hint="give paths, PIL images, or one batch"
+            )
+    pictures = [image.convert("RGB") for image in given]
+    return tuple(f"image {i}" for i in range(len(pictures))), lambda path, i: test_view(pictures[i], path)
+
+
+def _pil(image: Tensor) -> Image:
+    from torchvision.transforms.functional import to_pil_image
+
+    return to_pil_image(image.cpu())

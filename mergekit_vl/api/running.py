@@ -1,0 +1,241 @@
+"""`run`, `bench` and `check`: recipes from Python."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.api.notebook import html_table
+from mergekit_vl.datasets.base import Progress, silent
+from mergekit_vl.errors import UserError
+from mergekit_vl.experiments import experiment as experiments
+from mergekit_vl.experiments import forecast
+from mergekit_vl.experiments.open_run import LoadedModel, open_model
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
+from mergekit_vl.recipe import Recipe, load_recipe, parse, with_datasets
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import device_of
+
+if TYPE_CHECKING:
+    from mergekit_vl.benchmark.plan import Plan
+    from mergekit_vl.experiments.experiment import Experiment
+    from mergekit_vl.reports.results import Report
+
+    AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+    """A recipe, plain data, a file, or the name of an installed one."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its report, and the folder with all of its files."""
+
+    folder: Path
+    report: Report
+
+    @property
+    def html(self) -> Path:
+        """The page."""
+        return self.folder / "report.html"
+
+    def model(self, row: str | None = None, *, device: str = "auto") -> LoadedModel:
+        """The model of a row; default the main strategy's."""
+        return open_model(str(self.folder), registry(), row=row, device=device_of(device))
+
+    def scores(self) -> dict[str, float]:
+        """The headline of each row, in percent."""
+        return {row.row: row.score for row in self.report.summary}
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        metric = self.report.metric
+        several = len(metric.columns) > 1
+        header = ["row", *metric.columns, *([metric.headline] if several else [])]
+        rows = [
+            [row.row, *(f"{c.acc1:.1f}" for c in row.columns.values()), *([f"{row.score:.1f}"] if several else [])]
+            for row in self.report.summary
+        ]
+        return header, rows
+
+    def __repr__(self) -> str:
+        return f"{self.report.recipe}: {self.folder}\n{text_table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), title=f"{self.report.recipe}: {self.folder}")
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """A finished bench."""
+
+    folder: Path
+    report: Mapping[str, Any]
+    """As bench.json holds it: `tables`, one for each number of shots, `left_out`, `chosen` and so on."""
+
+    @property
+    def html(self) -> Path:
+        """The page."""
+        return self.folder / "report.html"
+
+    def scores(self) -> dict[str, float]:
+        """The headline of each row of the first table, in percent."""
+        return {row["row"]: row["score"] for row in self.report["tables"][0]["rows"]}
+
+    def _table(self, table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+        metric = table["metric"]
+        header = ["row", *metric["columns"], metric["headline"], "rank"]
+        ordered = sorted(table["rows"], key=lambda row: -row["score"])
+        rows = [
+            [r["row"], *(f"{c['acc1']:.1f}" for c in r["columns"].values()), f"{r['score']:.1f}", f"{r['rank']:.1f}"]
+            for r in ordered
+        ]
+        return header, rows
+
+    def _tables(self) -> list[Mapping[str, Any]]:
+        return [table for table in self.report["tables"] if table["rows"]]
+
+    def __repr__(self) -> str:
+        tables = [text_table(*self._table(table)) for table in self._tables()]
+        return "\n".join([f"{self.report['recipe']}: {self.folder}", *tables])
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            html_table(*self._table(t), title=f"{self.report['recipe']}: {self.folder}") for t in self._tables()
+        )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What would be done, from recipes and headers alone."""
+
+    lines: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in (header, *rows)
+    )
+
+
+def run(
+    recipe: AnyRecipe,
+    *overrides: str,
+    out: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    allow_env: Sequence[str] = (),
+    progress: Progress = silent,
+) -> RunResult:
+    """Tune, merge, evaluate and report, as the command `run`: `run("mergetune_coop", "seed=2")`.
+
+    `recipe` is a file, the name of an installed recipe, a mapping of keys as the file would have, or a Recipe; overrides are of files
+    and names. A run that is done is read and not repeated, unless by `force`; a killed one goes on where it was. `out` is the run
+    folder, by default runs/<recipe>-<hash>. Raises UserError; what is not an error but should be known is a Python warning.
+    """
+    from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.reports import report
+
+    plan = _recipe(recipe, overrides, allow_env, lambda plan: experiments.build(plan, registry()))
+    experiment = experiments.build(plan, registry())
+    folder = Path(out) if out is not None else Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+
+    def load(folder: Path) -> Report | None:
+        found = report.load(folder)
+        return found if found is not None and found.code == experiment.code() else None
+
+    with tidied(folder), alone(folder):
+        done = claim(folder, plan.hash, load, force=force)
+        if done is None:
+            done = experiments.run(
+                experiment,
+                folder,
+                device=device_of(device),
+                store=FeatureStore(),
+                progress=progress,
+                warn=_warn,
+            )
+    return RunResult(folder, done)
+
+
+def bench(
+    recipe: AnyRecipe = "bench_small",
+    *overrides: str,
+    strategies: Sequence[str] = (),
+    datasets: Sequence[str] | None = None,
+    shots: Sequence[int] = (),
+    out: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    allow_env: Sequence[str] = (),
+    progress: Progress = silent,
+) -> BenchResult:
+    """Compare strategies under the same tuned models, images, selection and evaluator, as the command `bench`.
+
+    `strategies` are names or labels, or `["all"]`; with + before them they come to the recipe's own. `datasets` are of the recipe by
+    name, or others of its kind; `shots` are images per class, a table for each. Rows that failed are in the report's `left_out`.
+    """
+    from mergekit_vl.benchmark import plan as plans
+    from mergekit_vl.benchmark import report, run, wording
+    from mergekit_vl.models.features import FeatureStore
+
+    def build(made: Recipe) -> Plan:
+        made = with_datasets(made, list(datasets), registry()) if datasets is not None else made
+        return plans.build(made, registry(), strategies=list(strategies), shots=list(shots))
+
+    plan = build(_recipe(recipe, overrides, allow_env, build))
+    folder = Path(out) if out is not None else Path("runs") / f"bench-{plan.recipe.name}-{plan.place}"
+
+    def load(folder: Path) -> dict[str, Any] | None:
+        found = report.load(folder)
+        return found if found and found["hash"] == plan.hash else None
+
+    with tidied(folder), alone(folder):
+        done = claim(folder, plan.place, load, force=force)
+        if done is None or wording.failed(done):
+            store = FeatureStore(report=progress)
+            done = run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=_warn)
+    return BenchResult(folder, json.loads(json.dumps(done)))
+
+
+def check(recipe: AnyRecipe, *overrides: str, allow_env: Sequence[str] = ()) -> Checked:
+    """Validate a recipe of a run or of a bench, and tell what it would do; reads no weights and no images.
+
+    Raises UserError for the first thing that is wrong, with its place and how to mend it.
+    """
+
+    def build(plan: Recipe) -> Experiment | Plan:
+        from mergekit_vl.benchmark import plan as plans
+
+        return plans.build(plan, registry()) if plan.every else experiments.build(plan, registry())
+
+    plan = _recipe(recipe, overrides, allow_env, build)
+    if plan.every:
+        from mergekit_vl.benchmark import plan as plans
+        from mergekit_vl.commands.bench import described
+
+        return Checked(tuple(described(plans.build(plan, registry()))))
+    return Checked(tuple(forecast.described(experiments.build(plan, registry()))))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _recipe(
+    given: AnyRecipe, overrides: Sequence[str], allow_env: Sequence[str], check: Callable[[Recipe], object]
+) -> Recipe:
+    if isinstance(given, (str, Path)):
+        return load_recipe(str(given), overrides, allow_env=allow_env, check=check)
+    if overrides or allow_env:
+        raise UserError("overrides are of files and names", where="recipe", hint="change the mapping itself")
+    recipe = given if isinstance(given, Recipe) else parse(given, name="recipe", where="recipe")
+    check(recipe)
+    return recipe

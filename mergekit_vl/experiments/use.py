@@ -1,0 +1,174 @@
+"""A model at work: its scores on a dataset, and probabilities for any images. `eval`, `predict` and the Python API come here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.models.model import Classes, image_encoders
+from mergekit_vl.printable import in_html
+from mergekit_vl.reports.results import plain
+from mergekit_vl.system.regular_files import user_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_vl.datasets.base import Dataset, Progress
+    from mergekit_vl.models.evaluate import Scores
+    from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.models.model import ImageEncoder, Model
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluated:
+    """A model's scores on a split of a dataset, against all of its class names."""
+
+    model: str
+    dataset: str
+    split: str
+    classes: int
+    scores: Scores
+    ms_per_sample: float
+    """From features to logits."""
+
+    @property
+    def accuracy(self) -> float:
+        """A fraction; `scores` has the others."""
+        return self.scores.acc1
+
+    def to_json(self) -> dict[str, Any]:
+        """As CLIP_benchmark writes it, with ours beside."""
+        told = plain(self.scores)
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "model": self.model,
+            "task": "zeroshot_classification",
+            "language": "en",
+            "classes": self.classes,
+            "metrics": {key: told.pop(key) for key in ("acc1", "acc5", "mean_per_class_recall")},
+            **told,
+            "ms_per_sample": self.ms_per_sample,
+        }
+
+    def table(self) -> list[tuple[str, str]]:
+        """(what, how much) as `eval` prints them."""
+        s = self.scores
+        return [
+            ("accuracy", f"{100 * s.acc1:.1f}  (95% {100 * s.low:.1f} to {100 * s.high:.1f})"),
+            ("top-5", f"{100 * s.acc5:.1f}"),
+            ("mean per class", f"{100 * s.mean_per_class_recall:.1f}"),
+            ("NLL, ECE", f"{s.nll:.3f}, {s.ece:.3f}"),
+        ]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} on {self.dataset} ({self.split}, {self.scores.n} images, {self.classes} classes)"
+
+    def __repr__(self) -> str:
+        return "\n".join([self.title, *(f"  {what:15s} {value}" for what, value in self.table())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{in_html(what)}</th><td>{in_html(value)}</td></tr>" for what, value in self.table())
+        return f"<table><caption>{in_html(self.title)}</caption>{rows}</table>"
+
+
+def evaluate_on(model: Model, label: str, data: Dataset, split: str, store: FeatureStore) -> Evaluated:
+    """`split` is test, val, train, or a shift of the dataset; of a shift, the classes that it shows count."""
+    from mergekit_vl.models.evaluate import evaluate
+
+    parts = {"test": data.test, "val": data.val, "train": data.train, **data.shifts}
+    if split not in parts:
+        raise unknown("split", split, parts, where=data.name)
+    part = parts[split]
+    shown = tuple(sorted(set(part.labels.tolist()))) if split in data.shifts else tuple(range(len(data.classes)))
+    classes = Classes(data.classes, data.templates).subset(shown)
+    found = evaluate(model, classes, part.of_classes(shown), store)
+    return Evaluated(label, data.name, split, len(classes.names), found.scores, 1000 * found.seconds)
+
+
+View = Callable[["ImageEncoder", int], "Tensor"]
+"""(image encoder, i): the test view [3, H, W] of image i that this encoder reads."""
+
+
+def probabilities(model: Model, classes: Classes, view: View, n: int, progress: Progress) -> Tensor:
+    """[n, K] of n images, on the CPU."""
+    import torch
+
+    from mergekit_vl.models.views import prefetched
+
+    head = model.bind(classes)
+    paths = image_encoders(model, classes)
+    size = min(n, *(path.backbone.block for path in paths))
+    features: dict[str, list[Tensor]] = {}
+    for path in paths:
+        features[path.key] = []
+        for batch in prefetched(lambda i, path=path: view(path, i), n, size):  # type: ignore[misc]
+            features[path.key].append(path.encode(batch, block=size))
+            progress(sum(map(len, features[path.key])), n, "images")
+    with torch.no_grad():
+        return head({key: torch.cat(parts) for key, parts in features.items()}).float().softmax(-1).cpu()
+
+
+def best(probabilities: Tensor, names: tuple[str, ...], top: int) -> list[list[tuple[str, float]]]:
+    """Of [N, K]: for each image the `top` likeliest names with their probabilities."""
+    found = probabilities.topk(min(top, len(names)))
+    return [
+        [(names[i], p) for p, i in zip(values, indices)]
+        for values, indices in zip(found.values.tolist(), found.indices.tolist())
+    ]
+
+
+def image_files(given: Sequence[str]) -> list[Path]:
+    """Of image files and folders of them: the files."""
+    from mergekit_vl.datasets.folder import readable_suffixes
+
+    kinds = readable_suffixes()
+    files: list[Path] = []
+    for name in given:
+        if not name:  # which Path reads as this folder
+            raise UserError("'' is no image", where="command line", hint="give image files or folders of them")
+        path = user_path(name)
+        if path.is_dir():
+            files += _below(path, kinds)
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError("no such image", where=str(path), hint="give image files or folders of them")
+    if not files:
+        raise UserError("no images", where=", ".join(given), hint="give image files or folders of them")
+    return files
+
+
+def _below(folder: Path, kinds: set[str]) -> list[Path]:
+    """The images in a folder and the folders below, none that is hidden or that a link leads to."""
+    from mergekit_vl.datasets.folder import entries_of
+
+    found, waiting = [], [folder]
+    while waiting:
+        here = waiting.pop()
+        for name, is_folder in entries_of(here):
+            if is_folder and not (here / name).is_symlink():
+                waiting.append(here / name)
+            elif not is_folder and Path(name).suffix.lower() in kinds:
+                found.append(here / name)
+    return sorted(found)
+
+
+def from_files(files: Sequence[Path], megapixels: float) -> View:
+    """The test views of image files of at most so many million pixels."""
+    from mergekit_vl.datasets.folder import decode
+    from mergekit_vl.models.views import test_view
+
+    def load(i: int) -> Any:
+        try:
+            return decode(files[i], megapixels=megapixels)
+        except UserError:
+            raise
+        except Exception as error:  # PIL's decoders raise nearly anything
+            raise UserError(f"cannot be decoded: {error}", where=str(files[i]), hint="leave it out") from None
+
+    return lambda path, i: test_view(load(i), path)

@@ -25,7 +25,7 @@ from mergekit_vl.datasets.base import Split
 from mergekit_vl.datasets.folder import Folder
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import ImageEncoder
-from mergekit_vl.models.views import THREADS, test_view
+from mergekit_vl.models.views import THREADS, eval_view
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     path = ImageEncoder(backbone)
     split = Folder(str(Path(args.images).expanduser())).load().train
     few = Split(split.source, split.rows[: args.n], split.labels[: args.n])
-    images = torch.stack([test_view(few.source.load(int(row)), path) for row in few.rows[: backbone.block]])
+    images = torch.stack([eval_view(few.source.load(int(row)), path) for row in few.rows[: backbone.block]])
     ratios, rates = [], []
     for number in range(args.rounds):
         began = time.perf_counter()
@@ -49,7 +49,7 @@ def main() -> None:
         forward = -(-len(few) // len(images)) * len(images) / (time.perf_counter() - began)
         began = time.perf_counter()
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda row: test_view(few.source.load(int(row)), path).sum(), few.rows))
+            list(pool.map(lambda row: eval_view(few.source.load(int(row)), path).sum(), few.rows))
         decode = len(few) / (time.perf_counter() - began)
         began = time.perf_counter()
         FeatureStore(None).features(path, few)

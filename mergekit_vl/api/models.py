@@ -169,7 +169,7 @@ def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
     import torch
     from PIL.Image import Image
 
-    from mergekit_vl.models.views import test_view
+    from mergekit_vl.models.views import eval_view
 
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3:
@@ -192,7 +192,7 @@ def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
                 f"a {type(image).__name__} is no image", where="predict", hint="give paths, PIL images, or one batch"
             )
     pictures = [image.convert("RGB") for image in given]
-    return tuple(f"image {i}" for i in range(len(pictures))), lambda path, i: test_view(pictures[i], path)
+    return tuple(f"image {i}" for i in range(len(pictures))), lambda path, i: eval_view(pictures[i], path)
 
 
 def _pil(image: Tensor) -> Image:

@@ -368,6 +368,7 @@ def backbone_of(
     full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     full |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     full |= {key: preprocess[key] for key in full if preprocess.get(key) is not None}
+    full |= {key: preprocess[key] for key in ("fill_color",) if preprocess.get(key)}
     size = model.visual.image_size
     if not isinstance(size, int):
         size = tuple(size) if len(set(size)) > 1 else size[0]

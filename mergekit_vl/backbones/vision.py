@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from mergekit_vl.backbones.backbone import Backbone, Classifier
 
-MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
-"""timm's crop modes by open_clip's names. Borders are black here, timm fills them with its mean colour."""
+CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
+"""timm's crop modes by open_clip's names of them."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _preprocess(model: nn.Module) -> dict[str, Any]:
         "mean": list(data["mean"]),
         "std": list(data["std"]),
         "interpolation": data["interpolation"],
-        "resize_mode": MODES[data["crop_mode"]],
+        "resize_mode": next(mode for mode, timms in CROP_MODES.items() if timms == data["crop_mode"]),
         "crop_pct": data["crop_pct"],
     }
 

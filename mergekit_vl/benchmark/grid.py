@@ -118,10 +118,10 @@ class Bench:
         import torch
 
         from mergekit_vl.models.model import ImageEncoder
-        from mergekit_vl.models.views import test_view
+        from mergekit_vl.models.views import eval_view
 
         path, source = ImageEncoder(self.ready.backbone), self.ready.datasets[0].test.source
-        images = torch.stack([test_view(source.load(i % len(source)), path) for i in range(16)])
+        images = torch.stack([eval_view(source.load(i % len(source)), path) for i in range(16)])
         seconds = []
         for _ in range(4):  # the first one warms up
             began = time.perf_counter()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mergekit_vl.errors import Failed
 from mergekit_vl.merging.engine import BATCH_NORM
 from mergekit_vl.models.model import ImageEncoder, Single
-from mergekit_vl.models.views import prefetched, test_view
+from mergekit_vl.models.views import eval_view, prefetched
 
 if TYPE_CHECKING:
     from mergekit_vl.models.inputs import MergeInputs
@@ -45,7 +45,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
 
         def view(i: int, block=block) -> torch.Tensor:
             source, row = block[i]
-            return test_view(source.load(row), path)
+            return eval_view(source.load(row), path)
 
         made.image(next(prefetched(view, len(block), len(block))).to(made.device))
         inputs.progress(number + 1, blocks, "BatchNorm statistics")

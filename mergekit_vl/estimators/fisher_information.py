@@ -73,13 +73,13 @@ def predictors(
         return lambda weights, rows: network(weights, x[rows])
 
     def of_images(network: Network, images: Split) -> Predict:
-        from mergekit_vl.models.views import prefetched, test_view
+        from mergekit_vl.models.views import eval_view, prefetched
 
         path = ImageEncoder(model.backbone)
 
         def predict(weights: Weights, rows: Sequence[int]) -> Tensor:
             def view(i: int) -> Tensor:
-                return test_view(images.source.load(int(images.rows[rows[i]])), path)
+                return eval_view(images.source.load(int(images.rows[rows[i]])), path)
 
             return network(weights, network.prepare(next(prefetched(view, len(rows), len(rows)))))
 

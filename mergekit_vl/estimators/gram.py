@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_vl.models.model import ImageEncoder
-from mergekit_vl.models.views import prefetched, test_view
+from mergekit_vl.models.views import eval_view, prefetched
 
 if TYPE_CHECKING:
     from mergekit_vl.datasets.base import Progress, Split
@@ -106,7 +106,7 @@ def of_tower(model: Single, images: Split, rows: list[int], progress: Progress) 
     grams, features = Grams(weights), []
 
     def view(i: int) -> Tensor:
-        return test_view(images.source.load(int(images.rows[rows[i]])), path)
+        return eval_view(images.source.load(int(images.rows[rows[i]])), path)
 
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, whose products nobody sees

@@ -161,7 +161,7 @@ def _below(folder: Path, kinds: set[str]) -> list[Path]:
 def from_files(files: Sequence[Path], megapixels: float) -> View:
     """The test views of image files of at most so many million pixels."""
     from mergekit_vl.datasets.folder import decode
-    from mergekit_vl.models.views import test_view
+    from mergekit_vl.models.views import eval_view
 
     def load(i: int) -> Any:
         try:
@@ -171,4 +171,4 @@ def from_files(files: Sequence[Path], megapixels: float) -> View:
         except Exception as error:  # PIL's decoders raise nearly anything
             raise UserError(f"cannot be decoded: {error}", where=str(files[i]), hint="leave it out") from None
 
-    return lambda path, i: test_view(load(i), path)
+    return lambda path, i: eval_view(load(i), path)

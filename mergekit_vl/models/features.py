@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_vl.datasets.base import Progress, silent
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.shards import Shards, default_folder
-from mergekit_vl.models.views import prefetched, test_view, train_view
+from mergekit_vl.models.views import eval_view, prefetched, train_view
 from mergekit_vl.registry import sources
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FeatureStore:
             return found
 
         def load(number: int, row: int) -> Tensor:
-            return test_view(split.source.load(int(split.rows[row])), path)
+            return eval_view(split.source.load(int(split.rows[row])), path)
 
         return self._made(path, [self._shards(path, split, "test")], load, "features")[0]
 

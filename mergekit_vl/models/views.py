@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mergekit_vl.backbones.vision import CROP_MODES
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torchvision.transforms import InterpolationMode
 
     from mergekit_vl.datasets.base import Augment
     from mergekit_vl.models.classifier import ImageEncoder
@@ -33,41 +36,49 @@ def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Ten
             yield torch.stack([each.result() for each in batch])
 
 
-def test_view(image: Image, path: ImageEncoder) -> Tensor:
-    """The model's own transform of test images: resize (a crop_pct below 1: to a larger size), then crop the centre. [3, H, W].
-
-    `resize_mode` as open_clip names them: shortest (side to the size), squash (both sides, no crop), longest (padded with black).
-    """
-    import math
-
-    from torchvision.transforms import functional as T
-
-    settings = path.backbone.preprocess
-    height, width = _size(settings)
-    mode = settings.get("resize_mode", "shortest")
-    crop = settings.get("crop_pct", 1.0)
-    if image.size != (width, height) or crop != 1:
-        if mode == "squash":
-            size = [math.floor(height / crop), math.floor(width / crop)]
-        else:
-            ratios = (height / crop / image.height, width / crop / image.width)
-            if mode == "shortest" and height == width:
-                size = math.floor(height / crop)  # torchvision's own rounding of the other side
-            else:
-                ratio = max(ratios) if mode == "shortest" else min(ratios)
-                size = [round(image.height * ratio), round(image.width * ratio)]
-        image = T.center_crop(T.resize(image, size, _interpolation(settings)), [height, width])
-    return _tensor(image, path)
+def eval_view(image: Image, path: ImageEncoder) -> Tensor:
+    """The model's own transform of test images, [3, H, W]: timm's where the settings have a crop_pct, else open_clip's."""
+    return _transform(json.dumps(path.backbone.preprocess, sort_keys=True))(image)
 
 
-test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
+@lru_cache(64)
+def _transform(settings: str) -> Callable[[Image], Tensor]:
+    """Built by the library whose model it is."""
+    given = json.loads(settings)
+    size, mode = _size(given), given.get("resize_mode", "shortest")
+    interpolation = given.get("interpolation", "bicubic")
+    if "crop_pct" in given:
+        import timm
+
+        return timm.data.create_transform(
+            (3, *size),
+            interpolation=interpolation,
+            mean=tuple(given["mean"]),
+            std=tuple(given["std"]),
+            crop_pct=given["crop_pct"],
+            crop_mode=CROP_MODES[mode],
+        )
+    from open_clip.transform import image_transform
+
+    return image_transform(
+        size if size[0] != size[1] else size[0],
+        is_train=False,
+        mean=given["mean"],
+        std=given["std"],
+        resize_mode=mode,
+        interpolation=interpolation,
+        fill_color=given.get("fill_color", 0),
+    )
 
 
 def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequence[int]) -> Tensor:
-    """One augmented view; the draws are torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries), from a generator of our own."""
+    """One augmented view: torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries, then the largest centre within the ratios), with
+    draws that depend on `seed` alone, whatever thread makes it.
+    """
     import math
     import random
 
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as T
 
     draw = random.Random(repr(tuple(seed)))
@@ -81,28 +92,16 @@ def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequ
             top, left = draw.randint(0, height - h), draw.randint(0, width - w)
             break
     else:
-        w = h = min(width, height)
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         top, left = (height - h) // 2, (width - w) // 2
-    image = T.resized_crop(image, top, left, h, w, list(_size(settings)), _interpolation(settings))
+    interpolation = InterpolationMode(settings.get("interpolation", "bicubic"))
+    image = T.resized_crop(image, top, left, h, w, list(_size(settings)), interpolation)
     if augment.flip and draw.random() < 0.5:
         image = T.hflip(image)
-    return _tensor(image, path)
+    return T.normalize(T.to_tensor(image), settings["mean"], settings["std"])
 
 
 def _size(settings: dict[str, Any]) -> tuple[int, int]:
     """Height and width."""
     size = settings["image_size"]
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _interpolation(settings: dict[str, Any]) -> InterpolationMode:
-    from torchvision.transforms import InterpolationMode
-
-    return InterpolationMode(settings.get("interpolation", "bicubic"))
-
-
-def _tensor(image: Image, path: ImageEncoder) -> Tensor:
-    from torchvision.transforms import functional as T
-
-    settings = path.backbone.preprocess
-    return T.normalize(T.to_tensor(image), settings["mean"], settings["std"])

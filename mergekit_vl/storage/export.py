@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.adapters import stored
+from mergekit_vl.backbones.vision import CROP_MODES
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.model import Single
 
@@ -74,7 +75,7 @@ def _write(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _open_clip_config(backbone: Backbone) -> dict[str, Any]:
-    keys = ("mean", "std", "interpolation", "resize_mode")
+    keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     preprocess = {key: backbone.preprocess[key] for key in keys if key in backbone.preprocess}
     return {"model_cfg": backbone.config["model_cfg"], "preprocess_cfg": preprocess}
 
@@ -98,14 +99,13 @@ def _timm_config(whole: Whole) -> dict[str, Any]:
     size = settings["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     classes = {} if head is None else {"num_classes": len(head.weight), "label_names": list(head.names)}
-    modes = {"shortest": "center", "squash": "squash", "longest": "border"}
     pretrained = {
         "input_size": [3, height, width],
         "mean": settings["mean"],
         "std": settings["std"],
         "interpolation": settings["interpolation"],
         "crop_pct": settings["crop_pct"],
-        "crop_mode": modes[settings["resize_mode"]],
+        "crop_mode": CROP_MODES[settings["resize_mode"]],
         "classifier": backbone.config["classifier"][0],
         **({"num_classes": classes["num_classes"]} if classes else {}),
     }

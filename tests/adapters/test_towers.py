@@ -20,7 +20,7 @@ from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes, ImageEncoder, Single
-from mergekit_vl.models.views import test_view, train_view
+from mergekit_vl.models.views import eval_view, train_view
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.wise_ft import WiseFT
 from mergekit_vl.tuners.full import Full
@@ -229,7 +229,7 @@ def test_a_fisher_of_a_tower_is_the_mean_of_squared_gradients(backbone, task):
     forward, train = TowerNetwork(backbone, first, CLASSES, training=False), given.data[0].train
     draw, expected = torch.Generator().manual_seed(given.seed + 2), 0
     for row in fisher_information.some(given, 9, 2).tolist():
-        image = test_view(train.source.load(row), ImageEncoder(backbone))
+        image = eval_view(train.source.load(row), ImageEncoder(backbone))
         logs = forward(forward.weights, image[None])[0].log_softmax(-1)
         label = int(torch.multinomial(logs.exp(), 1, generator=draw))
         expected += torch.autograd.grad(logs[label], forward.weights["visual.proj"])[0].square() / 2

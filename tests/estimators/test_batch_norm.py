@@ -18,7 +18,7 @@ from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes, ImageEncoder, Single
-from mergekit_vl.models.views import test_view
+from mergekit_vl.models.views import eval_view
 from mergekit_vl.strategies.fisher import Fisher
 from mergekit_vl.strategies.regmean import RegMean
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
@@ -53,7 +53,7 @@ def given(norm):  # noqa: F811
 
 def views(inputs, path):
     tasks = inputs.data
-    return torch.stack([test_view(t.train.source.load(int(row)), path) for t in tasks for row in t.train.rows])
+    return torch.stack([eval_view(t.train.source.load(int(row)), path) for t in tasks for row in t.train.rows])
 
 
 @pytest.mark.parametrize(

@@ -224,10 +224,10 @@ def test_every_linear_map_of_a_tower_is_seen(towers):
     seen = {}
     for name in ("layer", "attention", "point"):
         net.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0]}))
-    from mergekit_vl.models.views import test_view
+    from mergekit_vl.models.views import eval_view
 
     source = towers.data[0].train.source
-    images = torch.stack([test_view(source.load(i), model.paths[0]) for i in (3, 1, 2)])
+    images = torch.stack([eval_view(source.load(i), model.paths[0]) for i in (3, 1, 2)])
     torch.testing.assert_close(features, net(images))
     layer = seen["layer"].reshape(-1, 8)
     torch.testing.assert_close(found["layer.weight"].sum, layer.T @ layer)

@@ -62,6 +62,11 @@ class HeadNetwork:
         return self.head.tensors
 
     @property
+    def leaves(self) -> Tensors:
+        """One matrix w [K, D + 1]: a step is too short for joining two tensors in it."""
+        return {"w": matrix(self.weights)}
+
+    @property
     def statistics(self) -> Tensors:
         return {}
 
@@ -73,6 +78,8 @@ class HeadNetwork:
 
     def __call__(self, weights: Tensors, x: Tensor) -> Tensor:
         rows = self.head.rows(self.classes)
+        if "w" in weights:
+            return x @ weights["w"][..., rows, :].mT
         return x[..., :-1] @ weights["weight"][..., rows, :].mT + weights["bias"][..., rows].unsqueeze(-2)
 
     def fisher(self, x: Tensor) -> Tensors:
@@ -80,7 +87,8 @@ class HeadNetwork:
         return {"weight": fisher[:, :-1], "bias": fisher[:, -1]}
 
     def line(self, first: Rows, second: Rows, path: Literal["features", "weights"]) -> HeadLine:
-        return HeadLine(matrix, matrix(first.tensors), matrix(second.tensors))
+        return HeadLine(matrix(first.tensors), matrix(second.tensors))
 
     def adapter(self, tensors: Tensors) -> Rows:
-        return self.head.with_tensors({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+        w = tensors["w"].detach()
+        return self.head.with_tensors({"weight": w[:, :-1].contiguous(), "bias": w[:, -1].contiguous()})

@@ -81,7 +81,6 @@ class TextWeightLine:
 class HeadLine:
     """Of linear heads w [K, D + 1]: logits are linear in w, so those of a point lie between its ends' and cost nothing."""
 
-    matrix: Encode
     w1: Tensor
     w2: Tensor
 
@@ -96,9 +95,8 @@ class HeadLine:
         return {"w": exact_fisher.of_head(self.w1, x)}
 
     def at(self, weights: Tensors, alphas: Tensor, x: Tensor) -> tuple[Tensors, Iterator[Tensor]]:
-        w = self.matrix(weights)
-        z, z2 = x @ w.T, x @ self.w2.T  # [B, K]
-        return {"w": w}, iter((z, interpolate(z, z2, alphas)))
+        z, z2 = x @ weights["w"].T, x @ self.w2.T  # [B, K]
+        return weights, iter((z, interpolate(z, z2, alphas)))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ class TextNetwork:
         return self.start.tensors
 
     @property
+    def leaves(self) -> Tensors:
+        return self.weights
+
+    @property
     def statistics(self) -> Tensors:
         return {}
 

@@ -70,6 +70,10 @@ class TowerNetwork:
         """Running statistics, which a forward of `weights` changes."""
         self._ask(classes)
 
+    @property
+    def leaves(self) -> Tensors:
+        return self.weights
+
     def of(self, classes: Classes) -> TowerNetwork:
         """The same tower, asked for other classes."""
         other = copy.copy(self)

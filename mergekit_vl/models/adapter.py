@@ -115,6 +115,11 @@ class Network(Protocol):
         ...
 
     @property
+    def leaves(self) -> Tensors:
+        """`weights` as gradients move them, in few tensors; where the names are others, calls, `line` and `adapter` take these too."""
+        ...
+
+    @property
     def statistics(self) -> Tensors:
         """What a forward of the trained weights changes by itself: running statistics."""
         ...

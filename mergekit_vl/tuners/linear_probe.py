@@ -84,16 +84,15 @@ class LinearProbe:
         labels = labels.to(x.device)
         if self.solver == "lbfgs":
             w = lbfgs(matrix(warm.tensors), w0, x.flatten(0, 1), labels.repeat(len(views)), l2).to(w0)
-            return network.adapter({"weight": w[:, :-1], "bias": w[:, -1]})
+            return network.adapter({"w": w})
         unit = network.unit(x)
-        weights = {name: tensor.clone().requires_grad_(True) for name, tensor in start.tensors.items()}
+        leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in network.leaves.items()}
         schedule = Schedule(self.epochs, self.batch, self.lr, weight_decay=0.0)
-        for step in sgd(weights, x, labels, schedule, inputs, what="linear_probe", unit=unit):
+        for step in sgd(leaves, x, labels, schedule, inputs, what="linear_probe", unit=unit):
             with step:
-                w = matrix(step.weights)
-                step.minimise(cross_entropy(step.x @ w.T, step.labels))
-                step.minimise(l2 / 2 * unit * (w - w0).square().sum())
-        return network.adapter(weights)
+                step.minimise(cross_entropy(step.x @ step.weights["w"].T, step.labels))
+                step.minimise(l2 / 2 * unit * (step.weights["w"] - w0).square().sum())
+        return network.adapter(leaves)
 
 
 def lbfgs(warm: Tensor, w0: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:

@@ -67,7 +67,7 @@ def train(
     else:
         features = inputs.features.features(path, data.train)[None]
     x = network.prepare(features)
-    weights = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in network.weights.items()}
+    weights = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in network.leaves.items()}
     steps = sgd(
         weights,
         x,

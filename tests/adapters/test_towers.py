@@ -265,6 +265,6 @@ def test_the_head_objective_is_the_formula(task):
         strategy = MergeTune(lambda_=3.0, beta=0.7, alphas=(0.1, 0.4), surrogate=surrogate)
         network = HeadNetwork(tuned, CLASSES)
         objective = strategy.objective(network, x[None], Single(backbone, start), given.tuned[0], given)
-        ours = sum(objective.terms({"weight": w[:, :-1], "bias": w[:, -1]}, x, y, None))
+        ours = sum(objective.terms({"w": w}, x, y, None))
         path = sum(F.cross_entropy(x @ (w2 + alpha * (w - w2)).T, y) for alpha in (0.1, 0.4)) / 2
         torch.testing.assert_close(ours, F.cross_entropy(x @ w.T, y) + 0.7 * path + 3 * pull)

@@ -61,7 +61,7 @@ def product(backbone, w=W, **options):
     network = HeadNetwork(tuned.adapter, given.data[0].classes)
     objective = strategy.objective(network, network.prepare(VIEWS), zero_shot, tuned, given)
     draw = torch.Generator().manual_seed(given.seed + 1)  # as the training loop's
-    value = sum(objective.terms({"weight": w[:, :-1], "bias": w[:, -1]}, X, LABELS, draw))
+    value = sum(objective.terms({"w": w}, X, LABELS, draw))
     value.backward()
     return value.item(), w.grad
 

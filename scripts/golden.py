@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pictures
 from safetensors.numpy import load_file, save_file
 
 SHORT = ["tuned.0.tuner.epochs=2", "strategy.0.epochs=2"]
@@ -65,6 +64,9 @@ def command(place: Path, words: list[str], cache: str = "cache") -> str:
 
 
 def prepare(place: Path) -> None:
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    import pictures
+
     draw = np.random.default_rng(0)
     pictures.write(place / "pictures", draw)
     shapes = {f"visual.blocks.{i}.w": (24, 16) for i in range(2)} | {"visual.bias": (7,), "text.w": (5, 4, 3)}

@@ -151,6 +151,8 @@ class MergeTune:
         self, network: Network, x: Tensor | None, zero_shot: Single, tuned: Single, inputs: MergeInputs
     ) -> Objective:
         """L(w) for this network; x [E, N, ...] are the prepared inputs that a Fisher in closed form is of."""
+        import torch
+
         about = tuned.adapter.about
         template = about.makes_texts and self.path == "features" and self.anchor == "template"
         line = network.line((inputs.base if template else zero_shot).adapter, tuned.adapter, self.path)
@@ -162,8 +164,9 @@ class MergeTune:
                 if exact is None
                 else exact
             )
+        alphas = torch.tensor(self.alphas) if self.alphas else None
         surrogate = self.surrogate or ("l2" if about.reads == "images" else "cosine")
-        return Objective(line, self, surrogate, fisher, line.unit(weighted=fisher is not None))
+        return Objective(line, self, surrogate, fisher, line.unit(weighted=fisher is not None), alphas)
 
     def _seen(self, network: Network, x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
         """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""
@@ -213,6 +216,8 @@ class Objective:
     fisher: Mapping[str, Tensor] | None
     unit: Tensor | float
     """What squared distances are divided by."""
+    alphas: Tensor | None
+    """[A] of a path whose points are fixed; None: drawn at each step."""
 
     def terms(
         self, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor, draw: torch.Generator | None
@@ -231,14 +236,14 @@ class Objective:
         """S(w, w1), the surrogate of the table."""
         w1 = self.line.first
         if self.surrogate == "cosine":
-            return sum(surrogates.cosine(each, w1[name]) for name, each in w.items()) / len(w)  # type: ignore[return-value]
+            first, *others = (surrogates.cosine(each, w1[name]) for name, each in w.items())
+            return sum(others, first) / len(w) if others else first
         fisher = self.fisher or {}
-        squares = [surrogates.squared(each, w1[name], fisher.get(name)).sum() for name, each in w.items()]
-        return sum(squares) / self.unit  # type: ignore[return-value]
+        first, *others = (surrogates.squared(each, w1[name], fisher.get(name)).sum() for name, each in w.items())
+        return sum(others, first) / self.unit
 
     def _alphas(self, draw: torch.Generator | None, like: Tensor) -> Tensor:
         import torch
 
-        given = self.options.alphas
-        alphas = torch.tensor(given) if given else torch.rand(self.options.n_alpha, generator=draw)
-        return alphas.to(like)
+        alphas = self.alphas
+        return (torch.rand(self.options.n_alpha, generator=draw) if alphas is None else alphas).to(like)

@@ -35,6 +35,7 @@ class RunResult:
 
     folder: Path
     report: Report
+    recipe: Recipe
 
     @property
     def html(self) -> Path:
@@ -162,7 +163,7 @@ def run(
                 progress=progress,
                 warn=_warn,
             )
-    return RunResult(folder, done)
+    return RunResult(folder, done, plan)
 
 
 def bench(

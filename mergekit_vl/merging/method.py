@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -48,6 +49,8 @@ class MethodInfo:
     """Whether the base has a weight there too."""
     by_task: bool = False
     """Whether it makes a model for each task and was told none (`strategies.in_memory.merge_by_task`)."""
+    alone: Mapping[str, Any] | str = dataclasses.field(default_factory=dict, hash=False)
+    """Options with which one model, once or several times, gives itself back; or the reason why none do (`testing` holds it to that)."""
 
     def __post_init__(self) -> None:
         if self.chunks not in get_args(Chunks):

@@ -44,7 +44,7 @@ def masked(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
 TAILS = Drop(masked, tails, passes=lambda method: 2, check=check_tails)
 
 
-@sparse("breadcrumbs", TAILS)
+@sparse("breadcrumbs", TAILS, alone={"density": 1.0, "gamma": 0.0, "scale": 1.0})
 @dataclass(frozen=True)
 class Breadcrumbs:
     """base + scale * sum_i w_i * masked task vector i: in each tensor the largest `gamma` and the smallest are masked, `density` stays.

@@ -14,7 +14,7 @@ from mergekit_vl.strategies.breadcrumbs import TAILS
 from mergekit_vl.strategies.sparse import elected, sparse
 
 
-@sparse("breadcrumbs_ties", TAILS)
+@sparse("breadcrumbs_ties", TAILS, alone={"density": 1.0, "gamma": 0.0})
 @dataclass(frozen=True)
 class BreadcrumbsTies:
     """base + scale * disjoint mean of the masked task vectors over the models of the elected sign; masks as in `breadcrumbs`.

@@ -22,7 +22,7 @@ from mergekit_vl.strategies.ties import TRIM, Ties
 Vector = Literal["sum", "ties"]
 
 
-@closed_form("consensus", needs_base=True, at_least=2)
+@closed_form("consensus", needs_base=True, at_least=2, alone={"scale": 0.5})
 @dataclass(frozen=True)
 class Consensus:
     """base + scale * the multi-task vector, at the elements that at least k tasks use; 0 at the others.

@@ -39,7 +39,7 @@ def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
 AT_RANDOM = Drop(dare, ratios, passes=lambda method: int(method.rescale == "l1"))
 
 
-@sparse("dare_linear", AT_RANDOM)
+@sparse("dare_linear", AT_RANDOM, alone={"density": 1.0, "scale": 1.0})
 @dataclass(frozen=True)
 class DareLinear:
     """base + scale * sum_i w_i * DARE(task vector i): each element is dropped with probability 1 - density, the rest divided by density.

@@ -13,7 +13,7 @@ from mergekit_vl.strategies.dare_linear import AT_RANDOM, Rescale
 from mergekit_vl.strategies.sparse import elected, sparse
 
 
-@sparse("dare_ties", AT_RANDOM)
+@sparse("dare_ties", AT_RANDOM, alone={"density": 1.0})
 @dataclass(frozen=True)
 class DareTies:
     """base + scale * disjoint mean of the task vectors, each dropped at random and rescaled, over the models of the elected sign.

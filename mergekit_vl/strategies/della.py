@@ -64,7 +64,7 @@ def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
 MAGPRUNE = Drop(magprune, ratios, passes=lambda method: int(method.rescale == "l1"), check=check_window, chunks="rows")
 
 
-@sparse("della", MAGPRUNE)
+@sparse("della", MAGPRUNE, alone={"density": 1.0, "epsilon": 0.0})
 @dataclass(frozen=True)
 class Della:
     """base + scale * disjoint mean of the task vectors, thinned by MagPrune, over the models of the elected sign.

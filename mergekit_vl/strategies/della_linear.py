@@ -13,7 +13,7 @@ from mergekit_vl.strategies.della import MAGPRUNE, Rescale
 from mergekit_vl.strategies.sparse import sparse, summed
 
 
-@sparse("della_linear", MAGPRUNE)
+@sparse("della_linear", MAGPRUNE, alone={"density": 1.0, "epsilon": 0.0, "scale": 1.0})
 @dataclass(frozen=True)
 class DellaLinear:
     """base + scale * sum_i w_i * MagPrune(task vector i); MagPrune and its departures as in `della`.

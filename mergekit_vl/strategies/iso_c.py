@@ -22,7 +22,7 @@ from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 
 
-@closed_form("iso_c", chunks="tensor", svds=1, needs_base=True)
+@closed_form("iso_c", chunks="tensor", svds=1, needs_base=True, alone="all singular values become their mean")
 @dataclass(frozen=True)
 class IsoC:
     """base + scale * s U V^T, with U S V^T the SVD of the sum of the task matrices and s the mean of its singular values.

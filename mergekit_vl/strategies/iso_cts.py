@@ -26,7 +26,7 @@ from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 
 
-@closed_form("iso_cts", chunks="tensor", needs_base=True, at_least=2)
+@closed_form("iso_cts", chunks="tensor", needs_base=True, at_least=2, alone="all singular values become their mean")
 @dataclass(frozen=True)
 class IsoCTS:
     """base + scale * s U V^T: the first singular vectors of the sum of the task matrices, then those of what each adds to them.

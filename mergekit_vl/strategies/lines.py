@@ -13,7 +13,7 @@ from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 
 
-@closed_form("lines", chunks="accumulating", needs_base=True)
+@closed_form("lines", chunks="accumulating", needs_base=True, alone={"alpha": 1.0, "beta": 0.0})
 @dataclass(frozen=True)
 class Lines:
     """base + lambda_l * the task vector, or the sum of several, with lambda_l = alpha + beta (l - 1) / (L - 1) in block l of L.

@@ -23,7 +23,7 @@ from mergekit_vl.strategies.closed_form import closed_form
 Bounds = tuple[float, float]
 
 
-@closed_form("pcb", needs_base=True, at_least=2, passes=4)
+@closed_form("pcb", needs_base=True, at_least=2, passes=4, alone="the element with the least balance weighs 0")
 @dataclass(frozen=True)
 class Pcb:
     """base + scale * sum_i w_i b_i t_i / sum_i b_i, with b_i how well task vector t_i holds its own in the competition for an element.

@@ -59,8 +59,8 @@ class Drop:
         return PerModel(len(chunk.tuned), lambda i: self.vector(method, chunk, i, stats))
 
 
-def sparse(name: str, drop: Drop) -> Callable[[Cls], Cls]:
-    """`closed_form` for a method of the family: its passes and checks are those of what it drops."""
+def sparse(name: str, drop: Drop, **traits: Any) -> Callable[[Cls], Cls]:
+    """`closed_form` for a method of the family: its passes and checks are those of what it drops; `traits` are `closed_form`'s."""
 
     def describe(self: Any, n: int) -> MethodInfo:
         return dataclasses.replace(self.info, passes=drop.passes(self))
@@ -74,7 +74,7 @@ def sparse(name: str, drop: Drop) -> Callable[[Cls], Cls]:
     def of(cls: Cls) -> Cls:
         for part in (describe, check, prepass):
             setattr(cls, part.__name__, part)
-        return closed_form(name, chunks=drop.chunks, needs_base=True)(cls)
+        return closed_form(name, chunks=drop.chunks, needs_base=True, **traits)(cls)
 
     return of
 

@@ -18,7 +18,7 @@ from mergekit_vl.strategies.consensus import Vector, check_masks, multi_task_vec
 from mergekit_vl.strategies.in_memory import merge_by_task
 
 
-@closed_form("tall_mask", needs_base=True, at_least=2)
+@closed_form("tall_mask", needs_base=True, at_least=2, alone={"scale": 0.5})
 @dataclass(frozen=True)
 class TallMask:
     """For task t: base + scale * the multi-task vector where task t uses it, 0 elsewhere. Not one model: it needs the task.

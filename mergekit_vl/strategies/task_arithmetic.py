@@ -12,7 +12,7 @@ from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.strategies.closed_form import closed_form
 
 
-@closed_form("task_arithmetic", chunks="accumulating", needs_base=True, weights="scales")
+@closed_form("task_arithmetic", chunks="accumulating", needs_base=True, weights="scales", alone={"scale": 1.0})
 @dataclass(frozen=True)
 class TaskArithmetic:
     """base + sum_i scale_i * (tuned_i - base).

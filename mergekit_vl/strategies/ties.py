@@ -51,7 +51,7 @@ def trimmed(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
 TRIM = Drop(trimmed, thresholds, passes=lambda method: 2, check=check_trim)
 
 
-@sparse("ties", TRIM)
+@sparse("ties", TRIM, alone={"density": 1.0})
 @dataclass(frozen=True)
 class Ties:
     """base + scale * disjoint mean of the task vectors, each trimmed to its largest magnitudes, over the models of the elected sign.

@@ -25,7 +25,13 @@ from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 
 
-@closed_form("tsv_m", chunks="tensor", needs_base=True, at_least=2)
+@closed_form(
+    "tsv_m",
+    chunks="tensor",
+    needs_base=True,
+    at_least=2,
+    alone="a task keeps its first singular values alone, and equal tasks share their directions",
+)
 @dataclass(frozen=True)
 class TsvM:
     """base + scale * U S V^T: the first singular vectors of each task matrix side by side, U and V made orthonormal.

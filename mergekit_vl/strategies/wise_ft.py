@@ -22,7 +22,7 @@ ALPHAS = tuple(i / 10 for i in range(11))
 """What validation chooses from."""
 
 
-@closed_form("wise_ft", chunks="accumulating", averages=True, at_most=1, needs_base=True)
+@closed_form("wise_ft", chunks="accumulating", averages=True, at_most=1, needs_base=True, alone={"alpha": 1.0})
 @dataclass(frozen=True)
 class WiseFT:
     """(1 - alpha) * zero-shot + alpha * fine-tuned. One tuned model; the report shows the whole line of coefficients.

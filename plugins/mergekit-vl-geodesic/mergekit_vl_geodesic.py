@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_vl.errors import Unsuitable
-from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Model
-from mergekit_vl.options import option
-from mergekit_vl.registry.hookspecs import Register, hookimpl
-from mergekit_vl.strategies.in_memory import anchors, as_model
+from mergekit_vl import MergeInputs, Model, Register, Unsuitable, anchors, as_model, hookimpl, option
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which the arc is too flat, or undetermined, to be followed
 

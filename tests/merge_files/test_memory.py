@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files import memory, streaming
 from mergekit_vl.merge_files.plan import MergePlan, open_plan
-from mergekit_vl.merging.chunks import BLOCK, Models, Tensor
-from mergekit_vl.merging.engine import SERIAL, apply
-from mergekit_vl.merging.memory_bounds import flat_memory, prepass_memory, whole_arrays
+from mergekit_vl.merging.chunks import Tensor
+from mergekit_vl.merging.memory_bounds import flat_memory
 from mergekit_vl.merging.method import info_of
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.strategies.breadcrumbs_ties import BreadcrumbsTies
@@ -33,6 +31,8 @@ from mergekit_vl.strategies.sce import Sce
 from mergekit_vl.strategies.tall_mask import TallMask
 from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.strategies.tsv_m import TsvM
+from mergekit_vl.testing import check_memory, held
+from mergekit_vl.testing.weights import fits
 
 CHUNK_SIZE = 1 << 17
 CLASSES = [cls for entry in load_plugins().entries["strategies"].values() if info_of(cls := entry.resolve())]
@@ -51,51 +51,12 @@ VARIANTS = (
 """Options that take another way through the code."""
 
 
-class Drawn:
-    """A model that holds nothing: what is read is drawn."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def read(self, name, start, stop, wide):
-        return np.random.default_rng((self.seed, start)).standard_normal(stop - start, dtype=wide)
-
-
-def held(method, n, shape, chunk_size=CHUNK_SIZE, wide=np.float32):
-    """The most bytes that a merge of n models of one tensor held, what stays beside the chunks (histograms, Gram matrices) included."""
-    tensor = Tensor("w", shape, wide=np.dtype(wide))
-    labels = tuple(f"m{i}" for i in range(n))
-    given = Models(Drawn(0), tuple(map(Drawn, range(1, n + 1))), (tensor,), labels)
-    tracemalloc.start()
-    try:
-        apply(method, given, lambda chunk, merged: None, SERIAL, chunk_size)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def fits(method, n):
-    try:
-        method.check(Models(Drawn(0), (Drawn(1),) * n, (), tuple("ABCDEFGH"[:n])))
-    except UserError:
-        return False
-    return True
-
-
 EVERY = [*(cls() for cls in CLASSES), *VARIANTS]
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)
 def test_no_method_holds_more_than_the_bounds(method):
-    for n in [n for n in (1, 2, 8) if fits(method, n)]:
-        info, matrix = method.describe(n), Tensor("w", (256, 256))
-        if info.chunks == "tensor" and method.whole(matrix, n):
-            assert held(method, n, matrix.shape) <= whole_arrays(info, matrix) * 4 * matrix.size
-            continue
-        for chunk_size, row, wide in ((CHUNK_SIZE, 256, np.float32), (BLOCK, 256, np.float64), (BLOCK, 1, np.float32)):
-            tensor = Tensor("w", (2 * chunk_size // row + 1, row), wide=np.dtype(wide))
-            bound = flat_memory(info, tensor, n, chunk_size) + prepass_memory(info, [tensor], n)
-            assert held(method, n, tensor.shape, chunk_size, wide) <= bound
+    check_memory(method, chunk_size=CHUNK_SIZE)
 
 
 @pytest.fixture
@@ -138,7 +99,7 @@ def test_a_method_that_holds_more_than_the_bounds_is_seen(files):
         def merge_chunk(self, chunk, stats):
             return np.mean([chunk.tuned[0] for _ in range(80)], axis=0)
 
-    assert held(Hoard(), 2, (3, CHUNK_SIZE)) > flat_memory(
+    assert held(Hoard(), 2, (3, CHUNK_SIZE), CHUNK_SIZE) > flat_memory(
         Hoard().describe(2), Tensor("w", (3, CHUNK_SIZE)), 2, CHUNK_SIZE
     )
     assert peak_over_limit(Hoard(), files[:2]) > 0

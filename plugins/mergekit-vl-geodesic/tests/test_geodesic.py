@@ -5,10 +5,8 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 
+from mergekit_vl import MergeInputs, Single, UserError, testing
 from mergekit_vl.adapters.prompt import Prompt
-from mergekit_vl.errors import UserError
-from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Single
 from mergekit_vl.options import build
 from mergekit_vl.registry.plugins import load_plugins
 
@@ -66,6 +64,10 @@ def test_parallel_and_opposite_rows_take_the_line():
 def test_several_tuned_models_are_refused():
     with pytest.raises(UserError, match="strategy geodesic: one tuned model, not 2"):
         merge([[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]])
+
+
+def test_it_keeps_the_promises_of_a_strategy():
+    testing.check_strategy(Geodesic(t=0.3))
 
 
 def test_the_installed_plugin_is_listed_and_built_from_a_recipe(monkeypatch):

@@ -6,18 +6,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_vl.adapters import stored
-from mergekit_vl.adapters.text_network import TextNetwork
-from mergekit_vl.adapters.zero_shot import ZeroShot
-from mergekit_vl.datasets.base import Augment
-from mergekit_vl.errors import Unsuitable, UserError
-from mergekit_vl.models.adapter import About, Usage
-from mergekit_vl.models.classifier import ImageEncoder, cosine_head
-from mergekit_vl.models.model import Single
-from mergekit_vl.options import option
-from mergekit_vl.registry.hookspecs import hookimpl
-from mergekit_vl.tuners.sgd import cross_entropy
-from mergekit_vl.tuners.training import train
+from mergekit_vl import (
+    About,
+    Augment,
+    ImageEncoder,
+    Single,
+    TextNetwork,
+    Unsuitable,
+    Usage,
+    UserError,
+    ZeroShot,
+    cosine_head,
+    cross_entropy,
+    hookimpl,
+    option,
+    read_adapter,
+    train,
+    write_adapter,
+)
 
 
 @hookimpl
@@ -98,11 +104,11 @@ class TextResidual:
             )
 
     def save(self, path, *, backbone):
-        stored.write(path, self.tensors, {"adapter": "text_residual", "backbone": backbone, "names": list(self.names)})
+        write_adapter(path, self.tensors, {"adapter": "text_residual", "backbone": backbone, "names": list(self.names)})
 
     @classmethod
     def load(cls, path, *, device="cpu"):
-        tensors, facts = stored.read(path, "text_residual", device)
+        tensors, facts = read_adapter(path, "text_residual", device)
         return cls(tensors["residual"], tuple(facts["names"]))
 
     def usage(self, backbone):

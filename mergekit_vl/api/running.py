@@ -86,10 +86,16 @@ class BenchResult:
 
     def _table(self, table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         metric = table["metric"]
-        header = ["row", *metric["columns"], metric["headline"], "rank"]
+        several = len(metric["columns"]) > 1
+        header = ["row", *metric["columns"], *([metric["headline"]] if several else []), "rank"]
         ordered = sorted(table["rows"], key=lambda row: -row["score"])
         rows = [
-            [r["row"], *(f"{c['acc1']:.1f}" for c in r["columns"].values()), f"{r['score']:.1f}", f"{r['rank']:.1f}"]
+            [
+                r["row"],
+                *(f"{c['acc1']:.1f}" for c in r["columns"].values()),
+                *([f"{r['score']:.1f}"] if several else []),
+                f"{r['rank']:.1f}",
+            ]
             for r in ordered
         ]
         return header, rows

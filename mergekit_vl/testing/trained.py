@@ -78,7 +78,7 @@ def _check_network(model: Single) -> None:
     import torch
 
     from mergekit_vl.models.evaluate import logits_of
-    from mergekit_vl.models.views import test_view
+    from mergekit_vl.models.views import eval_view
 
     part = world.task().train
     try:
@@ -88,7 +88,7 @@ def _check_network(model: Single) -> None:
         return
     path = model.paths[0]
     if model.adapter.about.reads == "images":
-        x = torch.stack([test_view(part.source.load(i), path) for i in part.rows.tolist()])
+        x = torch.stack([eval_view(part.source.load(i), path) for i in part.rows.tolist()])
     else:
         x = world.store().features(path, part)
     with torch.no_grad():

@@ -14,6 +14,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_vl.backbones import known_rows
+
 if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
     from torch import Tensor, nn
@@ -78,32 +80,15 @@ def encode_short(model: CLIP, ids: Tensor) -> Tensor:
 
 def export(model: nn.Module, path: Path) -> None:
     """Write fp16 tensors, with the known rows of the token embedding only."""
-    import torch
-    from safetensors.torch import save_file
-
-    from mergekit_vl.checkpoints.torch_io import cast
-
-    state = {k: v.detach() for k, v in model.state_dict().items() if k != "attn_mask"}
-    state["token_embedding.weight"] = state["token_embedding.weight"][known_tokens()]
-    state["token_ids"] = known_tokens()
-    kinds = {k: torch.float16 if v.is_floating_point() else torch.int32 for k, v in state.items()}
-    save_file({k: cast(v, kinds[k], name=k, where=str(path)).contiguous() for k, v in state.items()}, path)
+    state = model.state_dict()
+    rows = state[known_rows.TABLE][known_tokens()]
+    known_rows.write({**state, known_rows.TABLE: rows}, known_tokens(), path)
 
 
 def load() -> CLIP:
     """The pretrained micro CLIP, float32, in eval mode."""
-    import torch
-    from safetensors.torch import load_file
-
     with as_file(files("mergekit_vl") / "assets" / ASSET) as path:
-        state = {k: v.float() if v.is_floating_point() else v.long() for k, v in load_file(path).items()}
-    ids, rows = state.pop("token_ids"), state["token_embedding.weight"]
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(CONFIG["text_cfg"]["vocab_size"], rows.shape[1], generator=generator) * rows.std(0) + rows.mean(
-        0
-    )
-    table[ids] = rows
-    state["token_embedding.weight"] = table
+        state, _ = known_rows.read(path, CONFIG["text_cfg"]["vocab_size"])
     model = untrained()
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False)

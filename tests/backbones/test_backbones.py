@@ -331,6 +331,20 @@ def test_out_of_memory_tells_the_batch_that_fits():
         Backbone(broken, None, {}, "greedy").encode_image(images)
 
 
+def test_a_block_of_any_size_gives_the_same_bytes():
+    tower, preprocess = torch.nn.Conv2d(3, 4, 3), {"image_size": 224}
+    blocks = {size: Backbone(tower, None, preprocess, "conv", block=size) for size in (8, 40, 128)}
+    assert {backbone.at_once for backbone in blocks.values()} == {8}
+    images = torch.randn(21, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    first, *others = (backbone.encode_image(images) for backbone in blocks.values())
+    assert all(torch.equal(first, other) for other in others)
+    assert len({backbone.key for backbone in blocks.values()}) == 1
+    assert Backbone(tower, None, {"image_size": 48}, "small").at_once == 128
+    patches = torch.nn.Conv2d(3, 4, 16, stride=16)
+    assert Backbone(patches, None, preprocess, "transformer").at_once == 128
+    assert Backbone(tower, None, {"image_size": [1024, 2048]}, "large").at_once == 1
+
+
 def test_bad_input_is_one_line(tmp_path, state):
     save_file(state, tmp_path / "w.safetensors")
     save_file(state | {"logit_scale": torch.tensor(torch.nan)}, tmp_path / "nan.safetensors")

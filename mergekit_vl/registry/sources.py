@@ -76,12 +76,27 @@ def _source(module: str) -> tuple[str, tuple[str, ...]] | None:
         return None
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     within = {OURS, module.partition(".")[0]}
-    imported = [_home(name) for name in _imports(tree, package) if name.partition(".")[0] in within and name != OURS]
+    found = (*_imports(tree, package), *_read_off(tree))
+    imported = [_home(name) for name in found if name.partition(".")[0] in within and name != OURS]
     return hashlib.sha256(text.encode()).hexdigest()[:12], tuple(dict.fromkeys(imported))
 
 
+def _read_off(tree: ast.AST) -> Iterator[str]:
+    """What a file reads off our package itself: `mk.option` after `import mergekit_vl as mk`."""
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == OURS
+    }
+    for node in ast.walk(tree) if ours else ():
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            yield f"{OURS}.{node.attr}"
+
+
 def _home(name: str) -> str:
-    """The module of a name that a plugin imports from our package itself."""
+    """The module of a name that our package itself offers."""
     top, _, public = name.partition(".")
     return PLACES[public][0] if top == OURS and public in PLACES else name
 

@@ -68,6 +68,19 @@ def test_a_plugins_own_modules_count_relative_ones_too(tmp_path, monkeypatch):
     assert sources.changed(found, now) == ["ourplugin/maths.py"] and sources.digest(found) != sources.digest(now)
 
 
+@pytest.mark.parametrize(
+    "text", ["from mergekit_vl import anchors, option", "import mergekit_vl as mk\nmk.option(mk.anchors)"]
+)
+def test_what_a_plugin_takes_from_the_package_itself_counts(tmp_path, monkeypatch, text):
+    monkeypatch.syspath_prepend(tmp_path)
+    sources._source.cache_clear()
+    sources._file.cache_clear()
+    (tmp_path / "onefile.py").write_text(text)
+    assert {"onefile", "mergekit_vl.strategies.in_memory", "mergekit_vl.options"} <= set(sources.closure(["onefile"]))
+    sources._source.cache_clear()
+    sources._file.cache_clear()
+
+
 def test_a_run_is_done_by_its_code_and_its_recipe_alone_names_its_folder():
     given = {"dataset": {"name": "microworld", "task": "animals_emboss"}, "strategy": {"name": "ties"}}
     made = experiment.build(recipe.parse(given, name="r", where="r"), load_plugins())

@@ -209,6 +209,9 @@ def register_datasets(register: Register) -> None:
         "microworld", "mergekit_vl.datasets.microworld:Microworld", "rendered tasks for the micro CLIP, no download"
     )
     register(
+        "clothing", "mergekit_vl.datasets.clothing:Clothing", "400 photographs of ten kinds of clothing, no download"
+    )
+    register(
         "folder",
         "mergekit_vl.datasets.folder:Folder",
         "your images: train/val/test folders of classes, or one folder to split",

@@ -8,8 +8,9 @@ import random
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -440,6 +441,33 @@ def _encoded(file: Path, megapixels: float) -> bytes:
 
 
 _LARGE = threading.Lock()
+_BOUND = threading.Lock()
+_BOUNDS: list[int] = []
+"""Those of the images that are decoded now."""
+_BEFORE: list[int | None] = []
+"""The process's own, while images are decoded."""
+
+
+@contextmanager
+def _pillow_bound(pixels: int) -> Iterator[None]:
+    """Inside, Pillow's own bound, which holds for images inside of files too: it warns above this number, and refuses twice as much.
+
+    The bound is the whole process's: it is the least of those that are asked for now, and afterwards what it was before.
+    """
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    with _BOUND:
+        if not _BOUNDS:
+            _BEFORE.append(Image.MAX_IMAGE_PIXELS)
+        _BOUNDS.append(pixels)
+        Image.MAX_IMAGE_PIXELS = min(_BOUNDS)
+    try:
+        yield
+    finally:
+        with _BOUND:
+            _BOUNDS.remove(pixels)
+            Image.MAX_IMAGE_PIXELS = min(_BOUNDS) if _BOUNDS else _BEFORE.pop()
 
 
 def decode(
@@ -460,12 +488,12 @@ def decode(
         hint = "leave it out, or raise max_megapixels if you trust it"
         return UserError(f"it has more than {megapixels:g} million pixels", where=str(place or ""), hint=hint)
 
-    # Pillow's own bound holds for images inside of files too: it warns above this number, and refuses twice as much
-    Image.MAX_IMAGE_PIXELS = max(1, int(megapixels * 1e6) // 2)
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     data = file if isinstance(file, bytes) else _encoded(file, megapixels)
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with (
+            _pillow_bound(max(1, int(megapixels * 1e6) // 2)),
+            Image.open(io.BytesIO(data), formats=_formats()) as image,
+        ):
             pixels = image.width * image.height
             if pixels > megapixels * 1e6:
                 raise refused()

@@ -66,6 +66,14 @@ def test_predictions_of_files_pictures_and_batches_agree(tmp_path):
         torch.testing.assert_close(found.probabilities, of_files.probabilities, rtol=1e-4, atol=1e-6)
 
 
+def test_a_limit_on_pixels_ends_with_the_call(tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "large.png")
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match="more than 0.001 million pixels"):
+        predict("micro", tmp_path, ["dog", "cat"], max_megapixels=0.001)
+    assert Image.MAX_IMAGE_PIXELS == before
+
+
 def test_a_check_tells_the_plan():
     assert repr(check(RECIPE)).splitlines()[-2].startswith("cells     1;")
     assert "bench     bench_small" in repr(check("bench_small"))

@@ -51,6 +51,53 @@ class MergedFolder:
         return f"<{self.metadata['strategy']} of {of}: {self.folder}>"
 
 
+def check_models(models: Any, base: Any, strategy: str | ClosedForm, method_options: Mapping[str, Any]) -> list[str]:
+    """What `merge` would do, from headers alone: a line each. Raises UserError for what cannot be merged."""
+    from mergekit_vl.commands.merge import estimates
+
+    plan, given = _planned(models, base, strategy, method_options)
+    opened = _opened(plan, base, given)
+    try:
+        return [*estimates(opened), *(f"note      {note}" for note in opened.notes)]
+    finally:
+        opened.close()
+
+
+def _planned(
+    models: Any,
+    base: Any,
+    strategy: str | ClosedForm,
+    method_options: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    keep: str | Sequence[str] = (),
+    rebasin: bool = False,
+    device: str = "auto",
+) -> tuple[MergePlan, list[Any]]:
+    """The plan, and the models that it merges; reads none of them."""
+    given, labels = _labelled(models)
+    base_label = "" if base is None else _label(base, "base")
+    labels = distinct([*([base_label] if base_label else []), *labels])[1 if base_label else 0 :]
+    method, name = _method(strategy, method_options, labels, base_label)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    if "" in keep:
+        raise UserError("keep='' is part of every name", where=WHERE, hint="give a part of the names to be kept")
+    return MergePlan(
+        name,
+        method,
+        tuple(_place(model, label) for model, label in zip(given, labels)),
+        None if base is None else _place(base, base_label),
+        tuple(labels),
+        base_label,
+        seed,
+        None if dtype is None else str(dtype),
+        keep,
+        rebasin,
+        _device(method, len(given), device),
+    ), given
+
+
 @overload
 def merge(
     models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
@@ -110,25 +157,8 @@ def merge(
 
     Raises UserError for models that do not fit each other, for options that do not fit the models, and for a merge that fails.
     """
-    given, labels = _labelled(models)
-    base_label = "" if base is None else _label(base, "base")
-    labels = distinct([*([base_label] if base_label else []), *labels])[1 if base_label else 0 :]
-    method, name = _method(strategy, method_options, labels, base_label)
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    if "" in keep:
-        raise UserError("keep='' is part of every name", where=WHERE, hint="give a part of the names to be kept")
-    plan = MergePlan(
-        name,
-        method,
-        tuple(_place(model, label) for model, label in zip(given, labels)),
-        None if base is None else _place(base, base_label),
-        tuple(labels),
-        base_label,
-        seed,
-        None if dtype is None else str(dtype),
-        keep,
-        rebasin,
-        _device(method, len(given), device),
+    plan, given = _planned(
+        models, base, strategy, method_options, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device
     )
     everyone = [*([base] if base is not None else []), *given]
     if out is not None:

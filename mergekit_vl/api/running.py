@@ -212,11 +212,29 @@ def bench(
     return BenchResult(folder, json.loads(json.dumps(done)))
 
 
-def check(recipe: AnyRecipe, *overrides: str, allow_env: Sequence[str] = ()) -> Checked:
+def check(
+    recipe: Any,
+    *overrides: str,
+    base: Any = None,
+    strategy: Any = None,
+    allow_env: Sequence[str] = (),
+    **method_options: Any,
+) -> Checked:
     """Validate a recipe of a run or of a bench, and tell what it would do; reads no weights and no images.
+
+    With a list of models, a `base` or a `strategy` it is what `merge` would do with these arguments: `check([a, b], base=zero_shot)`.
 
     Raises UserError for the first thing that is wrong, with its place and how to mend it.
     """
+
+    if isinstance(recipe, (list, tuple)) or base is not None or strategy is not None:
+        from mergekit_vl.api.merging import check_models
+
+        return Checked(tuple(check_models(recipe, base, "ties" if strategy is None else strategy, method_options)))
+    if method_options:
+        raise UserError(
+            f"{next(iter(method_options))}= is for models", where="check", hint="override the recipe's own keys"
+        )
 
     def build(plan: Recipe) -> Experiment | Plan:
         from mergekit_vl.benchmark import plan as plans

@@ -162,6 +162,13 @@ def test_errors_say_what_and_how_to_mend_it(call, message):
         call()
 
 
+def test_models_are_checked_without_being_merged():
+    told = repr(mergekit_vl.check([A, B], base=ZS, density=0.3)).splitlines()
+    assert told[0].startswith("strategy  ties: density=0.3,") and told[-1].startswith("note      1 integer tensors")
+    with pytest.raises(UserError, match="unknown key 'densty'"):
+        mergekit_vl.check([A, B], base=ZS, densty=0.3)
+
+
 def test_keep_takes_tensors_from_the_base():
     merged = merge([A, B], base=ZS, strategy="linear", keep=["bias"])
     assert torch.equal(merged["bias"], ZS["bias"]) and not torch.equal(merged["blocks.0.weight"], ZS["blocks.0.weight"])

@@ -163,7 +163,12 @@ def test_vrf_chooses_on_validation_images():
     x, labels = torch.tensor([[-1.0, 2.0], [1.0, -1.0]]), torch.tensor([0, 0])
     assert bool((model.bind(CLASSES)({"x": x}).argmax(-1) == labels).all())
     near, far = kth_distance(x, model.near, 1).tolist()
-    assert near < model.a < far
+    tenths, widths = (
+        (model.a - near) / (far - near) * 10,
+        model.b / ((far - near) / 2),
+    )  # the standard deviation of two values
+    assert tenths == pytest.approx(round(tenths), abs=1e-5) and 0 < tenths < 10
+    assert min(abs(widths - width) for width in (0.03, 0.1, 0.3, 1.0, 3.0)) < 1e-5
     assert Vrf().merge(vrf_inputs()).temperatures != (1.0, 1.0)
 
 

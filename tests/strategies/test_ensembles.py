@@ -103,6 +103,18 @@ def test_the_grid_of_weights():
     assert len(grid) == len(set(grid)) == 66 and all(sum(w) == pytest.approx(1) for w in grid)
 
 
+def test_a_bench_tries_shares_of_zero_shot():
+    """The tuned models share the rest."""
+    tried = OutputEnsemble.grid(2)["weights"]
+    assert tried[0] == pytest.approx((0.3, 0.35, 0.35)) and tried[3] == pytest.approx((0.9, 0.05, 0.05))
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 3.0), (0.0, 0.0), (-2.0, 1.0)])
+def test_weights_that_are_no_mixture(weights):
+    with pytest.raises(UserError, match="are not a mixture"):
+        OutputEnsemble(weights=weights).merge(given([[1.0, 1.0]], [0]))
+
+
 def test_what_cannot_be_chosen_is_refused():
     inputs = given([[1.0, 1.0]], [0])
     none = replace(inputs, data=(TaskData(CLASSES, None),))

@@ -181,7 +181,7 @@ class Residual:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Residual:
         return replace(self, residual=tensors["residual"])
 
-    def anchor(self, backbone: mk.Backbone) -> Residual:
+    def untuned(self, backbone: mk.Backbone) -> Residual:
         return replace(self, residual=torch.zeros_like(self.residual))
 
     def aligned(self, others: Any) -> Any:
@@ -265,7 +265,7 @@ class Nearer:
         if self.together:
             both = (inputs.base, *inputs.tuned)
             return mk.Ensemble(both, (1 / len(both),) * len(both), choice=mk.Choice({"together": True}, "val"))
-        base, tuned = mk.anchors(inputs)
+        base, tuned = mk.endpoints(inputs)
         tensors = {
             name: torch.lerp(start, tuned[0].adapter.tensors[name], 0.3) for name, start in base.adapter.tensors.items()
         }

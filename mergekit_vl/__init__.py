@@ -73,7 +73,7 @@ __all__ = [
     "absolute_sums",
     "add_to_base",
     "agreeing",
-    "anchors",
+    "endpoints",
     "as_model",
     "bench",
     "check",
@@ -136,7 +136,7 @@ MODULES = {
     "registry.hookspecs": ("Register", "hookimpl"),
     "strategies.base": ("Strategy",),
     "strategies.closed_form": ("closed_form",),
-    "strategies.in_memory": ("anchors", "as_model", "merge_adapters"),
+    "strategies.in_memory": ("endpoints", "as_model", "merge_adapters"),
     "strategies.sparse": ("Drop", "elected", "sparse", "summed"),
     "tuners.base": ("Tuner",),
     "tuners.sgd": ("cross_entropy",),
@@ -184,7 +184,7 @@ if TYPE_CHECKING:
     from mergekit_vl.registry.hookspecs import Register, hookimpl
     from mergekit_vl.strategies.base import Strategy
     from mergekit_vl.strategies.closed_form import closed_form
-    from mergekit_vl.strategies.in_memory import anchors, as_model, merge_adapters
+    from mergekit_vl.strategies.in_memory import as_model, endpoints, merge_adapters
     from mergekit_vl.strategies.sparse import Drop, elected, sparse, summed
     from mergekit_vl.tuners.base import Tuner
     from mergekit_vl.tuners.sgd import cross_entropy

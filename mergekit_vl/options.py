@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit_vl.errors import Unsuitable, UserError, unknown
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field with its meaning; without a default it must be given."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    formerly: str = "",
+    values_formerly: Mapping[str, str] = {},
+) -> Any:
+    """A dataclass field with its meaning; without a default it must be given.
+
+    `formerly` is a key that it had, `values_formerly` names its values by names that they had: both are taken, with a warning.
+    """
+    told = {"help": help, "formerly": formerly, "values_formerly": values_formerly}
+    return dataclasses.field(default=default, metadata=told)
 
 
 def key_of(field: dataclasses.Field) -> str:
@@ -27,10 +38,13 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
     fields = {key_of(field): field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
-    for key, value in given.items():
+    for given_key, given_value in given.items():
+        key, value = _current(given_key, given_value, fields, where)
         if key not in fields:
             raise unknown("key", key, fields, where=where)
         field = fields[key]
+        if field.name in values:
+            raise UserError(f"{key} is given twice, once as {given_key}", where=where, hint="leave one out")
         try:
             values[field.name] = TypeAdapter(hints[field.name]).validate_python(value)
         except ValidationError as error:
@@ -40,6 +54,17 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
     if missing:
         raise UserError(f"{missing[0]!r} is missing", where=where, hint=fields[missing[0]].metadata.get("help", ""))
     return cls(**values)
+
+
+def _current(key: str, value: Any, fields: Mapping[str, dataclasses.Field], where: str) -> tuple[str, Any]:
+    """A key and its value as they are called today; warns of those that were called something else."""
+    now = key if key in fields else next((k for k, f in fields.items() if f.metadata.get("formerly") == key), key)
+    renamed = fields[now].metadata.get("values_formerly", {}) if now in fields else {}
+    current = renamed.get(value, value) if isinstance(value, str) else value
+    if (now, current) != (key, value):
+        message = f"{where}: {key}={value} is now written {now}={current}"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+    return now, current
 
 
 def values(given: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mergekit_vl import Array, Dataset, Single, anchors, as_model, closed_form, option, testing
+from mergekit_vl import Array, Dataset, Single, as_model, closed_form, endpoints, option, testing
 from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.datasets.coop_layout import CoOpLayout
@@ -121,7 +121,7 @@ class Overwrites:
     """Writes into the model that it is given."""
 
     def merge(self, inputs):
-        base, tuned = anchors(inputs)
+        base, tuned = endpoints(inputs)
         with torch.no_grad():
             for tensor in tuned[0].adapter.tensors.values():
                 tensor += 1

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.gpu
 RUNS = {
     "prompt": ["run", "mergetune_coop", "tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=4"],
     "again": ["run", "mergetune_coop", "tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=4"],
-    "fisher": ["run", "mergetune_coop", "tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=2", "strategy.0.surrogate=fisher", "strategy.0.path=weights"],
+    "fisher": ["run", "mergetune_coop", "tuned.0.tuner.epochs=2", "strategy.0.epochs=2", "protocol.shots=2", "strategy.0.surrogate=fisher", "strategy.0.space=weights"],
     "probe": ["run", "robust_micro_probe", "protocol.shots=4"],
     "tower": ["run", "robust_micro", "protocol.shots=4", "tuned.0.tuner.epochs=1", "strategy.0.epochs=1", "strategy.1.epochs=1"],
     "towers": ["run", "multi_task_micro", "tuned.0.tuner.epochs=1"],
@@ -136,9 +136,9 @@ def test_features_are_those_of_a_cpu(kind):
         assert (texts[0] - texts[1]).norm() < 1e-5 * texts[0].norm()
 
 
-@pytest.mark.parametrize("path", ["features", "weights"])
+@pytest.mark.parametrize("space", ["classifiers", "weights"])
 @pytest.mark.parametrize("surrogate", ["cosine", "l2"])
-def test_a_step_of_mergetune_is_that_of_float64_on_a_cpu(path, surrogate):
+def test_a_step_of_mergetune_is_that_of_float64_on_a_cpu(space, surrogate):
     """Loss to 1e-5, gradient to 1e-4 of its norm."""
 
     def step(device, dtype):
@@ -151,7 +151,7 @@ def test_a_step_of_mergetune_is_that_of_float64_on_a_cpu(path, surrogate):
         images = torch.nn.functional.normalize(torch.randn(6, 128, generator=draw, dtype=torch.float64), dim=-1)
         tuned = Single(backbone, Prompt(backbone.embed("a sketch of a"), "a photo of a"))
         inputs = MergeInputs(Single(backbone, ZeroShot()), (tuned,), (TaskData(classes, None),), None, seed=3)
-        strategy = MergeTune(path=path, surrogate=surrogate)
+        strategy = MergeTune(space=space, surrogate=surrogate)
         (network,) = tuned.adapter.networks(
             backbone, [classes], training=True
         )  # its text forward is a graph on the GPU

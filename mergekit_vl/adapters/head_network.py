@@ -86,7 +86,7 @@ class HeadNetwork:
         fisher = exact_fisher.of_head(matrix(self.weights), x)
         return {"weight": fisher[:, :-1], "bias": fisher[:, -1]}
 
-    def line(self, first: Rows, second: Rows, path: Literal["features", "weights"]) -> HeadLine:
+    def line(self, first: Rows, second: Rows, space: Literal["weights", "classifiers"]) -> HeadLine:
         return HeadLine(matrix(first.tensors), matrix(second.tensors))
 
     def adapter(self, tensors: Tensors) -> Rows:

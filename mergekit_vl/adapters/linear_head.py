@@ -59,7 +59,7 @@ class LinearHead:
         start = self.start and self.start.to(device)
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), start=start)
 
-    def anchor(self, backbone: Backbone) -> LinearHead:
+    def untuned(self, backbone: Backbone) -> LinearHead:
         """The head that tuning started from; raises UserError where the file does not tell."""
         if self.start is None:
             raise Unsuitable(

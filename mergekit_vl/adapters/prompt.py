@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DASSL_KEYS = ("ctx", "token_prefix", "token_suffix")
 DASSL_INIT = "a photo of a"
-FILES = "give a run's merged.safetensors or tuned anchor, or the prompt_learner/model.pth.tar-N of CoOp or KgCoOp"
+FILES = "give a run's merged.safetensors or tuned model, or the prompt_learner/model.pth.tar-N of CoOp or KgCoOp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ class Prompt:
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return cosine_head(backbone, self.text_features(backbone, classes))
 
-    def anchor(self, backbone: Backbone) -> Prompt:
+    def untuned(self, backbone: Backbone) -> Prompt:
         """The embeddings of the words that the context started from."""
         if not self.init:
             raise Unsuitable(

@@ -58,11 +58,11 @@ class TextNetwork:
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def line(self, first: TextAdapter, second: TextAdapter, path: Literal["features", "weights"]) -> Line:
+    def line(self, first: TextAdapter, second: TextAdapter, space: Literal["weights", "classifiers"]) -> Line:
         import torch
 
         scale = self.backbone.scale
-        if path == "weights":
+        if space == "weights":
             return cast("Line", TextWeightLine(self.encode, scale, first.tensors, second.tensors))
         with torch.no_grad():
             text1, text2 = (model.text_features(self.backbone, self.classes) for model in (first, second))

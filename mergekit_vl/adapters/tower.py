@@ -65,10 +65,10 @@ class Tower:
             for other, head in zip(others, self.head.aligned(heads))  # type: ignore[arg-type]
         ]
 
-    def anchor(self, backbone: Backbone) -> Tower:
+    def untuned(self, backbone: Backbone) -> Tower:
         """The backbone's own weights, and the head that tuning started from."""
         own = backbone.model.state_dict()
-        return Tower({name: own[name].clone() for name in self.weights}, self.head and self.head.anchor(backbone))
+        return Tower({name: own[name].clone() for name in self.weights}, self.head and self.head.untuned(backbone))
 
     def on(self, backbone: Backbone) -> Backbone:
         """The backbone with these weights; made once."""

@@ -116,7 +116,7 @@ class TowerNetwork:
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def line(self, first: Weights, second: Weights, path: Literal["features", "weights"]) -> TowerLine:
+    def line(self, first: Weights, second: Weights, space: Literal["weights", "classifiers"]) -> TowerLine:
         """Over what is trained: neither running statistics nor a text tower can be pulled."""
         w1, w2 = first.tensors, second.tensors
         apart = sum((w2[name] - w1[name]).square().sum() for name in self.weights)

@@ -49,7 +49,7 @@ class ZeroShot:
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return cosine_head(backbone, self.text_features(backbone, classes))
 
-    def anchor(self, backbone: Backbone) -> ZeroShot:
+    def untuned(self, backbone: Backbone) -> ZeroShot:
         return self
 
     def aligned(self, others: Sequence[ZeroShot]) -> Sequence[ZeroShot]:

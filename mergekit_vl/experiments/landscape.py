@@ -78,7 +78,7 @@ def landscapes(base: Single, tuned: Model, merged: Model | None, store: FeatureS
             members["merged"] = merged
         out.append(_classifiers(members, store))
     try:
-        start = Single(tuned.backbone, tuned.adapter.anchor(tuned.backbone))
+        start = Single(tuned.backbone, tuned.adapter.untuned(tuned.backbone))
     except UserError:  # a prompt that started at random has no zero-shot context
         return out
     members = {"zero-shot": start, "tuned": tuned}

@@ -140,8 +140,8 @@ class Network(Protocol):
         """The diagonal Fisher information at the adapter's own values, in closed form; None unless `About.exact_fisher`."""
         ...
 
-    def line(self, first: Adapter, second: Adapter, path: Literal["features", "weights"]) -> Line:
-        """From these weights to `second`, with `first` as w1. `path` is heeded by adapters that make texts."""
+    def line(self, first: Adapter, second: Adapter, space: Literal["weights", "classifiers"]) -> Line:
+        """From these weights to `second`, with `first` as w1. `space` is heeded by adapters that make texts."""
         ...
 
     def adapter(self, tensors: Tensors) -> Adapter:
@@ -162,7 +162,7 @@ class Adapter(Protocol):
     @property
     def tensors(self) -> Tensors: ...
     def with_tensors(self, tensors: Tensors) -> Self: ...
-    def anchor(self, backbone: Backbone) -> Adapter:
+    def untuned(self, backbone: Backbone) -> Adapter:
         """The point in this adapter's space that fine-tuning started from."""
         ...
 

@@ -1,6 +1,6 @@
-"""What a classifier is made of: class names, an image path, a head that turns features into logits.
+"""What a classifier is made of: class names, an image encoder, a head that turns features into logits.
 
-    images [B,3,H,W] --image path--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
+    images [B,3,H,W] --image encoder--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
 
 Shape legend of the project: B images, D feature width, K classes, M context tokens, W token width, L text length, A alphas, S models at once.
 """

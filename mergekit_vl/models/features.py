@@ -36,7 +36,7 @@ Load = Callable[[int, int], Tensor]
 
 @dataclass
 class FeatureStore:
-    """Features by (image path, images, transform). Features are raw float32 [N, D]."""
+    """Features by (image encoder, images, transform). Features are raw float32 [N, D]."""
 
     folder: Path | None = field(default_factory=default_folder)
     """None: nothing is kept."""

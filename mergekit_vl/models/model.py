@@ -1,6 +1,6 @@
 """Models: class names in, logits out.
 
-images [B,3,H,W] --image path--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
+images [B,3,H,W] --image encoder--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Single:
         if not self.makes_texts:
             raise Unsuitable(
                 f"a model of the space {self.adapter.space} has no text features",
-                hint="merge its tensors (space=own), or ensemble its outputs",
+                hint="merge its tensors (space=weights), or ensemble its outputs",
             )
         import torch
 
@@ -113,7 +113,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A weighted sum of the members' raw text features, bound late: the merge in the space `features`."""
+    """A weighted sum of the members' raw text features, bound late: the merge with space=classifiers."""
 
     members: tuple[Single, ...]
     weights: tuple[float, ...]

@@ -51,7 +51,7 @@ def register_strategies(register: Register) -> None:
     register(
         "linear",
         "mergekit_vl.strategies.linear:Linear",
-        "weighted average of the anchors' tensors or of their classifiers",
+        "weighted average of the models' tensors or of their classifiers",
     )
     register(
         "wise_ft",

@@ -13,7 +13,7 @@ from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check, option
-from mergekit_vl.strategies.in_memory import anchors, as_model
+from mergekit_vl.strategies.in_memory import as_model, endpoints
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.system.memory import out_of_memory
@@ -80,20 +80,20 @@ class AdaMerging:
     def merge(self, inputs: MergeInputs) -> Model:
         start, vectors = self._task_vectors(inputs)
         own, predict = fisher_information.predictors(start, tasks := self._tasks(inputs), inputs)
-        base = anchors(inputs)[0].adapter.tensors
+        base = endpoints(inputs)[0].adapter.tensors
         base = {name: base[name].to(tensor) for name, tensor in own.items()}
         vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
         lambdas = self._learn(base, vectors, predict, [len(images) for _, images in tasks], inputs)
         merged = {name: t.to(start.adapter.tensors[name]) for name, t in combine(base, vectors, lambdas).items()}
         check_finite(merged, where=WHERE, hint=f"lower lr (now {self.lr})")
-        model = as_model(anchors(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
+        model = as_model(endpoints(inputs)[0], {**start.adapter.tensors, **merged}, inputs)
         told = {f"coefficient {i + 1}": round(mean, 6) for i, mean in enumerate(lambdas.mean(1).tolist())}
         choice = Choice(told, "train" if self.images == "train" else "val", learnt=True)
         return Single(model.backbone, model.adapter.with_chosen(told), choice)
 
     def _task_vectors(self, inputs: MergeInputs) -> tuple[Single, list[Tensors]]:
         """The merge at the first coefficients, and each model's task vector."""
-        zero_shot, tuned = anchors(inputs)
+        zero_shot, tuned = endpoints(inputs)
         alone = replace(inputs, batch_norm="mean")  # of task vectors no statistics are needed
         if self.trim is None:
             start = TaskArithmetic(self.start).merge(inputs)

@@ -12,7 +12,7 @@ from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model
 from mergekit_vl.options import check, check_effect, option
-from mergekit_vl.strategies.in_memory import anchors, as_model
+from mergekit_vl.strategies.in_memory import as_model, endpoints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Fisher:
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
 
-        zero_shot, tuned = anchors(inputs)
+        zero_shot, tuned = endpoints(inputs)
         if zero_shot.adapter.about.exact_fisher:
             check_effect(self, ("images",), where=WHERE, why=f"on {zero_shot.adapter.about.many}: all images count")
         models = (zero_shot, *tuned) if self.base else tuned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from mergekit_vl.merging.chunks import CHUNK_SIZE, Arrays, Chunk, Models, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, depths
 from mergekit_vl.merging.engine import BATCH_NORM, SERIAL, apply, workers
 from mergekit_vl.merging.method import ClosedForm
+from mergekit_vl.options import option
 from mergekit_vl.system.memory import threads_available
 
 if TYPE_CHECKING:
@@ -44,9 +45,20 @@ def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
             )
 
 
-def check_own_space(where: str, space: str) -> None:
+Space = Literal["weights", "classifiers"]
+
+
+def space_option() -> Any:
+    return option(
+        "weights",
+        "merge the tensors, or the classifiers that they make (`run` only)",
+        values_formerly={"own": "weights", "features": "classifiers"},
+    )
+
+
+def check_space(where: str, space: Space) -> None:
     """Raise UserError for a merge of tensors that was asked for in the space of classifiers."""
-    if space != "own":
+    if space != "weights":
         raise UserError(f"space={space} merges classifiers, not tensors", where=where, hint="use `mergekit-vl run`")
 
 
@@ -55,14 +67,16 @@ def check_numbers(where: str, given: Sequence[Coefficient], what: str) -> tuple[
     numbers = tuple(value for value in given if isinstance(value, float))
     if len(numbers) < len(given):
         raise UserError(
-            f"{what} by depth or by name in the space features", where=where, hint="give numbers, or set space=own"
+            f"{what} by depth or by name in the space of classifiers",
+            where=where,
+            hint="give numbers, or set space=weights",
         )
     return numbers
 
 
 def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     """The `merge` of every closed-form strategy: its chunks, written into arrays."""
-    base, tuned = anchors(inputs)
+    base, tuned = endpoints(inputs)
     models = [{name: _array(t) for name, t in m.adapter.tensors.items()} for m in (base, *tuned)]
     deep = depths(models[0])
     tensors = tuple(
@@ -121,7 +135,7 @@ def _tensor(array: Array, code: str, *, like: TorchTensor) -> TorchTensor:
     return (tensor.view(torch.bfloat16) if code == "BF16" else tensor).to(like.device)
 
 
-def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
+def endpoints(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
     """The zero-shot point in the space of the tuned models, and the tuned models; checked to be of one space and shape."""
     from mergekit_vl.models.model import Single
 
@@ -137,13 +151,13 @@ def anchors(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
     if len(set(spaces)) > 1:
         raise Unsuitable(
             f"models of different spaces cannot be merged: {', '.join(spaces)}",
-            hint="merge in the space `features`, or ensemble them",
+            hint="merge with space=classifiers, or ensemble them",
         )
     first = tuned[0]
     aligned = first.adapter.aligned([m.adapter for m in tuned])
     tuned = tuple(m if a is m.adapter else Single(m.backbone, a) for m, a in zip(tuned, aligned))
     first = tuned[0]
-    start = first.adapter.anchor(first.backbone)
+    start = first.adapter.untuned(first.backbone)
     check_aligned(
         [start.tensors, *(m.adapter.tensors for m in tuned)], ["zero-shot", *(f"tuned.{i}" for i in range(len(tuned)))]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
@@ -14,7 +14,14 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
-from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
+from mergekit_vl.strategies.in_memory import (
+    Space,
+    check_numbers,
+    check_space,
+    endpoints,
+    merge_adapters,
+    space_option,
+)
 
 
 @closed_form("linear", chunks="accumulating", averages=True, weighs_base=True)
@@ -22,27 +29,25 @@ from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_s
 class Linear:
     """sum_i w_i * theta_i over the base (the zero-shot model), where there is one, and the tuned models.
 
-    In the space `own` theta are the tensors (of an adapter: context vectors for a prompt, the zero-shot point being its initial
-    words); in `features` they are the classifiers, that is the raw text features, bound late. The two are not the same point.
+    In the space of weights theta are the tensors (of an adapter: context vectors for a prompt, the zero-shot point being its initial
+    words); in the space of classifiers they are the raw text features, bound late. The two are not the same point.
     """
 
     weights: tuple[Coefficient, ...] = per_model("one per model, base first, then the tuned in order; empty: all equal")
     normalise: bool = option(True, "divide by the sum of the weights")
-    space: Literal["own", "features"] = option(
-        "own", "merge the tensors, or the classifiers that they make (`run` only)"
-    )
+    space: Space = space_option()
 
-    grid = {"space": ("own", "features")}
+    grid = {"space": ("weights", "classifiers")}
 
     def check(self, models: Models) -> None:
-        check_own_space("strategy linear", self.space)
+        check_space("strategy linear", self.space)
         if self.normalise:
             models.check_sum("strategy linear", self.weights, len(models.members))
 
     def merge(self, inputs: MergeInputs) -> Model:
-        if self.space == "own":
+        if self.space == "weights":
             return merge_adapters(self, inputs)
-        _, tuned = anchors(inputs)
+        _, tuned = endpoints(inputs)
         weights = check_numbers("strategy linear", self.weights, "a weight") or (1.0,) * (1 + len(tuned))
         if len(weights) != 1 + len(tuned):
             raise Unsuitable(

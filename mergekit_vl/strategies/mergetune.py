@@ -10,19 +10,19 @@ takes a diagonal H instead (`fisher_information.py`); nobody has published that,
 
 What "w" means, by what was tuned:
 
-| tuned  | path     | space of w, w1, w2 in the two path terms   | S with cosine            | S with l2, that is |w - w1|^2 divided by |
-|--------|----------|--------------------------------------------|--------------------------|------------------------------------------|
-| prompt | features | raw text features [K, D]                   | mean over K of 1 - cos   | K                                        |
-| prompt | weights  | context vectors [M, W]                     | mean over M of 1 - cos   | 1                                        |
-| head   | weights  | weight and bias [K, D + 1]                 | mean over K of 1 - cos   | |w1|^2 + |w2|^2                          |
-| tower  | weights  | the image tower's weights, and the head's  | not there                | |w2 - w1|^2                              |
+| tuned  | space       | w, w1, w2 in the two path terms         | S with cosine            | S with l2, that is |w - w1|^2 divided by |
+|--------|-------------|-----------------------------------------|--------------------------|------------------------------------------|
+| prompt | classifiers | raw text features [K, D]                | mean over K of 1 - cos   | K                                        |
+| prompt | weights     | context vectors [M, W]                  | mean over M of 1 - cos   | 1                                        |
+| head   | weights     | weight and bias [K, D + 1]              | mean over K of 1 - cos   | |w1|^2 + |w2|^2                          |
+| tower  | weights     | the image tower's weights, and the head | not there                | |w2 - w1|^2                              |
 
 With fisher each coordinate of the squared distance is weighted by F, which has mean 1, and the divisor is that of l2; but for text
 features it is 2 |w1|^2, so that F = 1 and features that turn without growing give the cosine's S and lambda keeps its meaning.
 
-In prompts `tau` mixes context vectors in both rows, w1 being the embeddings of the initial words; in the path `features` the w1 of S
-is `anchor`: `template`, the features of the dataset's hand-written template, or `context`, those of the initial words. Interpolated
-features are normalised after the interpolation, as the classifier does. In `features` a step is one text forward of K
+In prompts `tau` mixes context vectors in both rows, w1 being the embeddings of the initial words; in the space of
+classifiers the w1 of S is `zero_shot`: `template`, the features of the dataset's hand-written template, or `context`, those of the initial words. Interpolated
+features are normalised after the interpolation, as the classifier does. With `classifiers` a step is one text forward of K
 texts; in `weights` it is one of (1 + N_alpha) K texts, since every point of that path is another context. A context per
 class, [K, M, W], works alike, its rows being K M.
 
@@ -33,11 +33,12 @@ about 1 - cos, a tower's is the price of standing as far from zero-shot as the f
 
 Paper and released code differ (the paper's values are known to us second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in
 the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100 epochs in the code. The defaults are the
-paper's; path `features` with surrogate `cosine` and the fixed grid of alphas is what the code does.
+paper's; the space of classifiers with surrogate `cosine` and the fixed grid of alphas is what the code does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,9 +49,9 @@ from mergekit_vl.estimators import fisher_information, surrogates
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check, check_effect, option
-from mergekit_vl.strategies.in_memory import anchors
+from mergekit_vl.strategies.in_memory import Space, endpoints
 from mergekit_vl.strategies.wise_ft import WiseFT
-from mergekit_vl.tuners.sgd import cross_entropy
+from mergekit_vl.tuners.sgd import Warmup, cross_entropy
 from mergekit_vl.tuners.training import train
 
 if TYPE_CHECKING:
@@ -61,7 +62,27 @@ if TYPE_CHECKING:
 
 WHERE = "strategy mergetune"
 
-TRAINING = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
+
+@dataclass(frozen=True)
+class Settings:
+    """Values that are published or recommended together."""
+
+    lambda_: float
+    beta: float
+    tau: float
+    epochs: int
+    warmup: Warmup
+    longest: float
+    crop: float
+
+
+SETTINGS = {
+    "robust": Settings(8.0, 0.5, 0.3, epochs=50, warmup="linear", longest=0.1, crop=0.5),
+    "paper": Settings(8.0, 0.5, 0.3, epochs=50, warmup="constant", longest=0.0, crop=0.08),
+    "released": Settings(10.0, 1.0, 1.0, epochs=100, warmup="constant", longest=0.0, crop=0.08),
+}
+
+TRAINING = ("settings", "warmup", "longest", "epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 """Options that say how it is trained, and not on what."""
 
 
@@ -69,9 +90,12 @@ TRAINING = ("epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 class MergeTune:
     """One fine-tuned prompt, linear head or image tower, continued under linear mode connectivity with it and with zero-shot."""
 
-    lambda_: float = option(8.0, "weight of the path to zero-shot")
-    beta: float = option(0.5, "weight of the path to the fine-tuned model")
-    tau: float = option(0.3, "start: 0 at zero-shot, 1 at the fine-tuned model")
+    settings: Literal["robust", "paper", "released"] = option(
+        "paper", "whose values stand where an option is not given: ours, the paper's or the released code's"
+    )
+    lambda_: float | None = option(None, "weight of the path to zero-shot; none: by settings")
+    beta: float | None = option(None, "weight of the path to the fine-tuned model; none: by settings")
+    tau: float | None = option(None, "start: 0 at zero-shot, 1 at the fine-tuned model; none: by settings")
     alphas: tuple[float, ...] = option(
         (0.1, 0.3, 0.5, 0.7, 0.9), "points of the path; empty: drawn uniformly each step"
     )
@@ -79,15 +103,29 @@ class MergeTune:
     surrogate: Literal["l2", "cosine", "fisher"] | None = option(
         None, "distance to zero-shot; none: cosine, l2 for a tower"
     )
-    path: Literal["features", "weights"] = option("features", "of a prompt: interpolate classifiers or context vectors")
-    anchor: Literal["template", "context"] = option("template", "of a prompt: zero-shot text features of path=features")
-    epochs: int = option(50, "passes over the shots")
+    space: Space = option(
+        "classifiers",
+        "of a prompt: interpolate the classifiers that it makes, or its context vectors",
+        formerly="path",
+        values_formerly={"features": "classifiers"},
+    )
+    zero_shot: Literal["template", "context"] = option(
+        "template", "of a prompt in the space of classifiers: which text features are zero-shot's", formerly="anchor"
+    )
+    epochs: int | None = option(None, "passes over the shots; none: by settings")
     batch: int = option(128, "images a step")
+    warmup: Warmup | None = option(
+        None, "first epoch of prompts and heads: constant at 1e-5, as in the field, or linear; none: by settings"
+    )
+    longest: float | None = option(
+        None,
+        "longest step of prompts and heads, in distances from zero-shot to the fine-tuned; none: by settings, 0: any",
+    )
     lr: float | None = option(
         None, "none: 0.002 for a prompt (SGD), 1.0 for a head (see linear_probe), 3e-5 for a tower (AdamW)"
     )
     views: int = option(0, "of a head: augmented views of each image; 0: the test view alone, as linear_probe")
-    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
+    crop: float | None = option(None, "smallest share of the area that RandomResizedCrop takes; none: by settings")
     flip: bool = option(True, "flip half of the images")
     fisher_images: int = option(
         256, "images of the estimate, at most, where it takes a backward each (contexts, towers)"
@@ -101,7 +139,22 @@ class MergeTune:
     def controls(self) -> tuple[tuple[str, MergeTune], ...]:
         """w2 trained on for the same steps, and the start trained on without the terms."""
         plain = replace(self, lambda_=0.0, beta=0.0)
-        return ("continued", replace(plain, tau=1.0)), ("CE only", plain)
+        continued = ("continued", replace(plain, tau=1.0))
+        return (continued,) if self.used.tau == 1 else (continued, ("CE only", plain))
+
+    @property
+    def used(self) -> Settings:
+        """The values of `settings`, and what was given in their places."""
+        given = {
+            "lambda_": self.lambda_,
+            "beta": self.beta,
+            "tau": self.tau,
+            "epochs": self.epochs,
+            "warmup": self.warmup,
+            "longest": self.longest,
+            "crop": self.crop,
+        }
+        return replace(SETTINGS[self.settings], **{name: value for name, value in given.items() if value is not None})
 
     @classmethod
     def continued(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +165,14 @@ class MergeTune:
         return {**own, "lambda": 0.0, "beta": 0.0, "tau": 1.0}
 
     def __post_init__(self) -> None:
+        used = self.used
         check(
             self,
             where=WHERE,
-            lambda_=(self.lambda_ >= 0, "0 or more"),
-            beta=(self.beta >= 0, "0 or more"),
-            tau=(0 <= self.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
+            lambda_=(used.lambda_ >= 0, "0 or more"),
+            beta=(used.beta >= 0, "0 or more"),
+            tau=(0 <= used.tau <= 1, "between 0, zero-shot, and 1, fine-tuned"),
+            longest=(used.longest >= 0, "0 or more"),
             alphas=(all(0 <= alpha <= 1 for alpha in self.alphas), "points between 0 and 1"),
             n_alpha=(self.n_alpha >= 1, "at least 1"),
             fisher_images=(self.fisher_images >= 1, "at least 1"),
@@ -127,18 +182,21 @@ class MergeTune:
 
     def merge(self, inputs: MergeInputs) -> Model:
         zero_shot, tuned = self.ends(inputs)
-        start = WiseFT(self.tau).merge(inputs)
+        used = self.used
+        start = WiseFT(used.tau).merge(inputs)
         assert isinstance(start, Single)
         training = train(
             start,
             inputs,
             what="mergetune",
-            epochs=self.epochs,
+            epochs=used.epochs,
             batch=self.batch,
             lr=self.lr,
-            augment=Augment(self.crop, self.flip),
+            augment=Augment(used.crop, self.flip),
             views=self.views,
             accumulate=self.accumulate,
+            warmup=used.warmup,
+            longest=used.longest * distance(zero_shot, tuned) or None,
         )
         objective = self.objective(training.network, training.x, zero_shot, tuned, inputs)
         for step in training:
@@ -154,8 +212,8 @@ class MergeTune:
         import torch
 
         about = tuned.adapter.about
-        template = about.makes_texts and self.path == "features" and self.anchor == "template"
-        line = network.line((inputs.base if template else zero_shot).adapter, tuned.adapter, self.path)
+        template = about.makes_texts and self.space == "classifiers" and self.zero_shot == "template"
+        line = network.line((inputs.base if template else zero_shot).adapter, tuned.adapter, self.space)
         fisher = None
         if self.surrogate == "fisher":
             exact = None if x is None else line.fisher(self._seen(network, x, zero_shot, inputs))
@@ -166,7 +224,8 @@ class MergeTune:
             )
         alphas = torch.tensor(self.alphas) if self.alphas else None
         surrogate = self.surrogate or ("l2" if about.reads == "images" else "cosine")
-        return Objective(line, self, surrogate, fisher, line.unit(weighted=fisher is not None), alphas)
+        used, unit = self.used, line.unit(weighted=fisher is not None)
+        return Objective(line, used.lambda_, used.beta, alphas, self.n_alpha, surrogate, fisher, unit)
 
     def _seen(self, network: Network, x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
         """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""
@@ -182,7 +241,7 @@ class MergeTune:
                 where=WHERE,
                 hint="merge several with linear or task_arithmetic first",
             )
-        zero_shot, (tuned,) = anchors(inputs)
+        zero_shot, (tuned,) = endpoints(inputs)
         for names, read, why in self._readers(tuned.adapter.about):
             if not read:
                 check_effect(self, names, where=WHERE, why=why)
@@ -194,14 +253,15 @@ class MergeTune:
 
     def _readers(self, about: About) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         """Options, whether something reads them for such a model, and what is so if not."""
-        images, on_path = about.reads == "images", " with path=features" * about.makes_texts
-        yield ("path", "anchor"), about.makes_texts, f"on {about.one}"
+        images, on_path = about.reads == "images", " with space=classifiers" * about.makes_texts
+        yield ("space", "zero_shot"), about.makes_texts, f"on {about.one}"
         yield ("views",), not (images or about.fresh_views), f"on {about.one}"
         yield ("accumulate",), images, f"on {about.one}"
-        yield ("anchor",), self.path == "features", "with path=weights"
+        yield ("warmup", "longest"), not images, f"on {about.one}"
+        yield ("zero_shot",), self.space == "classifiers", "with space=weights"
         yield ("n_alpha",), not self.alphas, "beside alphas"
         yield ("crop", "flip"), images or about.fresh_views or self.views > 0, "without views"
-        exact = about.exact_fisher or (about.makes_texts and self.path == "features")
+        exact = about.exact_fisher or (about.makes_texts and self.space == "classifiers")
         yield ("fisher_images",), not exact, f"on {about.one}{on_path}: all images count"
         yield ("fisher_images",), self.surrogate == "fisher", f"with surrogate={self.surrogate}"
 
@@ -211,26 +271,27 @@ class Objective:
     """L(w) of one network: the three terms of the formula above, in the representation of the table."""
 
     line: Line
-    options: MergeTune
+    lambda_: float
+    beta: float
+    alphas: Tensor | None
+    """[A] of a path whose points are fixed; None: `n_alpha` are drawn at each step."""
+    n_alpha: int
     surrogate: Literal["l2", "cosine", "fisher"]
     fisher: Mapping[str, Tensor] | None
     unit: Tensor | float
     """What squared distances are divided by."""
-    alphas: Tensor | None
-    """[A] of a path whose points are fixed; None: drawn at each step."""
 
     def terms(
         self, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor, draw: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Of prepared inputs of B images and labels [B]; a term's graph may go before the next is made."""
-        lambda_, beta = self.options.lambda_, self.options.beta
-        alphas = self._alphas(draw, x) if beta else x.new_empty(0)
+        alphas = self._alphas(draw, x) if self.beta else x.new_empty(0)
         w, logits = self.line.at(weights, alphas, x)
-        if lambda_:
-            yield lambda_ * self.distance(w)
+        if self.lambda_:
+            yield self.lambda_ * self.distance(w)
         yield cross_entropy(next(logits), labels)  # [B, K] at w
-        for part in logits if beta else ():  # [A, B, K] at points
-            yield beta * (len(part) / len(alphas)) * cross_entropy(part, labels)
+        for part in logits if self.beta else ():  # [A, B, K] at points
+            yield self.beta * (len(part) / len(alphas)) * cross_entropy(part, labels)
 
     def distance(self, w: Mapping[str, Tensor]) -> Tensor:
         """S(w, w1), the surrogate of the table."""
@@ -246,4 +307,11 @@ class Objective:
         import torch
 
         alphas = self.alphas
-        return (torch.rand(self.options.n_alpha, generator=draw) if alphas is None else alphas).to(like)
+        return (torch.rand(self.n_alpha, generator=draw) if alphas is None else alphas).to(like)
+
+
+def distance(first: Single, second: Single) -> float:
+    """|w2 - w1| over all tensors of two adapters."""
+    others = second.adapter.tensors
+    squares = (float((others[name].double() - t.double()).square().sum()) for name, t in first.adapter.tensors.items())
+    return math.sqrt(sum(squares))

@@ -11,7 +11,7 @@ from mergekit_vl.estimators.fisher_information import some
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check, check_effect, option
-from mergekit_vl.strategies.in_memory import anchors, as_model
+from mergekit_vl.strategies.in_memory import as_model, endpoints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class RegMean:
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
 
-        zero_shot, tuned = anchors(inputs)
+        zero_shot, tuned = endpoints(inputs)
         about = zero_shot.adapter.about
         if about.reads == "features":
             if not about.linear:

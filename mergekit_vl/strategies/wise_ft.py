@@ -15,7 +15,14 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
-from mergekit_vl.strategies.in_memory import anchors, check_numbers, check_own_space, merge_adapters
+from mergekit_vl.strategies.in_memory import (
+    Space,
+    check_numbers,
+    check_space,
+    endpoints,
+    merge_adapters,
+    space_option,
+)
 
 WHERE = "strategy wise_ft"
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -34,22 +41,20 @@ class WiseFT:
     alpha: Coefficient | Literal["validation"] = option(
         0.5, "0 is zero-shot, 1 is fine-tuned; validation: chosen on validation images (`run` only)"
     )
-    space: Literal["own", "features"] = option(
-        "own", "merge the tensors, or the classifiers that they make (`run` only)"
-    )
+    space: Space = space_option()
 
-    grid = {"space": ("own", "features"), "alpha": (0.3, 0.5, 0.7, 0.9)}
+    grid = {"space": ("weights", "classifiers"), "alpha": (0.3, 0.5, 0.7, 0.9)}
 
     def check(self, models: Models) -> None:
-        check_own_space(WHERE, self.space)
+        check_space(WHERE, self.space)
         models.check_coefficient(WHERE, self._alpha(), "alpha")
 
     def merge(self, inputs: MergeInputs) -> Model:
         if self.alpha == "validation":
             return self._chosen(inputs)
-        if self.space == "own":
+        if self.space == "weights":
             return merge_adapters(self, inputs)
-        _, tuned = anchors(inputs)
+        _, tuned = endpoints(inputs)
         if len(tuned) != 1:
             raise Unsuitable(f"1 tuned model, not {len(tuned)}", where=WHERE, hint="use linear for several")
         (alpha,) = check_numbers(WHERE, (self._alpha(),), "alpha")
@@ -59,7 +64,7 @@ class WiseFT:
         from mergekit_vl.models.evaluate import evaluate, quality
 
         tasks = inputs.to_choose_on(WHERE, "give alpha as a number")
-        about = anchors(inputs)[0].adapter.about
+        about = endpoints(inputs)[0].adapter.about
         once = about.reads == "images"  # a tower an alpha: its features are looked at once
         store = inputs.features.temporary() if once else inputs.features
 

@@ -53,11 +53,11 @@ def check_adapter(adapter: Adapter) -> None:
             "its own tensors give other logits",
         )
     with promises("point before tuning"):
-        start = adapter.anchor(backbone)
+        start = adapter.untuned(backbone)
         require(
             {k: t.shape for k, t in start.tensors.items()} == {k: t.shape for k, t in adapter.tensors.items()}
             and start.space == adapter.space,
-            "anchor has other names, shapes or another space",
+            "the untuned adapter has other names, shapes or another space",
         )
     with promises("aligned"):
         require(len(adapter.aligned([adapter, adapter])) == 2, "aligned gives another number of adapters")

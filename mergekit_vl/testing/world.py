@@ -100,7 +100,7 @@ def prompts(n: int, by: float = 0.05) -> tuple[Single, ...]:
     from mergekit_vl.adapters.prompt import Prompt
 
     draw = torch.Generator().manual_seed(1)
-    words = Prompt(backbone().embed("a photo of a"), "a photo of a").anchor(backbone())
+    words = Prompt(backbone().embed("a photo of a"), "a photo of a").untuned(backbone())
     (name, start), *_ = words.tensors.items()
     return tuple(
         Single(backbone(), words.with_tensors({name: start + by * torch.randn(start.shape, generator=draw)}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergekit_vl.errors import Failed
 from mergekit_vl.options import check
@@ -21,24 +21,40 @@ if TYPE_CHECKING:
 
     from mergekit_vl.models.inputs import MergeInputs
 
+Warmup = Literal["constant", "linear"]
+CONSTANT = 1e-5
+"""The rate of the field's warm-up."""
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD as the field's code (Dassl) runs it: momentum 0.9, weight decay 5e-4, cosine by epoch after one epoch at 1e-5."""
+    """SGD as the field's code (Dassl) runs it: momentum 0.9, weight decay 5e-4, cosine by epoch after one epoch of warm-up.
+
+    The field's warm-up is `constant`, 1e-5: next to nothing moves, but the momentum sums that epoch's gradients, and the first step
+    at the full rate takes them all at once. Cross-entropy alone has small gradients and bears it; an objective with a gradient of
+    10 throws the weights far away. `linear` rises to the full rate step by step. With `longest` gradients are clipped so that no step at the full rate, momentum
+    included, is longer than that.
+    """
 
     epochs: int
     batch: int
     lr: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    warmup_lr: float = 1e-5
+    warmup: Warmup = "constant"
+    longest: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(self)
 
-    def lr_at(self, epoch: int) -> float:
+    def takes(self, images: int, *, of: int) -> bool:
+        """Whether a batch of so many images is trained on: the field drops the last one, except where it is the only one."""
+        return images >= min(self.batch, of)
+
+    def lr_at(self, epoch: int, done: float = 1.0) -> float:
+        """In the step with which the share `done` of the epoch is done."""
         if epoch == 0 and self.epochs > 1:
-            return self.warmup_lr
+            return CONSTANT if self.warmup == "constant" else self.lr * done
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
 
 
@@ -107,17 +123,22 @@ def sgd(
     shuffle = torch.Generator().manual_seed(inputs.seed)
     draw = torch.Generator().manual_seed(inputs.seed + 1)
     for epoch in range(schedule.epochs):
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(epoch) / unit
+        order = torch.randperm(len(labels), generator=shuffle).to(labels.device)
+        batches = [rows for rows in order.split(schedule.batch) if schedule.takes(len(rows), of=len(labels))]
+        for i, rows in enumerate(batches):
 
-        def end(loss: Tensor, epoch: int = epoch) -> None:
-            check_loss(loss, what, epoch, schedule.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            def end(
+                loss: Tensor, lr: float = schedule.lr_at(epoch, (i + 1) / len(batches)), epoch: int = epoch
+            ) -> None:
+                check_loss(loss, what, epoch, schedule.lr)
+                optimizer.zero_grad()
+                loss.backward()
+                if schedule.longest is not None:
+                    most = schedule.longest * (1 - schedule.momentum) / (schedule.lr / unit)
+                    torch.nn.utils.clip_grad_norm_(list(weights.values()), most)
+                optimizer.param_groups[0]["lr"] = lr / unit
+                optimizer.step()
 
-        for rows in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(schedule.batch):
-            if len(rows) < schedule.batch <= len(labels):
-                continue  # the field drops the last batch, except where it is the only one
             yield Step(weights, x[epoch % len(x), rows], labels[rows], draw, end)
         inputs.progress(epoch + 1, schedule.epochs, what)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.models.model import Single
-from mergekit_vl.tuners.sgd import Schedule, Step, sgd
+from mergekit_vl.tuners.sgd import Schedule, Step, Warmup, sgd
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,11 +43,13 @@ def train(
     lr: float | None = None,
     views: int = 0,
     accumulate: int = 1,
+    warmup: Warmup = "constant",
+    longest: float | None = None,
 ) -> Training:
     """Training of the model `start` on the first task of `inputs`; lr and weight decay are the adapter's own where none is given.
 
     `views` are augmented views of each image for adapters that do not see a fresh one in every epoch; 0: the test view alone.
-    `accumulate` batches make one step where images are read.
+    `accumulate` batches make one step where images are read. `warmup` and `longest` are of SGD (`Schedule`).
     """
     import torch
 
@@ -72,7 +74,7 @@ def train(
         weights,
         x,
         torch.from_numpy(data.train.labels).to(x.device),
-        Schedule(epochs, batch, lr, weight_decay=about.weight_decay),
+        Schedule(epochs, batch, lr, weight_decay=about.weight_decay, warmup=warmup, longest=longest),
         inputs,
         what=what,
         unit=network.unit(x),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_vl import MergeInputs, Model, Register, Unsuitable, anchors, as_model, hookimpl, option
+from mergekit_vl import MergeInputs, Model, Register, Unsuitable, as_model, endpoints, hookimpl, option
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which the arc is too flat, or undetermined, to be followed
 
@@ -18,7 +18,7 @@ class Geodesic:
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
 
-        base, tuned = anchors(inputs)
+        base, tuned = endpoints(inputs)
         if len(tuned) != 1:
             raise Unsuitable(
                 f"one tuned model, not {len(tuned)}", where="strategy geodesic", hint="use linear for several"

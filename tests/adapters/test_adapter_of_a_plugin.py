@@ -25,9 +25,9 @@ protocol: {name: few_shot, shots: 2}
 tuned: [{tuner: {name: task_res, epochs: 4, batch: 8}}]
 strategy:
   - {name: mergetune, epochs: 3, batch: 8}
-  - {name: mergetune, label: weights, epochs: 2, batch: 8, path: weights, surrogate: fisher, fisher_images: 4}
+  - {name: mergetune, label: weights, epochs: 2, batch: 8, space: weights, surrogate: fisher, fisher_images: 4}
   - {name: wise_ft}
-  - {name: linear, space: features}
+  - {name: linear, space: classifiers}
   - {name: fisher, base: true, images: 4}
 """
 

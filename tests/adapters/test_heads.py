@@ -122,7 +122,7 @@ def test_a_head_as_a_file(micro, tmp_path):
         True,
         {"l2": 0.1},
     )
-    assert again.anchor(micro).weight.equal(start.weight)
+    assert again.untuned(micro).weight.equal(start.weight)
 
 
 def test_lbfgs_reaches_the_optimum():

@@ -85,8 +85,8 @@ def test_both_towers_can_be_others(backbone):
     state = {name: tensor + 0.1 for name, tensor in backbone.model.state_dict().items() if tensor.is_floating_point()}
     model = Single(backbone, Tower(state))
     torch.testing.assert_close(model.adapter.on(backbone).scale, (backbone.logit_scale + 0.1).exp())
-    anchor = model.adapter.anchor(backbone)
-    assert all(torch.equal(tensor, backbone.model.state_dict()[name]) for name, tensor in anchor.tensors.items())
+    untuned = model.adapter.untuned(backbone)
+    assert all(torch.equal(tensor, backbone.model.state_dict()[name]) for name, tensor in untuned.tensors.items())
 
 
 def literal_step(backbone, task, lr):
@@ -192,7 +192,7 @@ def test_the_terms_of_a_tower_by_hand(backbone, task):
     """lambda |w - w1|^2 / |w2 - w1|^2, CE of w, beta / A of CE at each w2 + alpha (w - w2)."""
     given = tuned_task(task)
     second = given.tuned[0].adapter
-    first = second.anchor(backbone)
+    first = second.untuned(backbone)
     w = {n: (0.3 * second.tensors[n] + 0.7 * t) for n, t in first.tensors.items()}
     forward = TowerNetwork(backbone, first, CLASSES)
     images, labels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
@@ -213,7 +213,7 @@ def test_the_terms_of_a_tower_by_hand(backbone, task):
 def test_a_strong_pull_holds_a_tower_at_zero_shot(backbone, task):
     given = tuned_task(task)
     options = {"beta": 0.0, "tau": 1.0, "epochs": 15, "batch": 9, "lr": 3e-3}
-    first = given.tuned[0].adapter.anchor(backbone)
+    first = given.tuned[0].adapter.untuned(backbone)
     pulled, free = (MergeTune(lambda_=v, **options).merge(given).adapter for v in (50.0, 0.0))
     assert distance(pulled, first) < 0.7 * distance(free, first)
     with pytest.raises(UserError, match="surrogate=cosine is not there for towers"):
@@ -223,7 +223,7 @@ def test_a_strong_pull_holds_a_tower_at_zero_shot(backbone, task):
 def test_a_fisher_of_a_tower_is_the_mean_of_squared_gradients(backbone, task):
     """Of the two images that are drawn, with the two labels that are drawn, written out."""
     given = tuned_task(task)
-    first = given.tuned[0].adapter.anchor(backbone)
+    first = given.tuned[0].adapter.untuned(backbone)
     fisher = fisher_information.of_model(Single(backbone, first), given.data[0], given, 2)
     assert set(fisher) == set(first.tensors)
     forward, train = TowerNetwork(backbone, first, CLASSES, training=False), given.data[0].train
@@ -239,7 +239,7 @@ def test_a_fisher_of_a_tower_is_the_mean_of_squared_gradients(backbone, task):
 def test_towers_average_as_tensors(backbone, task):
     given = tuned_task(task)
     merged, second = WiseFT(0.25).merge(given).adapter, given.tuned[0].adapter
-    first = second.anchor(backbone)
+    first = second.untuned(backbone)
     for name, tensor in merged.tensors.items():
         torch.testing.assert_close(tensor, 0.75 * first.tensors[name] + 0.25 * second.tensors[name])
 

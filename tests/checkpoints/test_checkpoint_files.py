@@ -167,8 +167,8 @@ def test_prompts_that_do_not_fit_say_so(tmp_path, micro, dassl):
 def test_a_context_of_another_length_has_no_zero_shot_point_until_its_words_are_given(tmp_path, micro):
     torch.save({"state_dict": {"ctx": torch.ones(5, 128)}}, tmp_path / "five.pth.tar-1")
     with pytest.raises(UserError, match="started at random .* {checkpoint: FILE, init: a photo of a}"):
-        Prompt.load(tmp_path / "five.pth.tar-1").anchor(micro)
-    assert Prompt.load(tmp_path / "five.pth.tar-1").with_init("a photo of a big").anchor(micro).ctx.shape == (5, 128)
+        Prompt.load(tmp_path / "five.pth.tar-1").untuned(micro)
+    assert Prompt.load(tmp_path / "five.pth.tar-1").with_init("a photo of a big").untuned(micro).ctx.shape == (5, 128)
 
 
 def test_a_recipe_continues_from_a_coop_checkpoint(dassl, tmp_path, micro):

@@ -135,7 +135,7 @@ def test_the_models_that_are_merged_keep_their_own(given):
     end = given.tuned[0].adapter
     for strategy, inputs, expected in (
         (WiseFT(1.0), one, end),
-        (WiseFT(0.0), one, end.anchor(given.base.backbone)),
+        (WiseFT(0.0), one, end.untuned(given.base.backbone)),
         (UniformSoup(), replace(given, tuned=given.tuned[:1] * 2), end),
     ):
         merged = strategy.merge(inputs).adapter.tensors

@@ -62,7 +62,7 @@ def test_points_are_the_models_that_merging_makes(world):
         assert at(points, "classifiers", segment, 0.25) == measured(mix, tests, store)
     assert at(points, "classifiers", "zero-shot -> merged", 1.0) == measured(models["merged"], tests, store)
     tuned = models["tuned"]
-    start = tuned.adapter.anchor(tuned.backbone)
+    start = tuned.adapter.untuned(tuned.backbone)
     halfway = start.with_tensors({"ctx": (start.ctx + tuned.adapter.ctx) / 2})
     assert at(points, "contexts", "zero-shot -> tuned", 0.5) == measured(Single(tuned.backbone, halfway), tests, store)
 
@@ -98,7 +98,7 @@ def test_the_plane_is_true_to_the_distances(world):
     models, tests, store = world
     (_, between) = landscape.landscapes(models["zero-shot"], models["tuned"], models["merged"], store)
     plane = landscape.plane(between, tests, 4)
-    start = models["tuned"].adapter.anchor(models["tuned"].backbone).ctx.flatten()
+    start = models["tuned"].adapter.untuned(models["tuned"].backbone).ctx.flatten()
     u, v = ((models[name].adapter.ctx.flatten() - start).double() for name in ("tuned", "merged"))
     x, y = plane["corners"]["merged"]
     assert math.hypot(x, y) == pytest.approx(float(v.norm() / u.norm()), rel=1e-5)
@@ -116,7 +116,7 @@ def test_the_plane_is_true_to_the_distances(world):
 def test_three_models_on_a_line_span_no_plane(world):
     models, tests, store = world
     tuned = models["tuned"]
-    start = tuned.adapter.anchor(tuned.backbone)
+    start = tuned.adapter.untuned(tuned.backbone)
     halfway = Single(tuned.backbone, start.with_tensors({"ctx": (start.ctx + tuned.adapter.ctx) / 2}))
     (_, between) = landscape.landscapes(models["zero-shot"], tuned, halfway, store)
     assert landscape.plane(between, tests, 4) is None

@@ -40,7 +40,7 @@ BUILTINS = {
 }
 METHODS = {
     "backbones": "build",
-    "adapters": "anchor",
+    "adapters": "untuned",
     "tuners": "tune",
     "strategies": "merge",
     "datasets": "load",

@@ -69,7 +69,7 @@ def test_a_plugins_own_modules_count_relative_ones_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["from mergekit_vl import anchors, option", "import mergekit_vl as mk\nmk.option(mk.anchors)"]
+    "text", ["from mergekit_vl import endpoints, option", "import mergekit_vl as mk\nmk.option(mk.endpoints)"]
 )
 def test_what_a_plugin_takes_from_the_package_itself_counts(tmp_path, monkeypatch, text):
     monkeypatch.syspath_prepend(tmp_path)

@@ -42,8 +42,8 @@ from mergekit_vl.strategies.wise_ft import WiseFT
         (TallMask(0, lambda_=0.3, lambdas=(0.1, 0.2)), "strategy tall_mask: lambda=0.3 has no effect beside lambdas"),
         (TallMask(lambda_=0.3), "strategy tall_mask: lambda=0.3 has no effect without a task: there is no mask"),
         (Emr(norm="tensors"), "strategy emr: norm=tensors has no effect without a task: there is no rescaling"),
-        (Linear(space="features"), "strategy linear: space=features merges classifiers, not tensors"),
-        (WiseFT(space="features"), "strategy wise_ft: space=features merges classifiers, not tensors"),
+        (Linear(space="classifiers"), "strategy linear: space=classifiers merges classifiers, not tensors"),
+        (WiseFT(space="classifiers"), "strategy wise_ft: space=classifiers merges classifiers, not tensors"),
     ],
 )
 def test_what_a_merge_of_tensors_does_not_read(method, message):
@@ -56,18 +56,20 @@ def test_what_a_merge_of_tensors_does_not_read(method, message):
 def test_classifiers_are_weighed_by_numbers_alone():
     models = prompts(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2))
     given = MergeInputs(models[0], tuple(models[1:]), (), None)
-    assert Linear((1.0, 2.0, 1.0), space="features").merge(given).weights == (0.25, 0.5, 0.25)
+    assert Linear((1.0, 2.0, 1.0), space="classifiers").merge(given).weights == (0.25, 0.5, 0.25)
     for weights in ((1.0, (0.0, 1.0), 2.0), (1.0, {"attn": 0.0, "*": 1.0}, 2.0), ((0.0, 1.0),) * 3):
-        with pytest.raises(UserError, match="strategy linear: a weight by depth or by name in the space features"):
-            Linear(weights, space="features").merge(given)
+        with pytest.raises(
+            UserError, match="strategy linear: a weight by depth or by name in the space of classifiers"
+        ):
+            Linear(weights, space="classifiers").merge(given)
     with pytest.raises(UserError, match="strategy linear: 2 weights for 3 models"):
-        Linear((1.0, 2.0), space="features").merge(given)
+        Linear((1.0, 2.0), space="classifiers").merge(given)
     with pytest.raises(UserError, match="the weights sum to zero"):
-        Linear((0.1, 0.2, -0.3), space="features").merge(given)  # 5.6e-17 to a computer
+        Linear((0.1, 0.2, -0.3), space="classifiers").merge(given)  # 5.6e-17 to a computer
     one = MergeInputs(models[0], tuple(models[1:2]), (), None)
-    assert WiseFT(0.25, space="features").merge(one).weights == (0.75, 0.25)
-    with pytest.raises(UserError, match="strategy wise_ft: alpha by depth or by name in the space features"):
-        WiseFT((0.0, 1.0), space="features").merge(one)
+    assert WiseFT(0.25, space="classifiers").merge(one).weights == (0.75, 0.25)
+    with pytest.raises(UserError, match="strategy wise_ft: alpha by depth or by name in the space of classifiers"):
+        WiseFT((0.0, 1.0), space="classifiers").merge(one)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ def test_classifiers_are_weighed_by_numbers_alone():
     [
         (Fisher(images=5), "images=5 has no effect on heads: all images count"),
         (RegMean(images=5), "images=5 has no effect on heads: all images count"),
-        (MergeTune(path="weights"), "path=weights has no effect on a head"),
-        (MergeTune(anchor="context"), "anchor=context has no effect on a head"),
+        (MergeTune(space="weights"), "space=weights has no effect on a head"),
+        (MergeTune(zero_shot="context"), "zero_shot=context has no effect on a head"),
         (MergeTune(accumulate=2), "accumulate=2 has no effect on a head"),
         (MergeTune(n_alpha=2), "n_alpha=2 has no effect beside alphas"),
         (MergeTune(crop=0.5), "crop=0.5 has no effect without views"),
@@ -98,9 +100,9 @@ def test_what_nothing_reads_of_a_head(strategy, option):
     [
         ({"views": 2}, "views=2 has no effect on a prompt"),
         ({"accumulate": 2}, "accumulate=2 has no effect on a prompt"),
-        ({"path": "weights", "anchor": "context"}, "anchor=context has no effect with path=weights"),
-        ({"fisher_images": 5}, "fisher_images=5 has no effect on a prompt with path=features: all images count"),
-        ({"path": "weights", "fisher_images": 5}, "fisher_images=5 has no effect with surrogate=None"),
+        ({"space": "weights", "zero_shot": "context"}, "zero_shot=context has no effect with space=weights"),
+        ({"fisher_images": 5}, "fisher_images=5 has no effect on a prompt with space=classifiers: all images count"),
+        ({"space": "weights", "fisher_images": 5}, "fisher_images=5 has no effect with surrogate=None"),
     ],
 )
 def test_what_nothing_reads_of_a_prompt(options, told):

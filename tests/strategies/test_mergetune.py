@@ -42,28 +42,28 @@ def literal_ce(scale, text, images, labels):
     return total / len(images)
 
 
-def literal_loss(model, ctx, w1, w2, names, images, labels, *, alphas, lam, beta, path, surrogate):
+def literal_loss(model, ctx, w1, w2, names, images, labels, *, alphas, lam, beta, space, surrogate):
     """L(w) of the paper term by term; w1 and w2 are (context, text features)."""
     scale = model.logit_scale.exp()
     text = literal_text(model, ctx, names)
     total = literal_ce(scale, text, images, labels)
     for a in alphas:
-        if path == "features":
+        if space == "classifiers":
             point = a * text + (1 - a) * w2[1]
         else:
             point = literal_text(model, a * ctx + (1 - a) * w2[0], names)
         total = total + beta / len(alphas) * literal_ce(scale, point, images, labels)
-    w, anchor = (text, w1[1]) if path == "features" else (ctx, w1[0])
+    w, zero = (text, w1[1]) if space == "classifiers" else (ctx, w1[0])
     terms = []
-    for r, r1 in zip(w.reshape(-1, w.shape[-1]), anchor.reshape(-1, w.shape[-1])):
+    for r, r1 in zip(w.reshape(-1, w.shape[-1]), zero.reshape(-1, w.shape[-1])):
         terms.append(1 - (r @ r1) / (r.norm() * r1.norm()) if surrogate == "cosine" else ((r - r1) ** 2).sum())
-    pull = sum(terms) if (surrogate, path) == ("l2", "weights") else sum(terms) / len(terms)
+    pull = sum(terms) if (surrogate, space) == ("l2", "weights") else sum(terms) / len(terms)
     return total + lam * pull
 
 
 @dataclass
 class Step:
-    """One training step in float64: the product's objective and the literal one, at a context away from all anchors."""
+    """One training step in float64: the product's objective and the literal one, at a context away from both ends."""
 
     inputs: MergeInputs
     names: tuple
@@ -113,10 +113,10 @@ def agrees(ours, literal):
     return abs(ours[0] - literal[0]) < 1e-6 and (ours[1] - literal[1]).abs().max() < 1e-6
 
 
-CELLS = [{"path": p, "surrogate": s} for p in ("features", "weights") for s in ("cosine", "l2")]
+CELLS = [{"space": p, "surrogate": s} for p in ("classifiers", "weights") for s in ("cosine", "l2")]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['path']}-{cell['surrogate']}")
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['space']}-{cell['surrogate']}")
 def test_loss_and_gradient_are_those_of_the_formula(step, cell):
     """Every cell of the docstring's table, loss and gradient with respect to the context, to 1e-6 in float64."""
     ours = step.product(lambda_=3.0, beta=0.7, **cell)
@@ -125,8 +125,8 @@ def test_loss_and_gradient_are_those_of_the_formula(step, cell):
 
 
 def test_the_other_anchor_and_drawn_alphas(step):
-    cell = {"path": "features", "surrogate": "cosine"}
-    ours = step.product(lambda_=3.0, beta=0.7, anchor="context", **cell)
+    cell = {"space": "classifiers", "surrogate": "cosine"}
+    ours = step.product(lambda_=3.0, beta=0.7, zero_shot="context", **cell)
     assert agrees(ours, step.literal(lam=3.0, beta=0.7, template=False, **cell))
     drawn = torch.rand(2, generator=torch.Generator().manual_seed(4)).tolist()
     ours = step.product(lambda_=3.0, beta=0.7, alphas=(), n_alpha=2, **cell)
@@ -143,7 +143,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("term", MUTATIONS)
 def test_a_mutated_term_is_noticed(step, monkeypatch, term):
     """Endpoints exchanged (the grid is symmetric, so an unsymmetric one is used), a doubled distance, a halved cross-entropy."""
-    options = {"beta": 0.7, "path": "features", "surrogate": "cosine"}
+    options = {"beta": 0.7, "space": "classifiers", "surrogate": "cosine"}
     literal = step.literal(lam=3.0, alphas=(0.1, 0.4), **options)
     assert agrees(step.product(lambda_=3.0, alphas=(0.1, 0.4), **options), literal)
     monkeypatch.setattr(f"mergekit_vl.{term}", MUTATIONS[term])
@@ -151,7 +151,7 @@ def test_a_mutated_term_is_noticed(step, monkeypatch, term):
 
 
 def test_each_weight_counts(step):
-    options = {"path": "features", "surrogate": "cosine"}
+    options = {"space": "classifiers", "surrogate": "cosine"}
     literal = step.literal(lam=3.0, beta=0.7, **options)
     assert not agrees(step.product(lambda_=3.0, beta=0.8, **options), literal)
     assert not agrees(step.product(lambda_=3.1, beta=0.7, **options), literal)
@@ -182,11 +182,11 @@ def task(tmp_path_factory):
     return MergeInputs(base, (tuned,), (TaskData(classes, split),), store, seed=3)
 
 
-@pytest.mark.parametrize("path", ["features", "weights"])
-def test_a_step_has_one_text_forward_and_no_image_forward(task, monkeypatch, path):
+@pytest.mark.parametrize("space", ["classifiers", "weights"])
+def test_a_step_has_one_text_forward_and_no_image_forward(task, monkeypatch, space):
     """Three epochs of three steps: nine text forwards, beside the ends' two where classifiers are interpolated; the nine images' views are
     encoded once, then never."""
-    strategy = MergeTune(epochs=3, batch=3, path=path)
+    strategy = MergeTune(epochs=3, batch=3, space=space)
     strategy.merge(task)
     backbone = task.base.backbone
     calls = {"text": 0, "image": 0}
@@ -201,7 +201,7 @@ def test_a_step_has_one_text_forward_and_no_image_forward(task, monkeypatch, pat
     monkeypatch.setattr(backbone.model.transformer, "forward", counted("text", backbone.model.transformer.forward))
     monkeypatch.setattr(backbone.model.visual, "forward", counted("image", backbone.model.visual.forward))
     strategy.merge(task)
-    assert calls == {"text": 9 + 2 * (path == "features"), "image": 0}
+    assert calls == {"text": 9 + 2 * (space == "classifiers"), "image": 0}
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_options_that_make_no_sense(options, message):
 def test_a_context_per_class_merges_too(task):
     ctx = task.tuned[0].adapter.ctx.expand(3, -1, -1).clone()
     tuned = Single(task.base.backbone, Prompt(ctx, "a photo of a", task.data[0].classes.names))
-    for path in ("features", "weights"):
-        merged = MergeTune(epochs=1, path=path).merge(replace(task, tuned=(tuned,)))
+    for space in ("classifiers", "weights"):
+        merged = MergeTune(epochs=1, space=space).merge(replace(task, tuned=(tuned,)))
         assert merged.adapter.ctx.shape == (3, 4, 128)
 
 

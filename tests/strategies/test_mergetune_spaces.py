@@ -196,7 +196,7 @@ def terms(given, at, **options):
 def test_the_terms_of_a_tower_are_those_of_the_formula(small, with_head):
     given = tower_inputs(small, with_head)
     tuned = given.tuned[0].adapter
-    first = {n: t.clone() for n, t in tuned.anchor(small).tensors.items()}
+    first = {n: t.clone() for n, t in tuned.untuned(small).tensors.items()}
     second = dict(tuned.tensors)
     at = {n: t.clone().requires_grad_(True) for n, t in moved(first, 0.1, 7).items()}
     values, gradients, images = terms(given, tuned.with_tensors({n: t.detach() for n, t in at.items()}))
@@ -277,7 +277,7 @@ def test_endpoints_of_tau_of_a_tower(small, monkeypatch):
     no_steps(monkeypatch)
     given = tower_inputs(small)
     tuned = given.tuned[0].adapter
-    for tau, expected in ((0.0, tuned.anchor(small)), (1.0, tuned)):
+    for tau, expected in ((0.0, tuned.untuned(small)), (1.0, tuned)):
         found = MergeTune(tau=tau).merge(given).adapter
         assert all(torch.equal(found.tensors[n], t) for n, t in expected.tensors.items())
 
@@ -285,7 +285,7 @@ def test_endpoints_of_tau_of_a_tower(small, monkeypatch):
 def test_a_strong_pull_ends_near_the_first_tower(small):
     given = tower_inputs(small, with_head=False)
     tuned = given.tuned[0].adapter
-    first = tuned.anchor(small).tensors
+    first = tuned.untuned(small).tensors
     before = {n: t.clone() for n, t in tuned.tensors.items()}
 
     def away(w):

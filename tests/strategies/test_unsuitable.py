@@ -87,7 +87,7 @@ def test_strategies_of_images_that_do_not_fit(strategy):
         strategy.merge(given)
 
 
-@pytest.mark.parametrize("strategy", [OutputEnsemble((1.0,)), MergeTune(views=2), Linear((1.0,), space="features")])
+@pytest.mark.parametrize("strategy", [OutputEnsemble((1.0,)), MergeTune(views=2), Linear((1.0,), space="classifiers")])
 def test_strategies_of_prompts_that_do_not_fit(strategy):
     base, tuned = prompts(torch.zeros(1, 2), torch.ones(1, 2))
     with pytest.raises(Unsuitable):

@@ -63,7 +63,7 @@ def test_another_width_and_an_unknown_start_are_told(micro, tmp_path):
     with pytest.raises(UserError, match="features of width 7, micro gives 128"):
         load_tuned(tmp_path / "narrow.safetensors", micro, load_plugins())
     with pytest.raises(UserError, match="nothing tells the head that this one was tuned from"):
-        HEAD.anchor(micro)
+        HEAD.untuned(micro)
 
 
 def newton(x, y, w0, l2):

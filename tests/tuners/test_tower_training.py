@@ -103,11 +103,11 @@ def test_other_weights_are_shared_and_change_nothing_else(small):
 def test_the_anchor_is_the_backbone_with_the_first_head(small):
     start = zero_shot(small, CLASSES)
     head = LinearHead(torch.ones(3, 16), torch.ones(3), NAMES, True, start)
-    anchor = Tower(moved(small.image_weights()), head).anchor(small)
-    assert all(torch.equal(anchor.weights[name], tensor) for name, tensor in small.image_weights().items())
-    assert torch.equal(anchor.head.weight, start.weight)
-    tensors = anchor.tensors
-    assert {"linear_head.weight", "linear_head.bias"} < tensors.keys() and len(tensors) == len(anchor.weights) + 2
+    untuned = Tower(moved(small.image_weights()), head).untuned(small)
+    assert all(torch.equal(untuned.weights[name], tensor) for name, tensor in small.image_weights().items())
+    assert torch.equal(untuned.head.weight, start.weight)
+    tensors = untuned.tensors
+    assert {"linear_head.weight", "linear_head.bias"} < tensors.keys() and len(tensors) == len(untuned.weights) + 2
 
 
 def test_integers_are_not_merged(norm):
@@ -337,7 +337,7 @@ def test_a_timm_checkpoint_brings_its_classifier(norm, tmp_path):
     start = class_mean(norm, split(3, side=32))
     given = inputs(norm, split(3, side=32), base=Single(norm, start))
     told = with_start(single, given).adapter
-    assert told.head.names == NAMES and torch.equal(told.anchor(norm).head.weight, start.weight)
+    assert told.head.names == NAMES and torch.equal(told.untuned(norm).head.weight, start.weight)
     save_file(
         {n: t for n, t in model.state_dict().items() if not n.startswith("fc")}, tmp_path / "headless.safetensors"
     )

@@ -56,7 +56,7 @@ class TextResidual:
     def with_tensors(self, tensors):
         return replace(self, residual=tensors["residual"])
 
-    def anchor(self, backbone):
+    def untuned(self, backbone):
         return replace(self, residual=torch.zeros_like(self.residual))
 
     def aligned(self, others):

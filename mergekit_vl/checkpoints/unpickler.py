@@ -16,6 +16,8 @@ MOST_BYTES = 32 << 20
 MOST_OPERATIONS = 2_000_000
 MOST_VALUES = 500_000
 """Values that are kept or remembered. A tensor takes about 18, so this is a checkpoint of 27,000 tensors."""
+DEEPEST = 100
+"""Tuples in tuples. A tensor's arguments are 3 deep."""
 LONGEST = 4096
 """Bytes of a string that may be a tensor's name; longer ones are skipped."""
 LARGEST_INTEGER = 16
@@ -111,6 +113,8 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.depths: dict[int, int] = {}
+        """Of tuples by their ids: each sets its own when it is made, so a number that is used again holds what is there now."""
         self.operations = self.values = 0
 
     def run(self) -> tuple[Any, int]:
@@ -136,6 +140,13 @@ class _Reader:
     def keep(self, value: Any) -> None:
         self.count(1)
         self.stack.append(value)
+
+    def keep_tuple(self, values: tuple[Any, ...]) -> None:
+        depth = 1 + max((self.depths.get(id(value), 0) for value in values if type(value) is tuple), default=0)
+        if depth > DEEPEST:
+            raise Damaged(f"its pickle has tuples more than {DEEPEST} deep")
+        self.depths[id(values)] = depth
+        self.keep(values)
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -326,7 +337,7 @@ def _table() -> list[Callable[[_Reader], Any] | None]:
             if len(values) < count or _MARK in values:
                 raise IndexError
             del r.stack[-count:]
-            r.keep(values)
+            r.keep_tuple(values)
 
         return operation
 
@@ -437,7 +448,7 @@ def _table() -> list[Callable[[_Reader], Any] | None]:
     table[ord("q")] = lambda r: r.remember(r.number("<B"))
     table[ord("r")] = lambda r: r.remember(r.number("<I"))
     table[ord("s")] = set_item
-    table[ord("t")] = lambda r: r.keep(tuple(r.to_mark()))
+    table[ord("t")] = lambda r: r.keep_tuple(tuple(r.to_mark()))
     table[ord(")")] = push(())
     table[ord("u")] = lambda r: r.set_items(r.to_mark())
     table[ord("G")] = passing(8, INERT)

@@ -257,7 +257,8 @@ def test_small_files_with_large_costs(tmp_path):
     many = named("collections", "OrderedDict") + b"]q\x00(" + (b"NN\x86" * 1000) + b"e\x85R0"
     cases = {
         "memo": (b"K\x01r" + struct.pack("<I", 1 << 27), "remembers a value as number 134,217,728"),
-        "deep": (b"}N" + b"\x85" * 600_000 + b"K\x01s", "more than 500,000 values"),
+        "deep": (b"}N" + b"\x85" * 600_000 + b"K\x01s", "tuples more than 100 deep"),
+        "deep by marks": (b"(" * 200 + b"t" * 200, "tuples more than 100 deep"),
         "operations": (b"N0" * 1_000_001, "more than 2,000,000 operations"),
         "dictionaries": (b"}" * 600_000, "more than 500,000 values"),
         "module": (mapping(**{"module." * 100_000 + "w": tensor()}), "no name, or one of more than 4096 bytes"),

@@ -11,24 +11,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_vl.benchmark import search
 from mergekit_vl.benchmark.plan import BEST, Entry
+from mergekit_vl.benchmark.records import Default, Record, RowCost, Searched, Tried
 from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.experiments import landscape
-from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single, image_encoders, size_in_bytes
 from mergekit_vl.references import hide
 from mergekit_vl.registry.calls import told
-from mergekit_vl.reports.results import plain
+from mergekit_vl.reports.landscape_results import CellPath
 from mergekit_vl.strategies.base import HasControls, trains
 from mergekit_vl.system.atomic_files import slug, write_json
 from mergekit_vl.system.memory import Peak
 
 if TYPE_CHECKING:
-    from mergekit_vl.benchmark.grid import Bench, Key, Record
+    from mergekit_vl.benchmark.grid import Bench, Key
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.model import Model
     from mergekit_vl.recipe import Spec
@@ -56,7 +56,7 @@ class CellRun:
             if isinstance(error, UserError) and not isinstance(error, Failed):
                 raise  # the recipe does not fit: no cell will go better
             for entry in entries:
-                self._record(entry, {"status": "failed", "reason": f"its anchors failed: {told(error)}"})
+                self._record(entry, _fault(entry, "failed", f"its anchors failed: {told(error)}"))
             return
         for number, entry in enumerate(entries):
             self.bench.progress(number, len(entries), f"{self.key.name}: rows")
@@ -81,33 +81,30 @@ class CellRun:
         raise Failed(f"nothing to choose on: {self.unselected}")
 
     def _record(self, entry: Entry, record: Record) -> None:
-        name = entry.spec.name if entry.spec is not None else None
-        told = {"row": entry.label, "kind": entry.kind, "strategy": name, **record}
-        told = hide(told, self.bench.plan.recipe.environment)
-        told["made_of"] = self.cell.made_of(self.bench.makers(entry))
-        write_json(self.bench.record(self.key, entry), told)
+        record = dataclasses.replace(record, made_of=self.cell.made_of(self.bench.makers(entry)))
+        write_json(self.bench.record(self.key, entry), hide(record.to_json(), self.bench.plan.recipe.environment))
 
     def _made(self, entry: Entry) -> Record:
         try:
             if entry.kind in ("zero-shot", "tuned"):
                 return self._anchor(entry)
             if entry.label == BEST:
-                return self._best()
+                return self._best(entry)
             if isinstance(entry.cls, UserError):
                 raise entry.cls
             return self._strategy(entry)
         except Unsuitable as error:
-            return {"status": "inapplicable", "reason": str(error)}
+            return _fault(entry, "inapplicable", str(error))
         except (Exception, SystemExit) as error:  # a plugin's code may raise anything; the others go on
-            return {"status": "failed", "reason": told(error)}
+            return _fault(entry, "failed", told(error))
 
     def _anchor(self, entry: Entry) -> Record:
         rows, inputs = self.anchors
         models = dict(zip((row.row for row in rows), (inputs.base, *inputs.tuned)))
         row = next(row for row in rows if row.row == entry.label)
-        return self._done(models[entry.label], row, options={what: value for what, (value, _) in row.chosen.items()})
+        return self._done(entry, models[entry.label], row, {what: value for what, (value, _) in row.chosen.items()})
 
-    def _best(self) -> Record:
+    def _best(self, entry: Entry) -> Record:
         """The base or the tuned model that does best on the selection tasks."""
         rows, inputs = self.anchors
         if isinstance(self.selection, str):
@@ -117,9 +114,9 @@ class CellRun:
             scored = [cell.scored(row.row, row.kind, (given.base, *given.tuned)[i]) for cell, given in self.selection]
             found.append((search.quality(scored), row.row, (inputs.base, *inputs.tuned)[i], row))
         _, name, model, row = max(found, key=lambda each: each[0])
-        table = [{"options": {"model": other}, "score": score, "nll": -nll} for (score, nll), other, _, _ in found]
-        how = {"how": self._images(), "on": self.bench.plan.split(), "configurations": table}
-        return self._done(model, row, options={"model": name}) | {"search": how}
+        tried = tuple(Tried({"model": other}, score, -nll) for (score, nll), other, _, _ in found)
+        search_of = Searched(self._images(), self.bench.plan.split(), tried)
+        return self._done(entry, model, row, {"model": name}, search=search_of)
 
     def _strategy(self, entry: Entry) -> Record:
         assert entry.spec is not None
@@ -128,53 +125,50 @@ class CellRun:
         if len(tries) > 1:
             self.selection  # noqa: B018  # its anchors are no strategy's cost
         began = self.cell.clock()
-        strategy, table, how, on = self._choose(entry.spec, tries)
+        strategy, searched = self._choose(entry.spec, tries)
         search_seconds = self.cell.clock() - began
         options = next(given for given, made in tries if made == strategy)
         self.chosen[entry.label] = strategy
         with Peak(self.bench.ready.device) as peak:
             model, row = self._scored(self.cell, entry.spec, strategy, self.anchors[1])
-        done = self._done(model, row, options=options, peak=peak.bytes, search_seconds=search_seconds)
-        done |= {"trains": trains(strategy), "search": {"how": how, "on": on, "configurations": table}}
-        if strategy != tries[0][1]:
-            done["default"] = self._default(entry.spec, *tries[0])
-        return done
+        default = None if strategy == tries[0][1] else self._default(entry.spec, *tries[0])
+        done = self._done(entry, model, row, options, search=searched, peak=peak.bytes, search_seconds=search_seconds)
+        return dataclasses.replace(done, trains=trains(strategy), default=default)
 
-    def _default(self, spec: Spec, given: dict[str, Any], strategy: Any) -> dict[str, Any]:
+    def _default(self, spec: Spec, given: dict[str, Any], strategy: Any) -> Default:
         """What the row would be without the choice; its options may not be usable where the chosen ones are."""
         try:
             row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
         except UserError as error:
-            return {"options": given, "reason": str(error)}
-        return {"options": given, "tests": plain(row.tests), "score": row.score}
+            return Default(given, reason=str(error))
+        return Default(given, row.tests, row.score)
 
     def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
         return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
 
-    def _choose(
-        self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]
-    ) -> tuple[Any, list[dict[str, Any]], str, str | None]:
-        """The best strategy of `tries`, what each scored on the selection tasks, how it was chosen, and on which split."""
+    def _choose(self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]) -> tuple[Any, Searched]:
+        """The best strategy of `tries`, and how it was chosen on the selection tasks."""
         default = tries[0][1]
         if len(tries) == 1:
-            return default, [], "nothing to choose", None
+            return default, Searched("nothing to choose")
         if isinstance(self.selection, str):
-            return default, [], f"defaults: {self.selection}", None
+            return default, Searched(f"defaults: {self.selection}")
         table, best = [], None
         for number, (given, strategy) in enumerate(tries):
             self.bench.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
             try:
                 rows = [self._scored(cell, spec, strategy, inputs)[1] for cell, inputs in self.selection]
             except UserError as error:  # this configuration does not fit these models, or came to nothing
-                table.append({"options": given, "reason": str(error)})
+                table.append(Tried(given, reason=str(error)))
                 continue
             quality = search.quality(rows)
-            table.append({"options": given, "score": quality[0], "nll": -quality[1]})
+            table.append(Tried(given, quality[0], -quality[1]))
             if best is None or quality > best[0]:
                 best = quality, strategy
         if best is None:
-            return default, table, "defaults: none of the configurations could be used on the selection task", None
-        return best[1], table, self._images(), self.bench.plan.split()
+            how = "defaults: none of the configurations could be used on the selection task"
+            return default, Searched(how, None, tuple(table))
+        return best[1], Searched(self._images(), self.bench.plan.split(), tuple(table))
 
     def _images(self) -> str:
         """Of the first selection task."""
@@ -219,34 +213,37 @@ class CellRun:
     def _choice(self, entry: Entry) -> Any:
         """The strategy of another row with the options that were chosen for it."""
         if entry.label not in self.chosen:
-            record = read_record(self.bench.record(self.key, entry)) or {"status": "failed", "reason": "not made"}
-            if record["status"] != "done":
-                raise Failed(f"{entry.label}, which it is made of, was not: {record['reason']}")
+            record = self.bench.recorded(self.key, entry) or _fault(entry, "failed", "not made")
+            if not record.done:
+                raise Failed(f"{entry.label}, which it is made of, was not: {record.reason}")
             assert entry.spec is not None
             tries = self._configurations(entry.spec, entry.cls)
-            self.chosen[entry.label] = next(made for given, made in tries if given == record["options"])
+            self.chosen[entry.label] = next(made for given, made in tries if given == record.options)
         return self.chosen[entry.label]
 
     def _done(
         self,
+        entry: Entry,
         model: Model,
         row: Row,
-        *,
         options: Mapping[str, Any],
+        *,
+        search: Searched | None = None,
         peak: int | None = None,
         search_seconds: float = 0.0,
     ) -> Record:
         towers = max(len(image_encoders(model, classes)) for _, classes, _ in self.cell.task.tests)
-        cost = {
-            **plain(row.cost),
-            "search_seconds": search_seconds,
-            "peak_bytes": peak,
-            "bytes": size_in_bytes(model),
-            "towers": towers,
-            "ms_per_sample": towers * self.bench.image_ms + row.cost.ms_per_sample,
-        }
-        kept = {key: value for key, value in row.to_json().items() if key not in ("row", "kind")}
-        return {"status": "done", **kept, "options": dict(options), "cost": cost}
+        cost = RowCost(
+            row.cost.seconds,
+            towers * self.bench.image_ms + row.cost.ms_per_sample,
+            search_seconds,
+            peak,
+            size_in_bytes(model),
+            towers,
+        )
+        return Record(
+            entry.label, entry.kind, _strategy(entry), "done", made=row, options=dict(options), cost=cost, search=search
+        )
 
     def path(self) -> None:
         """Draw the path of the cell, and write it down, unless it is on record.
@@ -255,38 +252,42 @@ class CellRun:
         tuned model; of towers in the first cell alone.
         """
         records = zip(self.bench.entries, self.bench.records(self.key))
-        merged = [e for e, r in records if e.kind == "merged" and r and r["status"] == "done"]
+        merged = [e for e, r in records if e.kind == "merged" and r and r.done]
         entry = min(merged, key=lambda e: (not isinstance(e.cls, HasControls), not trains(e.cls)), default=None)
         if entry is None or entry.spec is None:
             return
-        file = self.bench.path_record(self.key, entry)
         makers = ("mergekit_vl.experiments.landscape", *self.bench.makers(entry))
-        if not self.cell.fresh(read_record(file), makers):
+        found = self.bench.path(self.key, entry)
+        if found is None or not self.cell.fresh(found.made_of, makers):
             self.bench.progress(0, 0, f"{self.key.name}: path")
-            write_json(file, {"row": entry.label, **self._path(entry), "made_of": self.cell.made_of(makers)})
+            made = dataclasses.replace(self._path(entry), made_of=self.cell.made_of(makers))
+            write_json(self.bench.path_record(self.key, entry), made.to_json())
 
-    def _path(self, entry: Entry) -> Record:
+    def _path(self, entry: Entry) -> CellPath:
         """The path by way of a row; without points where there is none."""
-        nothing: Record = {"points": [], "barriers": [], "plane": None}
+        nothing = CellPath(entry.label)
         inputs = self.anchors[1]
         first = inputs.tuned[0]
         towers = isinstance(first, Single) and first.adapter.about.reads == "images"
         if len(inputs.tuned) != 1 or (towers and self.key != self.bench.keys()[0]):
             return nothing
+        tests, size = self.cell.task.tests, 11 if towers else LINE_POINTS
         try:
             model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)  # type: ignore[arg-type]
             found = landscape.landscapes(inputs.base, inputs.tuned[0], model, inputs.features)
-            points = [
-                point
-                for between in found
-                for point in landscape.lines(
-                    between, self.cell.task.tests, 11 if towers else LINE_POINTS, landscape.SEGMENTS
-                )
-            ]
-            plane = landscape.plane(found[0], self.cell.task.tests, PLANE_POINTS) if found and not towers else None
+            points = [p for between in found for p in landscape.lines(between, tests, size, landscape.SEGMENTS)]
+            plane = landscape.plane(found[0], tests, PLANE_POINTS) if found and not towers else None
         except UserError:
             return nothing
-        return {"points": points, "barriers": landscape.barriers(points), "plane": plane}
+        return CellPath(entry.label, tuple(points), tuple(landscape.barriers(points)), plane)
+
+
+def _fault(entry: Entry, status: Literal["inapplicable", "failed"], reason: str) -> Record:
+    return Record(entry.label, entry.kind, _strategy(entry), status, reason)
+
+
+def _strategy(entry: Entry) -> str | None:
+    return entry.spec.name if entry.spec is not None else None
 
 
 def _digest(strategy: Any) -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_vl.benchmark import search
 from mergekit_vl.benchmark.plan import Entry, Plan, lineup
+from mergekit_vl.benchmark.records import Record
 from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.protocols.base import shots_of
+from mergekit_vl.reports.landscape_results import CellPath
 from mergekit_vl.system.atomic_files import slug, write_json
 
 if TYPE_CHECKING:
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.protocols.base import EvaluationProtocol, Task
 
-Record = dict[str, Any]
-"""A row of a cell as plain data; `status` is done, inapplicable or failed, the last two with a `reason`."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,15 @@ class Bench:
 
     def records(self, key: Key) -> list[Record | None]:
         """What is on record of the cell's rows, in the order of `entries`."""
-        return [read_record(self.record(key, entry)) for entry in self.entries]
+        return [self.recorded(key, entry) for entry in self.entries]
+
+    def recorded(self, key: Key, entry: Entry) -> Record | None:
+        """A row as it was written; None where it was not, or is damaged."""
+        return _read(Record.from_json, self.record(key, entry))
+
+    def path(self, key: Key, entry: Entry) -> CellPath | None:
+        """The path by way of a row, as it was written."""
+        return _read(CellPath.from_json, self.path_record(key, entry))
 
     def record(self, key: Key, entry: Entry) -> Path:
         """The file of a row."""
@@ -148,4 +157,12 @@ class Bench:
     def missing(self, key: Key, cell: Cell) -> list[Entry]:
         """The rows of a cell that are not on record, failed, or would come out otherwise now."""
         found = zip(self.entries, self.records(key))
-        return [e for e, r in found if not r or r["status"] == "failed" or not cell.fresh(r, self.makers(e))]
+        return [e for e, r in found if not r or r.status == "failed" or not cell.fresh(r.made_of, self.makers(e))]
+
+
+def _read(reader: Callable[[Mapping[str, Any]], T], file: Path) -> T | None:
+    found = read_record(file)
+    try:
+        return None if found is None else reader(found)
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_vl.benchmark import report
 from mergekit_vl.benchmark.cell_rows import CellRun
@@ -25,6 +25,7 @@ from mergekit_vl.reports.results import plain
 from mergekit_vl.system.atomic_files import write_json
 
 if TYPE_CHECKING:
+    from mergekit_vl.benchmark.records import BenchReport
     from mergekit_vl.models.features import FeatureStore
 
 Executor = Callable[[Callable[[Key], None], Sequence[Key]], Iterable[Key]]
@@ -61,8 +62,8 @@ def run(
     warn: Callable[[str], None],
     tell: Callable[[str], None] = lambda text: None,
     execute: Executor = serial,
-) -> dict[str, Any]:
-    """Run every cell that is not done into `out` and return the report as plain data (also written there)."""
+) -> BenchReport:
+    """Run every cell that is not done into `out` and return the report (also written there)."""
     began = time.time()
     ready = dataclasses.replace(prepare(plan.experiment, device=device, progress=progress, warn=warn), more=ROOTS)
     bench = Bench(plan, ready, out, store, progress, warn)

@@ -22,10 +22,9 @@ from mergekit_vl.commands import path as path_command
 from mergekit_vl.commands import use as use_commands
 from mergekit_vl.commands.exits import USAGE, exit_code
 from mergekit_vl.commands.merge_request import is_merge
-from mergekit_vl.commands.terminal import AllowEnv, Column, TerminalProgress, ours_alone, say, say_table, warn
+from mergekit_vl.commands.terminal import AllowEnv, TerminalProgress, ours_alone, say, say_table, warn
 from mergekit_vl.errors import Failed, UserError, unknown
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.printable import shortened
 from mergekit_vl.recipe import installed_recipes, load_recipe
 from mergekit_vl.registry import plugins
 from mergekit_vl.registry.calls import blamed, told
@@ -117,41 +116,10 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
 
     from mergekit_vl.experiments import suite
     from mergekit_vl.models import choices
-    from mergekit_vl.reports.html import sizes
-    from mergekit_vl.reports.intervals import NO_INTERVAL
+    from mergekit_vl.reports.comparison import comparison
     from mergekit_vl.reports.report import gain
 
-    cells = report.cells
-    title = f"{cells[0].dataset}, seed {cells[0].seed}" if len(cells) == 1 else f"mean of {len(cells)} cells"
-    metric = report.metric
-    several, few = len(metric.columns) > 1, len(metric.columns) < 3
-    minus = {d.minus: d for d in report.differences}
-    texts = {
-        name: f"{d.mean:+.1f}" + ("" if d.low is None else f" [{d.low:+.1f}, {d.high:+.1f}]")
-        for name, d in minus.items()
-    }
-    across = report.summary[0].columns[next(iter(metric.columns))].interval is not None
-    intervals = [NO_INTERVAL] if not across else ["± half of the 95% interval"] * few
-    headers = [*metric.columns, *([metric.headline] * several), *(["normalised"] * metric.normalised)]
-    # what is folded where the terminal is narrow: labels, or the headers of many columns
-    columns = [Column("row", left=True, folds=few), *(Column(header, folds=not few) for header in headers)]
-    if few:  # with many columns there is no place for it; the page has it
-        columns.append(Column(f"{shortened(report.main, 30)} minus it"))
-    rows = []
-    for row in report.summary:
-        told = []
-        for column in row.columns.values():
-            low, high = column.interval or (0, 0)
-            told.append(f"{column.acc1:.1f}" + (f" ±{(high - low) / 2:.1f}" if few and across else ""))
-        told += [f"{row.score:.1f}"] * several + [f"{row.normalised or 0:.1f}"] * metric.normalised
-        rows.append([row.row, *told, *([texts.get(row.row, "")] * few), str(row.forwards)])
-    say_table(
-        f"{report.recipe}: {title}" + (f" ({report.note})" if report.note else ""),
-        [*columns, Column("heads")],
-        rows,
-        caption="; ".join([*intervals, f"n = {sizes(report)}"]),
-        strong=[i for i, row in enumerate(report.summary) if row.row not in minus],
-    )
+    say_table(comparison(report))
     for row in report.summary:
         for what, values in row.chosen.items():
             say(f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_vl.commands.terminal import AllowEnv, Column, TerminalProgress, say, say_table, warn
+from mergekit_vl.commands.terminal import AllowEnv, TerminalProgress, say, say_table, warn
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
 from mergekit_vl.registry.plugins import registry
-from mergekit_vl.reports.intervals import NO_INTERVAL
 from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:
     from mergekit_vl.benchmark.plan import Plan
+    from mergekit_vl.benchmark.records import BenchReport
 
 SMALL = "bench_small"
 """What a bare `bench` runs."""
@@ -51,7 +51,7 @@ def bench(
     Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
     """
     from mergekit_vl.benchmark import plan as plans
-    from mergekit_vl.benchmark import report, wording
+    from mergekit_vl.benchmark import report
 
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
@@ -71,25 +71,25 @@ def bench(
     if dry_run:
         return say(*told)
     check_device(device)
-    load = lambda folder: found if (found := report.load(folder)) and found["hash"] == plan.hash else None  # noqa: E731
+    load = lambda folder: found if (found := report.load(folder)) and found.hash == plan.hash else None  # noqa: E731
     with noted("the same command continues"), tidied(folder), alone(folder):
         done = claim(folder, plan.place, load, force=force)
         if show:
             say(*told, err=True)
-        again = done is None or wording.failed(done)
+        again = done is None or done.failed
         if again:
             done = _run(plan, folder, device, show)
     if not again:
         say(f"already done, --force repeats: {folder / 'report.html'}", err=True)
     if as_json:
-        say(json.dumps(done))
+        say(json.dumps(done.to_json()))
     elif not quiet:
         _print(done, folder)
-    if wording.failed(done):
+    if done.failed:
         raise typer.Exit(FAILED)
 
 
-def _run(plan: Plan, folder: Path, device: str, show: bool) -> dict[str, Any]:
+def _run(plan: Plan, folder: Path, device: str, show: bool) -> BenchReport:
     from mergekit_vl.benchmark import run
     from mergekit_vl.models.features import FeatureStore
 
@@ -131,42 +131,12 @@ def described(plan: Plan) -> list[str]:
     ]
 
 
-def _stars(shown: dict[str, Any]) -> str:
-    """What a star at a difference means, or why there is none."""
-    differences = [d for row in shown["rows"] for d in (row["minus_base"], row["minus_tuned"]) if d is not None]
-    none = any(d["low"] is None for d in differences)
-    return NO_INTERVAL if none else "* the 95% interval excludes 0"
-
-
-def _print(report: dict[str, Any], folder: Path) -> None:
+def _print(report: BenchReport, folder: Path) -> None:
+    from mergekit_vl.benchmark.comparison import comparison
     from mergekit_vl.benchmark.wording import headline, reasons
 
-    for shown in report["tables"]:
-        if not shown["rows"]:
-            continue
-        metric, several = shown["metric"], len(shown["metric"]["columns"]) > 1
-        few = len(metric["columns"]) < 4
-        heads = [*(metric["columns"] if few else []), *([metric["headline"]] * (several or not few)), "rank"]
-        heads += [f"- {report['base']}", f"- {shown['anchor']}", "default", "cost"]
-        rows = []
-        for row in sorted(shown["rows"], key=lambda r: -r["score"]):
-            values = [f"{column['acc1']:.1f}" for column in row["columns"].values()] if few else []
-            values += [f"{row['score']:.1f}"] * (several or not few)
-            gains = [
-                "" if d is None else f"{d['mean']:+.1f}{'*' if d['verdict'] in ('above', 'below') else ' '}"
-                for d in (row["minus_base"], row["minus_tuned"])
-            ]
-            default = "" if row["default"] is None else f"{row['default']:.1f}"
-            cost = f"{row['towers']:.0f}+{row['forwards']}"
-            rows.append([row["row"], *values, f"{row['rank']:.1f}", *gains, default, cost])
-        say_table(
-            f"{report['recipe']}: {shown['n']} cells" + (f", {shown['shots']} shots" if shown["shots"] else ""),
-            [Column("row", left=True), *map(Column, heads)],
-            rows,
-            caption=f"{_stars(shown)}; cost: towers + heads a sample",
-        )
-        for row in shown["rows"]:
-            if row["equal"]:
-                say(f"= {row['row']} to the bit: {', '.join(row['equal'])}")
+    for table in report.tables:
+        if table.rows:
+            say_table(comparison(report, table))
     say(*reasons(report), headline(report))
     say(f"report: {folder / 'report.html'}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
 from mergekit_vl.registry.calls import to_stderr
+from mergekit_vl.reports.table import Table, text
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 AllowEnv = Annotated[
     list[str] | None,
@@ -22,6 +25,8 @@ AllowEnv = Annotated[
     ),
 ]
 ALL_CELLS = "all cells"
+LABEL, FOLDED, WORDS = 20, 12, (20, 9, 7, 5)
+"""Letters that the labels of a table's rows have at least, where headers are folded too, and that a word of a header may have then."""
 
 
 @contextmanager
@@ -52,40 +57,62 @@ def warn(text: str) -> None:
     say(f"warning: {text}", err=True)
 
 
-@dataclass(frozen=True)
-class Column:
-    header: str
-    left: bool = False
-    folds: bool = False
-    """Whether its cells take several lines where the terminal is narrow."""
-
-
-def say_table(
-    title: str,
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[str]],
-    *,
-    caption: str = "",
-    strong: Sequence[int] = (),
-) -> None:
-    """Print a table; the rows with the numbers `strong` are bold."""
-    from rich import box
+def say_table(table: Table) -> None:
+    """Print a table; where the terminal is narrow without the intervals, then with folded headers and labels, then without the last columns."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=printable(title), caption=printable(caption) or None, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
-        show_edge=False, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    for column in columns:
-        justify = "left" if column.left else "right"
-        table.add_column(printable(column.header), justify=justify, no_wrap=not column.folds, overflow="fold")
-    for i, row in enumerate(rows):
-        table.add_row(*map(printable, row), style="bold" if i in strong else "")
     console = Console(file=_stdout(), markup=False, emoji=False, highlight=False)
     with console.capture() as drawn:
-        console.print(table)
+        console.print(drawn_table(table.narrow("anywhere"), console.width))
     _write(drawn.get(), _stdout())
+
+
+def drawn_table(table: Table, width: int) -> RichTable:
+    """The table as rich draws it in this many letters: main rows and best cells are bold, kinds and marks are told as text."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    body, widths, notes = _fitted(table, width)
+    made = RichTable(
+        title=printable(table.title), caption=printable("; ".join(notes)) or None, title_justify="left",
+        caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    made.add_column(printable(table.corner), overflow="fold")
+    for column, letters in zip(table.columns, widths):
+        justify = "right" if column.form else "left"
+        made.add_column(printable(column.header), justify=justify, width=letters, overflow="fold")
+    for row, cells in zip(table.rows, body):
+        shown = [
+            Text(printable(told), style="bold" if cell.mark == "best" else "") for told, cell in zip(cells, row.cells)
+        ]
+        made.add_row(printable(row.name), *shown[: len(widths)], style="bold" if row.main else "")
+    return made
+
+
+def _fitted(table: Table, width: int) -> tuple[list[list[str]], list[int], tuple[str, ...]]:
+    """The cells as text, the widths of the columns that fit beside the labels, and the notes below."""
+    from rich.cells import cell_len
+
+    longest = max((cell_len(printable(row.name)) for row in table.rows), default=0)
+    headers = [column.header for column in table.columns]
+    for ranges in (True, False):
+        body = [
+            [text(cell, column, ranges=ranges) for column, cell in zip(table.columns, row.cells)] for row in table.rows
+        ]
+        widths = [max(map(cell_len, cells)) for cells in zip(headers, *body)]
+        if min(longest, LABEL) + sum(2 + letters for letters in widths) < width:
+            return body, widths, table.legend(ranges=ranges)
+    least = [max(map(cell_len, cells)) for cells in zip(*body)] or [0] * len(headers)
+    for word in WORDS:
+        words = [max(map(cell_len, header.split()), default=0) for header in headers]
+        widths = [max(letters, min(word, most)) for letters, most in zip(least, words)]
+        if min(longest, FOLDED) + sum(2 + letters for letters in widths) < width:
+            return body, widths, table.legend(ranges=False)
+    while len(widths) > 1 and min(longest, FOLDED) + sum(2 + letters for letters in widths) >= width:
+        widths.pop()
+    left = ", ".join(headers[len(widths) :])
+    return body, widths, (*table.legend(ranges=False), f"in a wider terminal: {left}")
 
 
 def _write(text: str, stream: TextIO | None) -> None:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 WITHOUT = (
     *("strategies", "tuners", "recipe", "experiments.landscape", "storage.export"),
-    *("reports.report", "reports.html", "reports.card", "reports.landscape_page"),
+    *("reports.report", "reports.html", "reports.card", "reports.landscape_page", "reports.plots"),
+    *("reports.table", "reports.comparison", "reports.render"),
     *("benchmark.report", "benchmark.table", "benchmark.page", "benchmark.plots", "benchmark.wording"),
+    "benchmark.comparison",
 )
 """Modules that not all rows depend on: what is in the recipe, and what shows them."""
 
@@ -90,11 +92,9 @@ class Cell:
         code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(own))
         return {**self.given, "code": code}
 
-    def fresh(self, kept: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:
-        """Whether a row that is on record is what would be made now; what has changed since is told once."""
-        if kept is None:
-            return False
-        before, now = kept.get("made_of"), self.made_of(makers)
+    def fresh(self, before: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:
+        """Whether a row that was made of `before` is what would be made now; what has changed since is told once."""
+        now = self.made_of(makers)
         if before == now:
             return True
         if before is None:
@@ -148,7 +148,7 @@ class Cell:
 
         name, makers = name or slug(label), tuple(makers)
         kept = read_record(self.folder / f"{name}.json")
-        if kept is not None and self.fresh(kept, makers):
+        if kept is not None and self.fresh(kept.get("made_of"), makers):
             found = model_files.load(self.folder, name, self.inputs.base.backbone, self.registry.adapter)
             return Place(label, name, makers, Row.from_json(kept), found, self.clock())
         model_files.forget(self.folder, name)
@@ -237,11 +237,6 @@ def read_record(file: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def without_makers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as reports tell it."""
-    return {key: value for key, value in row.items() if key != "made_of"}
 
 
 def _has_towers(model: Model) -> bool:

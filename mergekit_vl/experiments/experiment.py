@@ -355,7 +355,6 @@ def _loaded(tuner: Tuner | TunedSpec | Single, backbone: Backbone, registry: Reg
 def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, CellResult]:
     """The main strategy's model, and the cell."""
     from mergekit_vl.experiments import landscape
-    from mergekit_vl.reports.results import PathPoint
 
     experiment = ready.experiment
     cell.claim(experiment.tuners, warn)
@@ -388,5 +387,5 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[st
         for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
             # by way of the merged model between classifiers alone, where a point costs next to nothing
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
-            path += [PathPoint(**p) for p in landscape.lines(between, cell.task.tests, PATH_POINTS, segments)]
+            path += landscape.lines(between, cell.task.tests, PATH_POINTS, segments)
     return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), path=tuple(path))

@@ -8,12 +8,15 @@ Towers are the exception: each point is a network of its own that reads every im
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.reports.landscape_results import Barrier, CellPath, MeanPath, Plane
+from mergekit_vl.reports.results import PathPoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     Logits = Callable[[Tensor, Classes, Split], Tensor]
     """(coefficients [S, N], classes, split) -> [S, B, K]."""
 
+P = TypeVar("P", PathPoint, Barrier)
 SEGMENTS = (("zero-shot", "tuned"), ("zero-shot", "merged"), ("merged", "tuned"))
 """The straight line, and the way through the merged model."""
 CHUNK_SIZE = 1 << 24
@@ -202,8 +206,8 @@ def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
     return logits
 
 
-def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """`points` points of each leg that the landscape has, ends included: leg, space, alpha in 0..1, and scores by test."""
+def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tuple[str, str]]) -> list[PathPoint]:
+    """`points` points of each segment that the landscape has, ends included, alpha in 0..1."""
     import torch
 
     there = [segment for segment in segments if set(segment) <= set(landscape.names)]
@@ -215,40 +219,38 @@ def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tu
     found = landscape.measure(coefficients.flatten(0, 1), tests)
     places = itertools.product(there, alphas.tolist())
     return [
-        {"leg": f"{start} -> {end}", "space": landscape.space, "alpha": round(alpha, 6), "tests": scores}
+        PathPoint(f"{start} -> {end}", landscape.space, round(alpha, 6), scores)
         for ((start, end), alpha), scores in zip(places, found)
     ]
 
 
-def barriers(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How high the loss rises on each leg above the straight line between its ends, by test; 0 where it never does.
+def barriers(points: Sequence[PathPoint]) -> list[Barrier]:
+    """How high the loss rises on each segment above the straight line between its ends, by test; 0 where it never does.
 
     max over alpha of L(alpha) - (1 - alpha) L(0) - alpha L(1) (Entezari et al. 2022, arXiv 2110.06296, definition 2.1), in nats; the
     same of 1 - accuracy, in 0..1.
     """
     out = []
-    for (space, segment), of_leg in itertools.groupby(points, key=lambda p: (p["space"], p["leg"])):
-        line = list(of_leg)
-        heights = {}
-        for test in line[0]["tests"]:
+    for (space, segment), of_segment in itertools.groupby(points, key=lambda p: (p.space, p.leg)):
+        line = list(of_segment)
+        heights: dict[str, dict[str, float]] = {}
+        for test in line[0].tests:
             for what, sign in (("nll", 1), ("acc1", -1)):
-                first, last = (line[i]["tests"][test][what] for i in (0, -1))
-                rises = [
-                    sign * (p["tests"][test][what] - (1 - p["alpha"]) * first - p["alpha"] * last) for p in line[1:-1]
-                ]
+                first, last = (line[i].tests[test][what] for i in (0, -1))
+                rises = [sign * (p.tests[test][what] - (1 - p.alpha) * first - p.alpha * last) for p in line[1:-1]]
                 heights.setdefault(test, {})[what] = max(0.0, *rises) if rises else 0.0
-        out.append({"space": space, "leg": segment, "tests": heights})
+        out.append(Barrier(space, segment, heights))
     return out
 
 
-def averaged(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The means of the points and of the barrier heights of several cells, `points` and `barriers`, which have the same tests."""
-    out = {}
-    for what in ("points", "barriers"):
-        out[what] = [
-            {**one, "tests": _mean([cell[what][i]["tests"] for cell in cells])} for i, one in enumerate(cells[0][what])
-        ]
-    return out
+def averaged(row: str, cells: Sequence[CellPath], plane: Plane | None, plane_of: str) -> MeanPath:
+    """The means of the points and of the barrier heights of several cells, which have the same tests; the plane is one cell's."""
+    points = tuple(_averaged([cell.points for cell in cells]))
+    return MeanPath(row, len(cells), points, tuple(_averaged([cell.barriers for cell in cells])), plane, plane_of)
+
+
+def _averaged(cells: Sequence[Sequence[P]]) -> list[P]:
+    return [dataclasses.replace(of[0], tests=_mean([each.tests for each in of])) for of in zip(*cells)]
 
 
 def _mean(tests: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -258,7 +260,7 @@ def _mean(tests: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[
     }
 
 
-def plane(landscape: Landscape, tests: Tests, points: int) -> dict[str, Any] | None:
+def plane(landscape: Landscape, tests: Tests, points: int) -> Plane | None:
     """`points` x `points` scores of the plane through zero-shot, tuned and merged; None where the three do not span one.
 
     Places are in an orthonormal basis of the plane (Garipov et al. 2018, arXiv 1802.10026, section 3.2), in units of the distance from
@@ -280,7 +282,7 @@ def plane(landscape: Landscape, tests: Tests, points: int) -> dict[str, Any] | N
     across = float((vv / uu - along**2).clamp_min(0).sqrt())
     if across < FLAT:
         return None
-    corners = {"zero-shot": [0.0, 0.0], "tuned": [1.0, 0.0], "merged": [along, across]}
+    corners = {"zero-shot": (0.0, 0.0), "tuned": (1.0, 0.0), "merged": (along, across)}
     xs, ys = (_ticks([corner[i] for corner in corners.values()], points) for i in (0, 1))
     x, y = torch.meshgrid(xs, ys, indexing="ij")
     merged = y / across
@@ -288,16 +290,11 @@ def plane(landscape: Landscape, tests: Tests, points: int) -> dict[str, Any] | N
     by_name = {"zero-shot": 1 - tuned - merged, "tuned": tuned, "merged": merged}
     found = landscape.measure(torch.stack([by_name[n].flatten() for n in landscape.names], dim=1), tests)
     rows = [found[i * points : (i + 1) * points] for i in range(points)]
-    return {
-        "space": landscape.space,
-        "xs": xs.tolist(),
-        "ys": ys.tolist(),
-        "corners": corners,
-        "tests": {
-            test: {what: [[scores[test][what] for scores in row] for row in rows] for what in ("acc1", "nll")}
-            for test, _, _ in tests
-        },
+    scores = {
+        test: {what: tuple(tuple(one[test][what] for one in row) for row in rows) for what in ("acc1", "nll")}
+        for test, _, _ in tests
     }
+    return Plane(landscape.space, tuple(xs.tolist()), tuple(ys.tolist()), corners, scores)
 
 
 def _ticks(places: Sequence[float], points: int) -> Tensor:

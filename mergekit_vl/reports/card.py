@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import __version__
-from mergekit_vl.models import choices
 from mergekit_vl.models.model import Single
-from mergekit_vl.printable import in_code, in_markdown
+from mergekit_vl.printable import in_code
+from mergekit_vl.reports import render
+from mergekit_vl.reports.comparison import comparison
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,24 +19,15 @@ if TYPE_CHECKING:
 
 def card(report: Report, backbone: Mapping[str, Any], gain: str, model: Model) -> str:
     """Markdown; `backbone` is the recipe's mapping, `model` the main one of the first cell."""
-    columns = report.metric.columns
-    headline = [report.metric.headline] * (len(columns) > 1)
-    chosen = ["chosen"] * any(r.chosen for r in report.summary)
-    lines = [
-        f"# {in_markdown(report.recipe)}: {in_markdown(report.main)}",
-        "",
-        f"Made by mergekit-vl {__version__}; repeat it with `mergekit-vl run recipe.yaml`.",
-        "",
-        "| row | " + " | ".join(map(in_markdown, [*columns, *headline, "heads a sample", *chosen])) + " |",
-        "|---" * (2 + len(columns) + len(headline) + len(chosen)) + "|",
-    ]
-    for r in report.summary:
-        cells = [f"{c.acc1:.1f}" for c in r.columns.values()] + [f"{r.score:.1f}"] * len(headline)
-        cells += [str(r.forwards), *([in_markdown(choices.told(r.chosen))] * len(chosen))]
-        lines.append(f"| {in_markdown(r.row)} | {' | '.join(cells)} |")
-    selection = report.selection[0].upper() + report.selection[1:]
-    lines += ["", f"{in_markdown(selection)}."]
-    return "\n".join([*lines, "", f"{in_markdown(gain)}.", "", *_use(report.main, backbone, model)]) + "\n"
+    return render.card(
+        "card.md",
+        version=__version__,
+        report=report,
+        table=render.markdown(comparison(report)),
+        selection=report.selection[0].upper() + report.selection[1:],
+        gain=gain,
+        use=render.markup("\n".join(_use(report.main, backbone, model))),
+    )
 
 
 def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.printable import in_html
-from mergekit_vl.reports.html import COLOURS, drawn, figure_of, svg_of
+from mergekit_vl.reports.plots import COLOURS, drawn, figure_of, svg_of
+from mergekit_vl.reports.render import html, markup, page
+from mergekit_vl.reports.table import Cell, Column, Table, TableRow
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from mergekit_vl.reports.landscape_results import MeanPath, Plane
+    from mergekit_vl.reports.results import PathPoint
 
 
-def section(path: dict[str, Any], base: str, anchor: str) -> str:
-    """Lines, barriers and the plane. `path` holds `row` (the merged model's), `cells` (their number), and what `landscape` makes of them."""
-    tests = list(path["barriers"][0]["tests"])
-    rows = []
-    for segment in path["barriers"]:
-        name = leg_name(segment["leg"], base, path["row"], anchor)
-        own = [f"{segment['tests'][t]['nll']:.3f}" for t in tests] + [
-            f"{100 * segment['tests'][t]['acc1']:.1f}" for t in tests
-        ]
-        rows.append(
-            f"<tr><td>{in_html(segment['space'])}: {in_html(name)}</td>{''.join(f'<td>{v}</td>' for v in own)}</tr>"
-        )
-    heads = ["line", *(f"{t}, nats" for t in tests), *(f"{t}, points" for t in tests)]
-    head = "".join(f"<th>{in_html(h)}</th>" for h in heads)
-    text = (
-        f"<h2>The path</h2><p>Loss and accuracy on the tests along straight lines, mean of {path['cells']} cells: from {in_html(base)} to "
-        f"{in_html(anchor)} directly, and by way of {in_html(path['row'])}. Reading a best point off these lines is a choice made on test.</p>"
-        f"<figure>{lines(path, base, anchor)}</figure><h3>Barriers</h3><p>How far the loss rises above the straight line between a leg's "
-        f"ends (Entezari et al. 2022), and how far accuracy falls below it; before {in_html(path['row'])} it is the direct line, after it the two "
-        f"legs.</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def section(path: MeanPath, base: str, anchor: str) -> Markup:
+    """Lines, barriers and the plane, for a page."""
+    plane = path.plane
+    return page(
+        "landscape.html",
+        path=path,
+        base=base,
+        anchor=anchor,
+        lines=markup(lines(path, base, anchor)),
+        barriers=html(barriers(path, base, anchor)),
+        plane=markup(plane_plot(plane, base, path.row, anchor)) if plane is not None else "",
     )
-    plane = path["plane"]
-    if plane:
-        text += (
-            f"<h3>The plane through the three</h3><p>{in_html(path['plane_of'])}, between {in_html(plane['space'])}.</p>"
-            f"<figure>{plane_plot(plane, base, path['row'], anchor)}</figure>"
-        )
-    return text
+
+
+def document(title: str, path: MeanPath, base: str, anchor: str) -> str:
+    """A page of its own."""
+    return page("path.html", title=title, section=section(path, base, anchor))
+
+
+def barriers(path: MeanPath, base: str, anchor: str) -> Table:
+    """How high loss rises and how deep accuracy falls on each segment, a segment a row."""
+    tests = list(path.barriers[0].tests)
+    columns = [Column(f"{test}, nats", ".3f") for test in tests] + [Column(f"{test}, points", ".1f") for test in tests]
+    rows = []
+    for barrier in path.barriers:
+        heights = [barrier.tests[test]["nll"] for test in tests]
+        heights += [100 * barrier.tests[test]["acc1"] for test in tests]
+        label = f"{barrier.space}: {leg_name(barrier.leg, base, path.row, anchor)}"
+        rows.append(TableRow(label, tuple(map(Cell, heights))))
+    title = "barriers: loss in nats, and points of accuracy"
+    return Table(tuple(columns), tuple(rows), title=title, corner="line")
 
 
 def leg_name(segment: str, base: str, row: str, anchor: str) -> str:
@@ -46,48 +57,46 @@ def leg_name(segment: str, base: str, row: str, anchor: str) -> str:
     return " -> ".join(own[end] for end in segment.split(" -> "))
 
 
-def lines(path: dict[str, Any], base: str, anchor: str) -> str:
+def lines(path: MeanPath, base: str, anchor: str) -> str:
     """Loss and accuracy along zero-shot, merged, tuned, and along the straight line; a row of panels a space."""
-    spaces = list(dict.fromkeys(p["space"] for p in path["points"]))
+    spaces = list(dict.fromkeys(p.space for p in path.points))
     figure, axes = figure_of(len(spaces), 2, 6.2, 3.6)
     for line, space in zip(axes, spaces):
-        points = [p for p in path["points"] if p["space"] == space]
+        points = [p for p in path.points if p.space == space]
         for axis, key, what in zip(line, ("nll", "acc1"), ("loss (nats)", "accuracy (%)")):
-            for test, colour in zip(points[0]["tests"], COLOURS):
+            for test, colour in zip(points[0].tests, COLOURS):
                 factor = 100 if key == "acc1" else 1
                 through = _along(points, "zero-shot -> merged", 0, 1) + _along(points, "merged -> tuned", 1, 1)
                 if through:
-                    ys = [factor * p["tests"][test][key] for _, p in through]
+                    ys = [factor * p.tests[test][key] for _, p in through]
                     axis.plot(
                         [x for x, _ in through],
                         ys,
                         color=colour,
                         lw=1.8,
-                        label=f"{drawn(test)}, by way of {drawn(path['row'])}",
+                        label=f"{drawn(test)}, by way of {drawn(path.row)}",
                     )
                 straight = _along(points, "zero-shot -> tuned", 0, 2)
-                ys = [factor * p["tests"][test][key] for _, p in straight]
+                ys = [factor * p.tests[test][key] for _, p in straight]
                 axis.plot([x for x, _ in straight], ys, color=colour, ls="--", lw=1, label=f"{drawn(test)}, straight")
-            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path['row'])} / halfway", drawn(anchor)])
+            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path.row)} / halfway", drawn(anchor)])
             axis.set_ylabel(what)
             axis.set_title(f"between {space}", fontsize=10)
         line[0].legend(fontsize=7, frameon=False)
     return svg_of(figure)
 
 
-def _along(
-    points: list[dict[str, Any]], segment: str, start: float, length: float
-) -> list[tuple[float, dict[str, Any]]]:
-    return [(start + length * p["alpha"], p) for p in points if p["leg"] == segment]
+def _along(points: Sequence[PathPoint], segment: str, start: float, length: float) -> list[tuple[float, PathPoint]]:
+    return [(start + length * p.alpha, p) for p in points if p.leg == segment]
 
 
-def plane_plot(plane: dict[str, Any], base: str, row: str, anchor: str) -> str:
+def plane_plot(plane: Plane, base: str, row: str, anchor: str) -> str:
     """Loss on the plane through the three models, a panel a test; places are true to the distances."""
-    tests = list(plane["tests"])
+    tests = list(plane.tests)
     figure, axes = figure_of(1, len(tests), 5.6, 4.4)
-    x, y = np.meshgrid(plane["xs"], plane["ys"], indexing="ij")
+    x, y = np.meshgrid(plane.xs, plane.ys, indexing="ij")
     for axis, test in zip(axes[0], tests):
-        losses = np.array(plane["tests"][test]["nll"])
+        losses = np.array(plane.tests[test]["nll"])
         low = float(losses.min())
         levels = low + (np.quantile(losses, 0.9) - low) * np.linspace(0, 1, 14) ** 1.5 + 1e-9 * np.arange(14)
         filled = axis.contourf(x, y, losses, levels=levels, cmap="Blues_r", extend="max")
@@ -97,7 +106,7 @@ def plane_plot(plane: dict[str, Any], base: str, row: str, anchor: str) -> str:
             (row, "merged", "#2f78c4"),
             (anchor, "tuned", "#d9534f"),
         ):
-            cx, cy = plane["corners"][corner]
+            cx, cy = plane.corners[corner]
             axis.scatter(cx, cy, color=colour, edgecolors="white", s=55, zorder=3)
             axis.annotate(drawn(name), (cx, cy), xytext=(5, 6), textcoords="offset points", fontsize=8, weight="bold")
         axis.set_title(drawn(test), fontsize=10)

@@ -17,8 +17,9 @@ from mergekit_vl.models import choices
 from mergekit_vl.models.evaluate import wilson
 from mergekit_vl.protocols.base import Metric
 from mergekit_vl.reports.card import card
-from mergekit_vl.reports.html import html, plot
+from mergekit_vl.reports.html import html
 from mergekit_vl.reports.intervals import LEAST, NO_INTERVAL, clustered, over_images
+from mergekit_vl.reports.plots import plot
 from mergekit_vl.reports.results import (
     CellResult,
     Column,

@@ -63,7 +63,7 @@ class Row:
         learnt = bool(found.get("learnt"))
         values = found["learnt"] if learnt else found.get("chosen")
         choice = {"values": values, "split": found.get("chosen_on", "val"), "learnt": learnt} if values else None
-        return _read(cls, {**found, "choice": choice})
+        return read(cls, {**found, "choice": choice})
 
     @property
     def chosen(self) -> dict[str, tuple[Any, str]]:
@@ -114,7 +114,7 @@ class CellResult:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> CellResult:
-        facts: CellResult = _read(cls, {key: value for key, value in found.items() if key != "rows"})
+        facts: CellResult = read(cls, {key: value for key, value in found.items() if key != "rows"})
         return dataclasses.replace(facts, rows=tuple(Row.from_json(row) for row in found.get("rows", ())))
 
 
@@ -227,7 +227,7 @@ class Report:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Report:
-        made: Report = _read(cls, {**found, "cells": ()})
+        made: Report = read(cls, {**found, "cells": ()})
         return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
 
 
@@ -241,7 +241,7 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
-def _read(cls: type[T], found: Mapping[str, Any]) -> T:
+def read(cls: type[T], found: Mapping[str, Any]) -> T:
     """Raises ValueError for what is not so; keys that are not known are passed over."""
     return _reader(cls).validate_python(found)
 

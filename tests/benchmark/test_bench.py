@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_vl.benchmark import plan, run, wording
+from mergekit_vl.benchmark import plan, report, run, wording
+from mergekit_vl.benchmark.records import BenchReport, Record
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.recipe import load_recipe, parse, with_datasets
@@ -105,35 +106,34 @@ def records(out, cell="fantasy_mosaic-seed1-4shots"):
 
 def test_the_rows(finished):
     made, _ = finished
-    (table,) = made["tables"]
-    rows = {row["row"]: row for row in table["rows"]}
-    equal = [name for row in table["rows"] for name in row["equal"]]
+    (table,) = made.tables
+    rows = {row.label: row for row in table.rows}
+    equal = [name for row in table.rows for name in row.equal]
     everything = {*rows, *equal}
     always = {"zero-shot", "coop", "continued", "best single model", "average"}
     assert everything == always | {"wise_ft", "slerp", "ensemble", "mergetune", "merged back", "half"}
-    assert table["n"] == 4 and rows["ensemble"]["forwards"] == 2 and rows["ensemble"]["towers"] == 1
+    assert table.n == 4 and rows["ensemble"].summary.forwards == 2 and rows["ensemble"].towers == 1
     # half is WiSE-FT at its default, which is the plain average of two: one row, one count
-    assert "half" in equal and ("average" in equal) != ("average" in rows and "half" in rows["average"]["equal"])
-    assert rows["zero-shot"]["minus_base"] is None and rows["coop"]["minus_tuned"] is None
-    told = rows["coop"]["minus_base"]
-    assert (told["over"], told["low"], told["verdict"]) == ("2 tasks", None, "no interval")
-    assert rows["coop"]["columns"]["base"]["interval"] is None
+    assert "half" in equal and ("average" in equal) != ("average" in rows and "half" in rows["average"].equal)
+    assert rows["zero-shot"].minus_base is None and rows["coop"].minus_tuned is None
+    told = rows["coop"].minus_base
+    assert (told.over, told.low, told.verdict) == ("2 tasks", None, "no interval")
+    assert rows["coop"].summary.columns["base"].interval is None
     assert "no interval is given across fewer than 5 tasks" in wording.lead(made)
-    assert (
-        rows["mergetune"]["trains"] and rows["mergetune"]["seconds"] > 0 and rows["mergetune"]["bytes"] == 4 * 4 * 128
-    )
-    assert all(row["sd"] is not None for row in table["rows"])
-    assert sum(row["rank"] for row in table["rows"]) == pytest.approx(len(rows) * (len(rows) + 1) / 2)
+    mergetune = rows["mergetune"]
+    assert mergetune.trains and mergetune.summary.seconds > 0 and mergetune.bytes == 4 * 4 * 128
+    assert all(row.sd is not None for row in table.rows)
+    assert sum(row.rank for row in table.rows) == pytest.approx(len(rows) * (len(rows) + 1) / 2)
 
 
 def test_what_is_not_in_the_table_is_listed_with_its_reason(finished):
     made, _ = finished
-    out = {each["row"]: each for each in made["left_out"]}
+    out = {each.row: each for each in made.left_out}
     assert set(out) == {"ema", "boom", "nan"}
-    assert out["ema"]["status"] == "inapplicable" and "at least 2 tuned models" in out["ema"]["reasons"][0]["reason"]
-    assert out["boom"]["status"] == out["nan"]["status"] == "failed"
-    assert out["boom"]["reasons"][0]["reason"] == "ValueError: boom went off (mine.py:10)"
-    assert "not finite" in out["nan"]["reasons"][0]["reason"] and len(out["nan"]["reasons"][0]["cells"]) == 4
+    assert out["ema"].status == "inapplicable" and "at least 2 tuned models" in out["ema"].reasons[0].reason
+    assert out["boom"].status == out["nan"].status == "failed"
+    assert out["boom"].reasons[0].reason == "ValueError: boom went off (mine.py:10)"
+    assert "not finite" in out["nan"].reasons[0].reason and len(out["nan"].reasons[0].cells) == 4
     told = wording.reasons(made)
     assert "- ema: not for these models: at least 2 tuned models, not 1 (name more models)" in told
 
@@ -170,16 +170,28 @@ def test_files(finished):
     assert float(own["base_acc1"]) == records(out, "fantasy_thermal-seed2-4shots")["coop"]["tests"]["base"]["acc1"]
     with (out / "table.csv").open() as file:
         shown = {line["row"]: line for line in csv.DictReader(file)}
-    rows = {row["row"]: row for row in made["tables"][0]["rows"]}
-    assert set(shown) == set(rows) and float(shown["coop"]["HM"]) == rows["coop"]["score"]
+    rows = {row.label: row for row in made.tables[0].rows}
+    assert set(shown) == {*rows, "boom", "nan"} and float(shown["coop"]["HM"]) == rows["coop"].score
+    assert shown["boom"]["base mark"] == shown["nan"]["base mark"] == "failed" and shown["average"]["kind"] == "control"
     assert shown["wise_ft"]["chosen"].startswith("options ") and shown["coop"]["chosen"] == ""
-    assert {each["split"] for each in rows["wise_ft"]["chosen"]["options"]} == {"held_out"}
+    assert {each.split for each in rows["wise_ft"].summary.chosen["options"]} == {"held_out"}
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 4 and "boom went off" in page and "class=sortable" in page
     assert "| mergetune |" in (out / "README.md").read_text()
-    path = made["path"]
-    assert path["row"] == "mergetune" and path["cells"] == 4 and path["plane"]["space"] == "classifiers"
-    assert {(b["space"], b["leg"]) for b in path["barriers"]} >= {("contexts", "merged -> tuned")}
+    path = made.path
+    assert path.row == "mergetune" and path.cells == 4 and path.plane.space == "classifiers"
+    assert {(b.space, b.leg) for b in path.barriers} >= {("contexts", "merged -> tuned")}
+
+
+def test_the_report_is_read_back(finished):
+    made, out = finished
+    stored = json.loads((out / "bench.json").read_text())
+    assert report.load(out) == made and BenchReport.from_json(stored | {"of a later version": 1}).to_json() == stored
+    for record in records(out).values():
+        assert Record.from_json(record).to_json() == record
+    (out.parent / "other").mkdir()
+    (out.parent / "other" / "bench.json").write_text('{"recipe": "small"}')
+    assert report.load(out.parent / "other") is None
 
 
 def choices(out):
@@ -317,16 +329,16 @@ def test_a_bench_that_is_killed_before_its_path_draws_it(registry, tmp_path, mon
         go(given, registry, tmp_path / "out")
     assert {"zero-shot", "coop", "slerp"} <= set(records(tmp_path / "out"))
     made = go(given, registry, tmp_path / "out")
-    assert made["path"]["row"] == "slerp" and made["path"]["points"]
+    assert made.path.row == "slerp" and made.path.points
     assert "The path" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_shots_are_a_table_each(registry, tmp_path):
     given = SMALL | {"seed": 1, "dataset": SMALL["dataset"][:1], "strategy": [{"name": "wise_ft", "grid": {}}]}
     made = go(given, registry, tmp_path / "out", shots=(1, 2))
-    assert [(table["shots"], table["counts"]["train"]) for table in made["tables"]] == [(1, 10), (2, 20)]
-    assert made["tables"][0]["rows"][0]["minus_tuned"]["over"] == "test images"
-    assert made["tables"][0]["rows"][0]["minus_tuned"]["low"] is not None
+    assert [(table.shots, table.counts["train"]) for table in made.tables] == [(1, 10), (2, 20)]
+    assert made.tables[0].rows[0].minus_tuned.over == "test images"
+    assert made.tables[0].rows[0].minus_tuned.low is not None
     assert "By shots" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -356,7 +368,7 @@ def test_robust_and_development_tasks(registry, tmp_path):
         },
     }
     made = go(given, registry, tmp_path / "out")
-    assert list(made["tables"][0]["metric"]["columns"]) == ["ID", "OOD"]
+    assert list(made.tables[0].metric.columns) == ["ID", "OOD"]
     how = records(tmp_path / "out", "fantasy_mosaic-seed1-2shots")["wise_ft"]["search"]["how"]
     assert how == "development tasks: 80 ID, 80 night"
     assert (tmp_path / "out" / "development" / "household_scatter-seed1-2shots" / "linear_probe.json").exists()
@@ -372,24 +384,20 @@ def test_multi_task_with_a_model_that_needs_the_task(registry, tmp_path):
         "controls": False,
     }
     made = go(given, registry, tmp_path / "out")
-    rows = {row["row"]: row for row in made["tables"][0]["rows"]}
+    rows = {row.label: row for row in made.tables[0].rows}
     assert {"full on fantasy_mosaic", "full on sea_and_sky_blinds", "average", "task_arithmetic", "emr"} <= set(rows)
-    assert rows["task_arithmetic"]["normalised"] > 0 and rows["emr"]["towers"] == 1
-    (out,) = made["left_out"]
-    assert (
-        out["row"] == "wise_ft"
-        and "at most 1" in out["reasons"][0]["reason"]
-        or "1 tuned" in out["reasons"][0]["reason"]
-    )
+    assert rows["task_arithmetic"].summary.normalised > 0 and rows["emr"].towers == 1
+    (out,) = made.left_out
+    assert out.row == "wise_ft" and ("at most 1" in out.reasons[0].reason or "1 tuned" in out.reasons[0].reason)
 
 
 def test_anchors_that_come_to_nothing_fail_their_cells_and_wrong_recipes_end_at_once(registry, tmp_path):
     given = SMALL | {"seed": 1, "tuned": [{"tuner": {"name": "coop", "epochs": 3, "lr": 1e30}}]}
     made = go(given, registry, tmp_path / "out")
-    assert made["tables"][0]["rows"] == [] and [cell["cell"] for cell in made["lost_cells"]] == [
+    assert made.tables[0].rows == () and [cell.cell for cell in made.lost_cells] == [
         f"fantasy_{task}-seed1-4shots" for task in ("mosaic", "thermal")
     ]
-    assert made["lost_cells"][0]["reason"].startswith("its anchors failed: ") and wording.failed(made)
+    assert made.lost_cells[0].reason.startswith("its anchors failed: ") and made.failed
     given = SMALL | {"tuned": [{"tuner": {"name": "coop", "init": "word " * 40}}]}
     with pytest.raises(UserError):
         go(given, registry, tmp_path / "other")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from mergekit_vl.commands.exits import exit_code
-from mergekit_vl.commands.terminal import Column, TerminalProgress, say, say_table
+from mergekit_vl.commands.terminal import TerminalProgress, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable, shortened
+from mergekit_vl.reports.table import Cell, Column, Table, TableRow
 
 PACKAGE = Path(__file__).parents[2] / "mergekit_vl"
 ESCAPE = "b\x1b]0;owned\x07"
@@ -88,9 +89,10 @@ def test_no_output_at_all():
 
 TABLE = """
 from mergekit_vl.commands.exits import exit_code
-from mergekit_vl.commands.terminal import Column, say, say_table, warn
+from mergekit_vl.commands.terminal import say, say_table, warn
+from mergekit_vl.reports.table import Cell, Column, Table, TableRow
 def work():
-    say_table("täsk", [Column("row", left=True), Column("acc")], [["日本 ±", "1.0 ±0.5"]], caption="± half")
+    say_table(Table((Column("acc", ".1f", "half"),), (TableRow("日本 ±", (Cell(1.0, (0.5, 1.5)),)),), title="täsk"))
     say("zero-shot → fine-tuned, chat été")
     warn("été")
 raise SystemExit(exit_code(work))
@@ -117,8 +119,8 @@ def test_what_acts_is_spelt_out_and_nothing_else():
 
 def test_lines_and_tables_show_labels_as_they_are(capsys):
     say(f"{ESCAPE}: one", "[/red] two\nthree")
-    say_table(f"[red]{ESCAPE}", [Column("[bold]row", left=True, folds=True), Column(":smile:")],
-              [["[/red]", "1"], ["[red]x", "2"], ["l" * 400, "3"], ["n\nm", "4"]], caption="[/]", strong=[1])  # fmt: skip
+    rows = [TableRow(label, (Cell(1.0),)) for label in ("[/red]", "[red]x", "l" * 400, "n\nm")]
+    say_table(Table((Column(":smile:", ".0f"),), tuple(rows), f"[red]{ESCAPE}", ("[/]",), corner="[bold]row"))
     with TerminalProgress(True) as progress:
         progress(1, 2, f"[/red] {ESCAPE}")
         progress.say(f"[/red] {ESCAPE}")

@@ -16,6 +16,8 @@ from mergekit_vl.experiments import landscape
 from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes, Mixture, Single
+from mergekit_vl.reports.landscape_results import Barrier
+from mergekit_vl.reports.results import PathPoint
 
 NAMES = ("dog", "cat", "apple")
 
@@ -41,8 +43,8 @@ def world(tmp_path_factory):
 
 
 def at(points, space, segment, alpha):
-    (point,) = [p for p in points if (p["space"], p["leg"], p["alpha"]) == (space, segment, alpha)]
-    return point["tests"]["test"]
+    (point,) = [p for p in points if (p.space, p.leg, p.alpha) == (space, segment, alpha)]
+    return point.tests["test"]
 
 
 def measured(model, tests, store):
@@ -73,9 +75,9 @@ def test_one_batch_or_many(world, monkeypatch):
     whole = landscape.lines(between, tests, 5, landscape.SEGMENTS)
     monkeypatch.setattr(landscape, "CHUNK_SIZE", 2 * 12 * 3)  # two points at once
     apart = landscape.lines(between, tests, 5, landscape.SEGMENTS)
-    assert [p["leg"] for p in whole] == ["zero-shot -> tuned"] * 5
+    assert [p.leg for p in whole] == ["zero-shot -> tuned"] * 5
     for one, other in zip(whole, apart, strict=True):
-        assert one["tests"]["test"]["nll"] == pytest.approx(other["tests"]["test"]["nll"], abs=1e-6)
+        assert one.tests["test"]["nll"] == pytest.approx(other.tests["test"]["nll"], abs=1e-6)
 
 
 def test_logits_of_heads_are_combined(world):
@@ -100,16 +102,16 @@ def test_the_plane_is_true_to_the_distances(world):
     plane = landscape.plane(between, tests, 4)
     start = models["tuned"].adapter.untuned(models["tuned"].backbone).ctx.flatten()
     u, v = ((models[name].adapter.ctx.flatten() - start).double() for name in ("tuned", "merged"))
-    x, y = plane["corners"]["merged"]
+    x, y = plane.corners["merged"]
     assert math.hypot(x, y) == pytest.approx(float(v.norm() / u.norm()), rel=1e-5)
     assert x == pytest.approx(float(u @ v / u.norm() ** 2), rel=1e-4)
-    assert plane["xs"][0] < 0 and plane["xs"][-1] > 1 and plane["ys"][-1] > y
+    assert plane.xs[0] < 0 and plane.xs[-1] > 1 and plane.ys[-1] > y
     # a point of the grid is the context at that place
-    b = plane["ys"][2] / y
-    a = plane["xs"][1] - x * b
+    b = plane.ys[2] / y
+    a = plane.xs[1] - x * b
     ctx = start + a * u + b * v
     point = models["tuned"].adapter.with_tensors({"ctx": ctx.float().reshape(4, -1)})
-    found = plane["tests"]["test"]["nll"][1][2]
+    found = plane.tests["test"]["nll"][1][2]
     assert found == measured(Single(models["tuned"].backbone, point), tests, store)["nll"]
 
 
@@ -127,8 +129,7 @@ def test_three_models_on_a_line_span_no_plane(world):
 def line(segment, *scores):
     n = len(scores) - 1
     return [
-        {"space": "towers", "leg": segment, "alpha": i / n, "tests": {"x": {"nll": nll, "acc1": acc1}}}
-        for i, (nll, acc1) in enumerate(scores)
+        PathPoint(segment, "towers", i / n, {"x": {"nll": nll, "acc1": acc1}}) for i, (nll, acc1) in enumerate(scores)
     ]
 
 
@@ -137,8 +138,8 @@ def test_barriers_by_hand():
     hill = line("a", (1, 0.8), (1.0, 0.75), (2.25, 0.4), (1.8, 0.6), (2, 0.6))
     valley = line("b", (1, 0.5), (0.2, 0.9), (1, 0.5))
     first, second = landscape.barriers(hill + valley)
-    assert first == {"space": "towers", "leg": "a", "tests": {"x": {"nll": 0.75, "acc1": pytest.approx(0.3)}}}
-    assert second["tests"]["x"] == {"nll": 0.0, "acc1": 0.0}
+    assert first == Barrier("towers", "a", {"x": {"nll": 0.75, "acc1": pytest.approx(0.3)}})
+    assert second.tests["x"] == {"nll": 0.0, "acc1": 0.0}
 
 
 def test_a_prompt_that_started_at_random_has_classifiers_only(world):

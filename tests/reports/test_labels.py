@@ -1,6 +1,7 @@
 """Labels, class names and names of files are data: reports survive them, show them as they are, and nothing in them acts."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -11,9 +12,13 @@ import pytest
 from PIL import Image
 
 from mergekit_vl.benchmark import plots
+from mergekit_vl.benchmark.records import BenchRow, BenchTable
 from mergekit_vl.commands import app
 from mergekit_vl.printable import in_code, in_html, in_markdown, printable
+from mergekit_vl.protocols.base import Metric
 from mergekit_vl.reports.landscape_page import section
+from mergekit_vl.reports.landscape_results import Barrier, MeanPath
+from mergekit_vl.reports.results import PathPoint, SummaryRow
 from mergekit_vl.system.atomic_files import slug, write_json
 
 LABELS = ["$\\foo$", "[/red]", "L" * 400, "a\nb", "b\x1b]0;owned\x07", "\u202eevil", "<script>alert(1)</script>", "a/b", "a b",
@@ -148,31 +153,27 @@ def test_html_and_markdown():
 @pytest.mark.parametrize("label", [*LABELS, "half \ud83d"])
 def test_the_plots_of_a_bench_and_of_a_path(label):
     rows = [
-        {"row": name, "kind": kind, "score": score, "seconds": 1.0, "ms_per_sample": score / 50, "equal": []}
+        BenchRow(
+            SummaryRow(name, kind, {}, score, score, 1, 1, (), {}, 1.0, score / 50),
+            (), None, 1.0, None, None, None, None, False, False, None, None, None, None,
+        )
         for name, kind, score in (
             ("zero-shot", "zero-shot", 50.0),
             (label, "tuned", 60.0),
             (f"{label}2", "merged", 70.0),
         )
-    ]
-    shown = {"rows": rows, "metric": {"headline": "HM"}, "shots": 2}
+    ]  # fmt: skip
+    shown = BenchTable(2, Metric("HM", {}), rows=tuple(rows))
     drawings = [
         plots.pareto(shown),
         plots.by_dataset(shown, {label: [50.0, 60.0, 70.0], "other": [40.0, 50.0, 60.0]}),
-        plots.over_shots([shown, {**shown, "shots": 4}]),
+        plots.over_shots([shown, dataclasses.replace(shown, shots=4)]),
     ]
     tests = {label: {"nll": 1.0, "acc1": 0.5}}
     segments = ("zero-shot -> tuned", "zero-shot -> merged", "merged -> tuned")
-    path = {
-        "row": label,
-        "cells": 1,
-        "points": [
-            {"space": "heads", "leg": segment, "alpha": a, "tests": tests} for segment in segments for a in (0.0, 1.0)
-        ],
-        "barriers": [{"space": "heads", "leg": segment, "tests": tests} for segment in segments],
-        "plane": None,
-        "plane_of": label,
-    }
+    points = tuple(PathPoint(segment, "heads", a, tests) for segment in segments for a in (0.0, 1.0))
+    barriers = tuple(Barrier("heads", segment, tests) for segment in segments)
+    path = MeanPath(label, 1, points, barriers, None, label)
     drawings.append(section(path, "zero-shot", label))
     assert all(drawing.count("<svg") == 1 and "\x1b" not in drawing for drawing in drawings)
     if label == "$\\foo$":

@@ -1,0 +1,70 @@
+"""What lies between models, as frozen dataclasses: points of lines, barriers and the plane. Their fields are the keys of the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_vl.reports.results import IF_THERE, PathPoint, plain, read
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """How far the loss rises (nats) and accuracy falls (a fraction) from the straight line between a segment's ends."""
+
+    space: str
+    leg: str
+    tests: Mapping[str, Mapping[str, float]]
+    """nll and acc1 by test."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Scores on the plane through three models, in units of the distance from zero-shot to tuned."""
+
+    space: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    corners: Mapping[str, tuple[float, float]]
+    """The places of zero-shot, tuned and merged."""
+    tests: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
+    """acc1 and nll by test, at xs[i], ys[j]."""
+
+
+@dataclass(frozen=True)
+class CellPath:
+    """The path of one cell by way of a row, as a bench records it; without points where there is none."""
+
+    row: str
+    points: tuple[PathPoint, ...] = ()
+    barriers: tuple[Barrier, ...] = ()
+    plane: Plane | None = None
+    made_of: Mapping[str, Any] | None = field(default=None, metadata=IF_THERE)
+
+    def to_json(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> CellPath:
+        return read(cls, found)
+
+
+@dataclass(frozen=True)
+class MeanPath:
+    """The means over cells of the points and barriers by way of a row, and the plane of one cell."""
+
+    row: str
+    cells: int
+    points: tuple[PathPoint, ...]
+    barriers: tuple[Barrier, ...]
+    plane: Plane | None
+    plane_of: str
+    """The cell that the plane is of."""
+
+    def to_json(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> MeanPath:
+        return read(cls, found)

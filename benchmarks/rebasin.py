@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from mergekit_vl.commands.terminal import TerminalReporter
 from mergekit_vl.merge_files import streaming
 from mergekit_vl.microworld.tasks import MicroTask
 from mergekit_vl.strategies.linear import Linear
@@ -104,7 +105,7 @@ def measure(name: str, width: int, seed: int, epochs: int, folder: Path) -> dict
     for rebasin in (False, True):
         began = time.monotonic()
         plan = streaming.MergePlan("linear", Linear(), tuple(ends), rebasin=rebasin)
-        streaming.merge(plan, folder / "mid", force=True, tell=lambda text: print(f"  {text}"))
+        streaming.merge(plan, folder / "mid", force=True, reporter=TerminalReporter(True))
         model.load_state_dict(load_file(folder / "mid/model.safetensors"))
         row = "midpoint, rebasin" if rebasin else "midpoint"
         print(f"  {row}: merged in {time.monotonic() - began:.1f} s")

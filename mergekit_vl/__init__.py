@@ -48,9 +48,9 @@ __all__ = [
     "Models",
     "Network",
     "Predictions",
-    "Progress",
     "Recipe",
     "Register",
+    "Reporter",
     "Run",
     "RunResult",
     "Scores",
@@ -114,7 +114,7 @@ MODULES = {
     "backbones.backbone": ("Backbone",),
     "backbones.base": ("BackboneOptions",),
     "checkpoints.dtypes": ("Array",),
-    "datasets.base": ("Augment", "Dataset", "DatasetOptions", "ImageSource", "Progress", "Split", "few_shot"),
+    "datasets.base": ("Augment", "Dataset", "DatasetOptions", "ImageSource", "Split", "few_shot"),
     "errors": ("Failed", "Unsuitable", "UserError"),
     "experiments.open_run": ("LoadedModel",),
     "experiments.use": ("Evaluated",),
@@ -134,6 +134,7 @@ MODULES = {
     "protocols.base": ("EvaluationProtocol", "Metric", "Task"),
     "recipe": ("Recipe",),
     "registry.hookspecs": ("Register", "hookimpl"),
+    "reporter": ("Reporter",),
     "strategies.base": ("Strategy",),
     "strategies.closed_form": ("closed_form",),
     "strategies.in_memory": ("endpoints", "as_model", "merge_adapters"),
@@ -162,7 +163,7 @@ if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
     from mergekit_vl.backbones.base import BackboneOptions
     from mergekit_vl.checkpoints.dtypes import Array
-    from mergekit_vl.datasets.base import Augment, Dataset, DatasetOptions, ImageSource, Progress, Split, few_shot
+    from mergekit_vl.datasets.base import Augment, Dataset, DatasetOptions, ImageSource, Split, few_shot
     from mergekit_vl.errors import Failed, Unsuitable, UserError
     from mergekit_vl.experiments.open_run import LoadedModel
     from mergekit_vl.experiments.use import Evaluated
@@ -182,6 +183,7 @@ if TYPE_CHECKING:
     from mergekit_vl.protocols.base import EvaluationProtocol, Metric, Task
     from mergekit_vl.recipe import Recipe
     from mergekit_vl.registry.hookspecs import Register, hookimpl
+    from mergekit_vl.reporter import Reporter
     from mergekit_vl.strategies.base import Strategy
     from mergekit_vl.strategies.closed_form import closed_form
     from mergekit_vl.strategies.in_memory import as_model, endpoints, merge_adapters

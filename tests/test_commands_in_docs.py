@@ -29,6 +29,7 @@ from mergekit_vl.commands import app
 from mergekit_vl.experiments import experiment
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.registry.plugins import load_plugins
+from mergekit_vl.reporter import SILENT
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -145,7 +146,7 @@ def a_run(home):
     words = ["dataset={name: folder, path: pets, shifts: [night]}", "strategy=[{name: wise_ft}]", "controls=false"]
     words += ["tuned.0.tuner={name: linear_probe, label: full}"]
     made = experiment.build(recipe.load_recipe("robust_micro", words), load_plugins())
-    quiet = {"progress": lambda *_: None, "warn": lambda _: None}
+    quiet = {"reporter": SILENT}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "PATH_POINTS", 2)
         out = home / "runs" / "robust_micro-1234abcd"

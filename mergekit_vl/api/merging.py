@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from mergekit_vl import options
+from mergekit_vl.api.notebook import PYTHON_WARNINGS
 from mergekit_vl.checkpoints.pickles import from_torch
 from mergekit_vl.checkpoints.reader import label_of, open_checkpoint
 from mergekit_vl.checkpoints.torch_io import as_tensor, read
@@ -165,16 +165,17 @@ def merge(
         folder = Path(out).expanduser()
         with claimed(folder, force=force):
             metadata = streaming.merge_opened(
-                _opened(plan, base, given), folder, threads=threads, max_ram=max_ram, shard_size=shard_size, warn=_warn
+                _opened(plan, base, given),
+                folder,
+                threads=threads,
+                max_ram=max_ram,
+                shard_size=shard_size,
+                reporter=PYTHON_WARNINGS,
             )
         return MergedFolder(folder, metadata)
     opened = _opened(plan, base, given)
-    merged = streaming.merge_into_arrays(opened, threads=threads, max_ram=max_ram, warn=_warn)
+    merged = streaming.merge_into_arrays(opened, threads=threads, max_ram=max_ram, reporter=PYTHON_WARNINGS)
     return _like(everyone, {slot.name: as_tensor(merged[slot.name], slot.code) for slot in opened.slots})
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
 
 
 def _labelled(models: Any) -> tuple[list[Any], list[str]]:

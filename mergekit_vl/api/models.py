@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
-from mergekit_vl.api.notebook import html_table
-from mergekit_vl.datasets.base import Dataset, Progress, silent
+from mergekit_vl.api.notebook import PYTHON_WARNINGS, html_table
+from mergekit_vl.datasets.base import Dataset
 from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.open_run import LoadedModel, open_model
@@ -18,6 +18,7 @@ from mergekit_vl.experiments.use import Evaluated, View, best, evaluate_on, from
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes
 from mergekit_vl.registry.plugins import registry
+from mergekit_vl.reporter import Reporter
 from mergekit_vl.system.devices import device_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def evaluate(
     split: str = "test",
     device: str = "auto",
     cache: bool = True,
-    progress: Progress = silent,
+    reporter: Reporter = PYTHON_WARNINGS,
     **dataset_options: Any,
 ) -> Evaluated:
     """Score a model on a split of a dataset, against all of its class names, by the evaluator of every report.
@@ -64,8 +65,8 @@ def evaluate(
     a shift of the dataset. Features are kept on disk unless `cache` is False.
     """
     used = _used(model, device)
-    dataset = _dataset(used, data, dataset_options, progress)
-    store = FeatureStore(report=progress) if cache else FeatureStore(None, report=progress)
+    dataset = _dataset(used, data, dataset_options, reporter)
+    store = FeatureStore(reporter=reporter) if cache else FeatureStore(None, reporter=reporter)
     return evaluate_on(used.model, used.label, dataset, split, store)
 
 
@@ -112,7 +113,7 @@ def predict(
     *,
     device: str = "auto",
     max_megapixels: float = MOST_MEGAPIXELS,
-    progress: Progress = silent,
+    reporter: Reporter = PYTHON_WARNINGS,
 ) -> Predictions:
     """What is on images, with probabilities.
 
@@ -123,7 +124,7 @@ def predict(
     used = _used(model, device)
     known = _classes(used, classes)
     labels, view = _views(images, max_megapixels)
-    return Predictions(labels, known.names, probabilities(used.model, known, view, len(labels), progress))
+    return Predictions(labels, known.names, probabilities(used.model, known, view, len(labels), reporter))
 
 
 def _used(model: LoadedModel | Model | str | Path, device: str) -> LoadedModel:
@@ -133,7 +134,7 @@ def _used(model: LoadedModel | Model | str | Path, device: str) -> LoadedModel:
 
 
 def _dataset(
-    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, Any], progress: Progress
+    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, Any], reporter: Reporter
 ) -> Dataset:
     if given and not isinstance(data, str | None):
         raise UserError(f"{next(iter(given))}= beside a dataset that is made", where="evaluate", hint="leave it out")
@@ -147,7 +148,7 @@ def _dataset(
     if isinstance(data, str):
         cls = registry().find("datasets", data, where="evaluate").resolve()
         data = options.build(cls, given, where=f"dataset {data}")
-    return data.load(progress)
+    return data.load(reporter)
 
 
 def _classes(used: LoadedModel, given: Classes | Sequence[str] | None) -> Classes:

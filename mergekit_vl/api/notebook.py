@@ -1,10 +1,29 @@
-"""Objects as notebooks show them."""
+"""What notebooks see: objects as HTML, and warnings as Python's own."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mergekit_vl.printable import in_html
+
+
+@dataclass(frozen=True)
+class PythonWarnings:
+    """A reporter whose warnings are Python's; it tells nothing else."""
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=4)
+
+    def tell(self, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        pass
+
+
+PYTHON_WARNINGS = PythonWarnings()
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:

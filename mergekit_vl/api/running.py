@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl.api.notebook import html_table
-from mergekit_vl.datasets.base import Progress, silent
+from mergekit_vl.api.notebook import PYTHON_WARNINGS
+from mergekit_vl.commands.terminal import table_text
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import experiment as experiments
 from mergekit_vl.experiments import forecast
@@ -18,12 +16,17 @@ from mergekit_vl.experiments.open_run import LoadedModel, open_model
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe, parse, with_datasets
 from mergekit_vl.registry.plugins import registry
+from mergekit_vl.reporter import Reporter
+from mergekit_vl.reports import render
+from mergekit_vl.reports.comparison import comparison
 from mergekit_vl.system.devices import device_of
 
 if TYPE_CHECKING:
     from mergekit_vl.benchmark.plan import Plan
+    from mergekit_vl.benchmark.records import BenchReport
     from mergekit_vl.experiments.experiment import Experiment
     from mergekit_vl.reports.results import Report
+    from mergekit_vl.reports.table import Table
 
     AnyRecipe = Recipe | Mapping[str, Any] | str | Path
     """A recipe, plain data, a file, or the name of an installed one."""
@@ -50,21 +53,11 @@ class RunResult:
         """The headline of each row, in percent."""
         return {row.row: row.score for row in self.report.summary}
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        metric = self.report.metric
-        several = len(metric.columns) > 1
-        header = ["row", *metric.columns, *([metric.headline] if several else [])]
-        rows = [
-            [row.row, *(f"{c.acc1:.1f}" for c in row.columns.values()), *([f"{row.score:.1f}"] if several else [])]
-            for row in self.report.summary
-        ]
-        return header, rows
-
     def __repr__(self) -> str:
-        return f"{self.report.recipe}: {self.folder}\n{text_table(*self._table())}"
+        return f"{self.folder}\n{table_text(comparison(self.report))}"
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table(), title=f"{self.report.recipe}: {self.folder}")
+        return render.html(comparison(self.report))
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,7 @@ class BenchResult:
     """A finished bench."""
 
     folder: Path
-    report: Mapping[str, Any]
-    """As bench.json holds it: `tables`, one for each number of shots, `left_out`, `chosen` and so on."""
+    report: BenchReport
 
     @property
     def html(self) -> Path:
@@ -82,35 +74,18 @@ class BenchResult:
 
     def scores(self) -> dict[str, float]:
         """The headline of each row of the first table, in percent."""
-        return {row["row"]: row["score"] for row in self.report["tables"][0]["rows"]}
+        return {row.label: row.score for row in self.report.tables[0].rows}
 
-    def _table(self, table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-        metric = table["metric"]
-        several = len(metric["columns"]) > 1
-        header = ["row", *metric["columns"], *([metric["headline"]] if several else []), "rank"]
-        ordered = sorted(table["rows"], key=lambda row: -row["score"])
-        rows = [
-            [
-                r["row"],
-                *(f"{c['acc1']:.1f}" for c in r["columns"].values()),
-                *([f"{r['score']:.1f}"] if several else []),
-                f"{r['rank']:.1f}",
-            ]
-            for r in ordered
-        ]
-        return header, rows
+    def _tables(self) -> list[Table]:
+        from mergekit_vl.benchmark.comparison import comparison
 
-    def _tables(self) -> list[Mapping[str, Any]]:
-        return [table for table in self.report["tables"] if table["rows"]]
+        return [comparison(self.report, table) for table in self.report.tables if table.rows]
 
     def __repr__(self) -> str:
-        tables = [text_table(*self._table(table)) for table in self._tables()]
-        return "\n".join([f"{self.report['recipe']}: {self.folder}", *tables])
+        return "\n".join([str(self.folder), *map(table_text, self._tables())])
 
     def _repr_html_(self) -> str:
-        return "".join(
-            html_table(*self._table(t), title=f"{self.report['recipe']}: {self.folder}") for t in self._tables()
-        )
+        return "".join(map(render.html, self._tables()))
 
 
 @dataclass(frozen=True)
@@ -123,15 +98,6 @@ class Checked:
         return "\n".join(self.lines)
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in (header, *rows)
-    )
-
-
 def run(
     recipe: AnyRecipe,
     *overrides: str,
@@ -139,7 +105,7 @@ def run(
     device: str = "auto",
     force: bool = False,
     allow_env: Sequence[str] = (),
-    progress: Progress = silent,
+    reporter: Reporter = PYTHON_WARNINGS,
 ) -> RunResult:
     """Tune, merge, evaluate and report, as the command `run`: `run("mergetune_coop", "seed=2")`.
 
@@ -166,8 +132,7 @@ def run(
                 folder,
                 device=device_of(device),
                 store=FeatureStore(),
-                progress=progress,
-                warn=_warn,
+                reporter=reporter,
             )
     return RunResult(folder, done, plan)
 
@@ -182,7 +147,7 @@ def bench(
     device: str = "auto",
     force: bool = False,
     allow_env: Sequence[str] = (),
-    progress: Progress = silent,
+    reporter: Reporter = PYTHON_WARNINGS,
 ) -> BenchResult:
     """Compare strategies under the same tuned models, images, selection and evaluator, as the command `bench`.
 
@@ -190,7 +155,7 @@ def bench(
     name, or others of its kind; `shots` are images per class, a table for each. Rows that failed are in the report's `left_out`.
     """
     from mergekit_vl.benchmark import plan as plans
-    from mergekit_vl.benchmark import report, run, wording
+    from mergekit_vl.benchmark import report, run
     from mergekit_vl.models.features import FeatureStore
 
     def build(made: Recipe) -> Plan:
@@ -200,16 +165,16 @@ def bench(
     plan = build(_recipe(recipe, overrides, allow_env, build))
     folder = Path(out) if out is not None else Path("runs") / f"bench-{plan.recipe.name}-{plan.place}"
 
-    def load(folder: Path) -> dict[str, Any] | None:
+    def load(folder: Path) -> BenchReport | None:
         found = report.load(folder)
-        return found if found and found["hash"] == plan.hash else None
+        return found if found and found.hash == plan.hash else None
 
     with tidied(folder), alone(folder):
         done = claim(folder, plan.place, load, force=force)
-        if done is None or wording.failed(done):
-            store = FeatureStore(report=progress)
-            done = run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=_warn)
-    return BenchResult(folder, json.loads(json.dumps(done)))
+        if done is None or done.failed:
+            store = FeatureStore(reporter=reporter)
+            done = run.run(plan, folder, device=device_of(device), store=store, reporter=reporter)
+    return BenchResult(folder, done)
 
 
 def check(
@@ -248,10 +213,6 @@ def check(
 
         return Checked(tuple(described(plans.build(plan, registry()))))
     return Checked(tuple(forecast.described(experiments.build(plan, registry()))))
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
 
 
 def _recipe(

@@ -59,7 +59,7 @@ class CellRun:
                 self._record(entry, _fault(entry, "failed", f"its anchors failed: {told(error)}"))
             return
         for number, entry in enumerate(entries):
-            self.bench.progress(number, len(entries), f"{self.key.name}: rows")
+            self.bench.reporter.progress(number, len(entries), f"{self.key.name}: rows")
             self._record(entry, self._made(entry))
 
     @cached_property
@@ -155,7 +155,7 @@ class CellRun:
             return default, Searched(f"defaults: {self.selection}")
         table, best = [], None
         for number, (given, strategy) in enumerate(tries):
-            self.bench.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
+            self.bench.reporter.progress(number, len(tries), f"{self.key.name}: options of {spec.label}")
             try:
                 rows = [self._scored(cell, spec, strategy, inputs)[1] for cell, inputs in self.selection]
             except UserError as error:  # this configuration does not fit these models, or came to nothing
@@ -259,7 +259,7 @@ class CellRun:
         makers = ("mergekit_vl.experiments.landscape", *self.bench.makers(entry))
         found = self.bench.path(self.key, entry)
         if found is None or not self.cell.fresh(found.made_of, makers):
-            self.bench.progress(0, 0, f"{self.key.name}: path")
+            self.bench.reporter.progress(0, 0, f"{self.key.name}: path")
             made = dataclasses.replace(self._path(entry), made_of=self.cell.made_of(makers))
             write_json(self.bench.path_record(self.key, entry), made.to_json())
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergekit_vl.benchmark import search
 from mergekit_vl.benchmark.plan import Entry, Plan, lineup
 from mergekit_vl.benchmark.records import Record
-from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.cell import read_record
 from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.protocols.base import shots_of
+from mergekit_vl.reporter import Reporter
 from mergekit_vl.reports.landscape_results import CellPath
 from mergekit_vl.system.atomic_files import slug, write_json
 
@@ -52,8 +52,7 @@ class Bench:
     ready: Ready
     out: Path
     store: FeatureStore
-    progress: Progress
-    warn: Callable[[str], None]
+    reporter: Reporter
 
     def keys(self) -> list[Key]:
         return list(self.tasks)
@@ -78,7 +77,7 @@ class Bench:
         return self.out / "cells" / key.name
 
     def cell(self, task: Task, seed: int, folder: Path) -> Cell:
-        return self.ready.cell(task, seed, folder, self.store, self.progress)
+        return self.ready.cell(task, seed, folder, self.store, self.reporter)
 
     def select(self, key: Key, cell: Cell, inputs: MergeInputs) -> list[tuple[Cell, MergeInputs]]:
         """The selection tasks of a cell, with their tuned models; raises UserError where nothing can be chosen."""
@@ -98,14 +97,14 @@ class Bench:
         found = []
         for folder, task in tasks.items():
             made = self.cell(task, key.seed, folder)
-            made.claim(self.ready.experiment.tuners, self.warn)
+            made.claim(self.ready.experiment.tuners)
             found.append((made, self.ready.anchors(made)[1]))
         return found
 
     @cached_property
     def _development(self) -> list[Any]:
         specs, made = zip(*self.plan.development)
-        return load_datasets(specs, made, self.progress)
+        return load_datasets(specs, made, self.reporter)
 
     @cached_property
     def image_ms(self) -> float:

@@ -19,8 +19,8 @@ from mergekit_vl.benchmark import report
 from mergekit_vl.benchmark.cell_rows import CellRun
 from mergekit_vl.benchmark.grid import Bench, Key
 from mergekit_vl.benchmark.plan import ROOTS, Plan
-from mergekit_vl.datasets.base import Progress
 from mergekit_vl.experiments.experiment import prepare
+from mergekit_vl.reporter import ALL_CELLS, Reporter
 from mergekit_vl.reports.results import plain
 from mergekit_vl.system.atomic_files import write_json
 
@@ -42,7 +42,7 @@ def work(bench: Bench, key: Key) -> None:
     """Make the rows of a cell that are not on record, failed or would come out otherwise now; then its path."""
     bench.store.memory.clear()  # what cells share is on disk
     cell = bench.cell(bench.tasks[key], key.seed, bench.folder(key))
-    cell.claim(bench.ready.experiment.tuners, bench.warn)
+    cell.claim(bench.ready.experiment.tuners)
     missing, contest = bench.missing(key, cell), CellRun(bench, key, cell)
     if missing:
         cell.keep_shots(key.dataset, key.seed)
@@ -58,24 +58,22 @@ def run(
     *,
     device: str,
     store: FeatureStore,
-    progress: Progress,
-    warn: Callable[[str], None],
-    tell: Callable[[str], None] = lambda text: None,
+    reporter: Reporter,
     execute: Executor = serial,
 ) -> BenchReport:
     """Run every cell that is not done into `out` and return the report (also written there)."""
     began = time.time()
-    ready = dataclasses.replace(prepare(plan.experiment, device=device, progress=progress, warn=warn), more=ROOTS)
-    bench = Bench(plan, ready, out, store, progress, warn)
+    ready = dataclasses.replace(prepare(plan.experiment, device=device, reporter=reporter), more=ROOTS)
+    bench = Bench(plan, ready, out, store, reporter)
     keys = bench.keys()
-    progress(0, len(keys), "all cells")
+    reporter.progress(0, len(keys), ALL_CELLS)
     for done, key in enumerate(execute(partial(work, bench), keys), 1):
-        progress(done, len(keys), "all cells")
+        reporter.progress(done, len(keys), ALL_CELLS)
         if done == 1 and len(keys) > 1 and (seconds := time.time() - began) > 20:
-            tell(
+            reporter.tell(
                 f"the first cell ({key.name}) took {seconds:.0f} s: about {seconds * (len(keys) - 1) / 60:.0f} min more"
             )
     for scratch in list(out.rglob("scratch")):
         shutil.rmtree(scratch, ignore_errors=True)
-    progress(0, 0, "writing the report")
+    reporter.progress(0, 0, "writing the report")
     return report.write(bench, keys, seconds=time.time() - began)

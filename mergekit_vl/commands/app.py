@@ -22,7 +22,7 @@ from mergekit_vl.commands import path as path_command
 from mergekit_vl.commands import use as use_commands
 from mergekit_vl.commands.exits import USAGE, exit_code
 from mergekit_vl.commands.merge_request import is_merge
-from mergekit_vl.commands.terminal import AllowEnv, TerminalProgress, ours_alone, say, say_table, warn
+from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, ours_alone, say, say_table, warn
 from mergekit_vl.errors import Failed, UserError, unknown
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import installed_recipes, load_recipe
@@ -96,9 +96,9 @@ def run(
             return
         from mergekit_vl.models.features import FeatureStore
 
-        with TerminalProgress(show) as progress:
+        with TerminalReporter(show) as reporter:
             made = experiments.run(
-                experiment, folder, device=device_of(device), store=FeatureStore(), progress=progress, warn=warn
+                experiment, folder, device=device_of(device), store=FeatureStore(), reporter=reporter
             )
     if as_json:
         say(json.dumps(made.to_json()))
@@ -150,10 +150,10 @@ def eval_(
     as_json: use_commands.AsJson = False,
 ) -> None:
     """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
-    with TerminalProgress(not as_json) as progress:
+    with TerminalReporter(not as_json) as reporter:
         scores = use_commands.evaluate_model(
             model, words or [], registry(), dataset=dataset, split=split, row=row, checkpoint=checkpoint,
-            device=device_of(device), progress=progress,
+            device=device_of(device), reporter=reporter,
             allow_env=allow_env or (),
         )  # fmt: skip
     if as_json:
@@ -185,10 +185,10 @@ def predict(
     as_json: use_commands.AsJson = False,
 ) -> None:
     """Name what is on images, with probabilities."""
-    with TerminalProgress(not as_json) as progress:
+    with TerminalReporter(not as_json) as reporter:
         found = use_commands.predict_images(
             model, images, registry(), classes=classes, top=top, row=row, checkpoint=checkpoint,
-            device=device_of(device), progress=progress, max_megapixels=max_megapixels,
+            device=device_of(device), reporter=reporter, max_megapixels=max_megapixels,
             allow_env=allow_env or (),
         )  # fmt: skip
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_vl.commands.terminal import AllowEnv, TerminalProgress, say, say_table, warn
+from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
@@ -93,10 +93,9 @@ def _run(plan: Plan, folder: Path, device: str, show: bool) -> BenchReport:
     from mergekit_vl.benchmark import run
     from mergekit_vl.models.features import FeatureStore
 
-    with TerminalProgress(show) as progress:
-        store = FeatureStore(report=progress)
-        tell = progress.say if show else lambda text: None
-        return run.run(plan, folder, device=device_of(device), store=store, progress=progress, warn=warn, tell=tell)
+    with TerminalReporter(show) as reporter:
+        store = FeatureStore(reporter=reporter)
+        return run.run(plan, folder, device=device_of(device), store=store, reporter=reporter)
 
 
 def _list(text: str | None, where: str) -> list[str]:

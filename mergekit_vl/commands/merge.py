@@ -13,7 +13,7 @@ import typer
 
 from mergekit_vl import options
 from mergekit_vl.commands.merge_request import RECIPES, ask, closed_form
-from mergekit_vl.commands.terminal import counting, ours_alone, say, warn
+from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipe import MOST_SEED
 from mergekit_vl.registry.calls import is_plugins
@@ -76,10 +76,9 @@ def merge(
 
     began = time.monotonic()
     asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device)
-    tell = (lambda text: None) if quiet else say
-    for note in asked.notes:
-        tell(note)
-    with noted("nothing was written"), counting(not quiet) as progress, _quiet(asked.plan.method):
+    with noted("nothing was written"), TerminalReporter(not quiet, after=2) as reporter, _quiet(asked.plan.method):
+        for note in asked.notes:
+            reporter.tell(note)
         metadata = streaming.merge(
             asked.plan,
             out,
@@ -87,9 +86,7 @@ def merge(
             threads=threads,
             max_ram=size_in_bytes(max_ram, "--max-ram"),
             shard_size=size_in_bytes(shard_size, "--shard-size"),
-            warn=warn,
-            tell=tell,
-            progress=progress,
+            reporter=reporter,
         )
     if not quiet:
         inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_vl.commands.terminal import AllowEnv, TerminalProgress, say, say_table, warn
+from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import load_recipe
@@ -46,10 +46,8 @@ def path(
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
     with noted("the same command continues"), tidied(folder), alone(folder):
         claim(folder, plan.hash, lambda folder: None, force=False)
-        with TerminalProgress(True) as progress:
-            found = measured(
-                made, folder, device=device_of(device), points=points, plane=plane, progress=progress, warn=warn
-            )
+        with TerminalReporter(True) as reporter:
+            found = measured(made, folder, device=device_of(device), points=points, plane=plane, reporter=reporter)
         base, anchor = made.base_label, made.tuned_labels[0]
         write_text(folder / "path.html", document(f"The path of {plan.name}", found, base, anchor))
         write_json(folder / "path.json", found.to_json())

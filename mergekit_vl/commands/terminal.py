@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
 from mergekit_vl.registry.calls import to_stderr
+from mergekit_vl.reporter import ALL_CELLS
 from mergekit_vl.reports.table import Table, text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
     from rich.table import Table as RichTable
 
 AllowEnv = Annotated[
@@ -24,7 +27,6 @@ AllowEnv = Annotated[
         help="an environment variable that the recipe may read as ${oc.env:NAME}; once for each", metavar="NAME"
     ),
 ]
-ALL_CELLS = "all cells"
 LABEL, FOLDED, WORDS = 20, 12, (20, 9, 7, 5)
 """Letters that the labels of a table's rows have at least, where headers are folded too, and that a word of a header may have then."""
 
@@ -62,9 +64,20 @@ def say_table(table: Table) -> None:
     from rich.console import Console
 
     console = Console(file=_stdout(), markup=False, emoji=False, highlight=False)
+    _write(_drawn(table, console), _stdout())
+
+
+def table_text(table: Table, width: int = 120) -> str:
+    """The same as text of this many letters a line, without colours: what objects of the Python API show as."""
+    from rich.console import Console
+
+    return _drawn(table, Console(width=width, color_system=None, markup=False, emoji=False, highlight=False))
+
+
+def _drawn(table: Table, console: Console) -> str:
     with console.capture() as drawn:
         console.print(drawn_table(table.narrow("anywhere"), console.width))
-    _write(drawn.get(), _stdout())
+    return drawn.get()
 
 
 def drawn_table(table: Table, width: int) -> RichTable:
@@ -127,54 +140,42 @@ def _write(text: str, stream: TextIO | None) -> None:
         raise UserError(f"cannot be written: {error.strerror}", where="standard output") from None
 
 
-@contextmanager
-def counting(show: bool) -> Iterator[Callable[[int], None]]:
-    """A line on stderr, where that is a terminal, that counts the elements which it is told of, after two seconds."""
-    if not show or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda elements: None
-        return
-    began, state = time.monotonic(), {"done": 0, "shown": 0.0}
+class TerminalReporter:
+    """Warnings on stderr, lines on stdout, and bars on stderr: what is done now, and above it all cells where there are several.
 
-    def tell(elements: int) -> None:
-        state["done"] += elements
-        now = time.monotonic()
-        if now - began > 2 and now - state["shown"] > 0.5:
-            state["shown"] = now
-            _write(f"\r{state['done'] / 1e6:.0f} M elements", sys.stderr)
+    Nothing but warnings is shown unless `show`. A bar appears after `after` seconds.
+    """
 
-    try:
-        yield tell
-    finally:
-        _write("\r\033[K", sys.stderr)
-
-
-class TerminalProgress:
-    """Rich progress on stderr: what is done now, and above it all cells where there are several, each with the time left."""
-
-    def __init__(self, show: bool) -> None:
+    def __init__(self, show: bool, *, after: float = 0.0) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
         what = TextColumn("{task.description}", markup=False)
         columns = (SpinnerColumn(), what, BarColumn(), TimeRemainingColumn())
-        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not show)
-        self.tasks: dict[str, Any] = {}
+        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
+        self.show, self.since = show, time.monotonic() + after
+        self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> TerminalProgress:
-        self.bar.start()
+    def __enter__(self) -> TerminalReporter:
         return self
 
-    def __call__(self, done: int, total: int, what: str) -> None:
+    def warn(self, text: str) -> None:
+        warn(text)
+
+    def tell(self, text: str) -> None:
+        if self.show:
+            say(text)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        if not self.show or time.monotonic() < self.since:
+            return
+        self.bar.start()
         if what not in self.tasks:
             for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
                 self.bar.remove_task(self.tasks.pop(old))
             self.tasks[what] = self.bar.add_task(printable(what), total=total or None)
         self.bar.update(self.tasks[what], completed=done, total=total or None)
-
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        self.console.print(printable(text))
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()

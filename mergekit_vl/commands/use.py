@@ -15,10 +15,10 @@ from mergekit_vl.recipe import set_option
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
-    from mergekit_vl.datasets.base import Progress
     from mergekit_vl.experiments.open_run import LoadedModel
     from mergekit_vl.models.model import Classes
     from mergekit_vl.registry.plugins import Registry
+    from mergekit_vl.reporter import Reporter
 
 ModelArgument = Annotated[
     str, typer.Argument(help="a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote")
@@ -39,7 +39,7 @@ def evaluate_model(
     row: str | None,
     checkpoint: Path | None,
     device: str,
-    progress: Progress,
+    reporter: Reporter,
     allow_env: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of a model on a split of a dataset, as CLIP_benchmark writes them, with ours beside."""
@@ -47,10 +47,10 @@ def evaluate_model(
     from mergekit_vl.experiments.use import evaluate_on
     from mergekit_vl.models.features import FeatureStore
 
-    progress(0, 0, "loading the model")
+    reporter.progress(0, 0, "loading the model")
     used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
-    data = _dataset(used, dataset, words, registry).load(progress)
-    return evaluate_on(used.model, used.label, data, split, FeatureStore(report=progress)).to_json()
+    data = _dataset(used, dataset, words, registry).load(reporter)
+    return evaluate_on(used.model, used.label, data, split, FeatureStore(reporter=reporter)).to_json()
 
 
 def _dataset(used: LoadedModel, name: str | None, words: Sequence[str], registry: Registry) -> Any:
@@ -79,7 +79,7 @@ def predict_images(
     row: str | None,
     checkpoint: Path | None,
     device: str,
-    progress: Progress,
+    reporter: Reporter,
     max_megapixels: float | None = None,
     allow_env: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
@@ -91,10 +91,10 @@ def predict_images(
     megapixels = MOST_MEGAPIXELS if max_megapixels is None else max_megapixels
     check_megapixels(megapixels)
     files = image_files(images)
-    progress(0, 0, "loading the model")
+    reporter.progress(0, 0, "loading the model")
     used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
     known = _classes(used, classes)
-    found = probabilities(used.model, known, from_files(files, megapixels), len(files), progress)
+    found = probabilities(used.model, known, from_files(files, megapixels), len(files), reporter)
     return [
         {"image": str(file), "classes": [{"class": name, "p": p} for name, p in likeliest]}
         for file, likeliest in zip(files, best(found, known.names, top))

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.reporter import Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-Progress = Callable[[int, int, str], None]
-"""(done, total, what): called as work goes on; a total of 0 means that nobody knows how much there is."""
-
-
-def silent(done: int, total: int, what: str) -> None: ...
 
 
 class ImageSource(Protocol):
@@ -90,7 +84,7 @@ class Dataset:
 class DatasetOptions(Protocol):
     """A frozen dataclass whose fields are its options."""
 
-    def load(self, progress: Progress) -> Dataset: ...
+    def load(self, reporter: Reporter) -> Dataset: ...
 
 
 @runtime_checkable

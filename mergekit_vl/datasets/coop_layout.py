@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.datasets.folder import (
     MEGAPIXELS_HELP,
     MOST_MEGAPIXELS,
@@ -35,6 +35,7 @@ from mergekit_vl.datasets.folder import (
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.printable import shown
+from mergekit_vl.reporter import SILENT, Reporter
 from mergekit_vl.system.regular_files import check_regular, check_utf8, read_regular, read_text, user_path
 
 Items = list[tuple[str, int, str]]
@@ -80,7 +81,7 @@ class CoOpLayout:
     named_by = "dataset"
     """The option that tells one dataset of this kind from another."""
 
-    def load(self, progress: Progress = silent) -> Dataset:
+    def load(self, reporter: Reporter = SILENT) -> Dataset:
         """The dataset; raises UserError for a wrong root, a missing split file or missing images."""
         check_megapixels(self.max_megapixels)
         root = user_path(self.root)
@@ -98,7 +99,7 @@ class CoOpLayout:
                 hint="give the folder above the data sets as dataset.root, or prepare the data set as CoOp's DATASETS.md says",
             )
         layout = KNOWN.get(self.dataset, Layout("."))
-        progress(0, 0, f"reading the split of {self.dataset}")
+        reporter.progress(0, 0, f"reading the split of {self.dataset}")
         readers: dict[str, Callable[[Path], dict[str, Items]]] = {"fgvc_aircraft": _aircraft, "imagenet": _imagenet}
         parts = readers.get(self.dataset, _split_zhou)(folder)
         images = folder / layout.images

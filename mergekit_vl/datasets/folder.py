@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
 from mergekit_vl.printable import shown
+from mergekit_vl.reporter import SILENT, Reporter
 from mergekit_vl.system.regular_files import check_utf8, read_regular, read_text, user_path
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Folder:
     named_by = "path"
     """The option that tells one dataset of this kind from another."""
 
-    def load(self, progress: Progress = silent) -> Dataset:
+    def load(self, reporter: Reporter = SILENT) -> Dataset:
         """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
         templates = self._checked_templates()
         check_megapixels(self.max_megapixels)
@@ -120,7 +121,7 @@ class Folder:
                 stacklevel=2,
             )
 
-        source, found = self._decodable(progress, root, found)
+        source, found = self._decodable(reporter, root, found)
         self._check(root, found)
         row = {file: i for i, file in enumerate(source.files)}
         parts = self._parts(root, found)
@@ -133,10 +134,10 @@ class Folder:
             check_utf8(shifted.name, where=given)
             if shifted.name in shifts or shifted.name in ("ID", root.name):
                 raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", hint="rename a folder")
-            shifts[shifted.name] = self._shift(progress, shifted, folders)
+            shifts[shifted.name] = self._shift(reporter, shifted, folders)
         return Dataset(root.name, names, templates, *splits, shifts=shifts)
 
-    def _shift(self, progress: Progress, root: Path, folders: Sequence[str]) -> Split:
+    def _shift(self, reporter: Reporter, root: Path, folders: Sequence[str]) -> Split:
         """All images of a folder of class folders, as test images of those of our classes that it shows."""
         if not root.is_dir():
             raise UserError("no such folder", where=str(root), hint="check dataset.shifts")
@@ -149,15 +150,15 @@ class Folder:
                 where=str(root),
                 hint="name the class folders as there, or leave these out",
             )
-        source, found = self._decodable(progress, root, found)
+        source, found = self._decodable(reporter, root, found)
         return _split(source, {file: i for i, file in enumerate(source.files)}, folders, found[""])
 
     def _decodable(
-        self, progress: Progress, root: Path, found: dict[str, Classes]
+        self, reporter: Reporter, root: Path, found: dict[str, Classes]
     ) -> tuple[FolderImages, dict[str, Classes]]:
         """The images that decode; the others are refused, or left out with a warning where `skip_corrupt`."""
         source, corrupt = _verified(
-            progress,
+            reporter,
             root,
             sorted(file for classes in found.values() for files in classes.values() for file in files),
             self.max_megapixels,
@@ -403,7 +404,7 @@ def _identity(folder: Path) -> Identity:
 
 
 def _verified(
-    progress: Progress, root: Path, files: Sequence[str], megapixels: float
+    reporter: Reporter, root: Path, files: Sequence[str], megapixels: float
 ) -> tuple[FolderImages, dict[str, UserError | None]]:
     """The source of the files that decode, and those that do not, with what is to be said of those that are not merely damaged."""
 
@@ -423,7 +424,7 @@ def _verified(
         lines = []
         for line in pool.map(look, files):
             lines.append(line)
-            progress(len(lines), len(files), f"reading the images of {root.name}")
+            reporter.progress(len(lines), len(files), f"reading the images of {root.name}")
     good = {file: line for file, line in zip(files, lines) if isinstance(line, str)}
     bad = {file: line for file, line in zip(files, lines) if not isinstance(line, str)}
     key = hashlib.sha256("".join(good.values()).encode()).hexdigest()

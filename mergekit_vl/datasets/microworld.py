@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.microworld.tasks import TASKS
 from mergekit_vl.options import option
+from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +65,7 @@ class Microworld:
             if drawn[i] in drawn[:i]:
                 raise UserError(f"{given} is named twice", where="dataset.shifts", hint="name each rendering once")
 
-    def load(self, progress: Progress = silent) -> Dataset:
+    def load(self, reporter: Reporter = SILENT) -> Dataset:
         spec = TASKS[self.task]
         splits = [_split(*spec.images(name)) for name in ("train", "val", "test")]
         shifts = {given: _split(*spec.images("test", shift=_shift(given))) for given in self.shifts}

@@ -48,7 +48,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
             return eval_view(source.load(row), path)
 
         made.image(next(prefetched(view, len(block), len(block))).to(made.device))
-        inputs.progress(number + 1, blocks, "BatchNorm statistics")
+        inputs.reporter.progress(number + 1, blocks, "BatchNorm statistics")
     state = made.model.state_dict()
     found = {name: state[name] for name in tower.tensors if BATCH_NORM.search(name)}
     for name, tensor in found.items():

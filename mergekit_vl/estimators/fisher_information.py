@@ -41,7 +41,7 @@ def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) ->
     rows = some(inputs, len(data.train), images).tolist()
 
     def log_p(weights: Weights, i: int) -> Tensor:
-        inputs.progress(i + 1, len(rows), "Fisher information")
+        inputs.reporter.progress(i + 1, len(rows), "Fisher information")
         return predict(weights, rows[i : i + 1])[0].log_softmax(-1)
 
     return by_sampling(log_p, weights, len(rows), _labels(inputs))

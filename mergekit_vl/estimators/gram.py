@@ -19,8 +19,9 @@ from mergekit_vl.models.model import ImageEncoder
 from mergekit_vl.models.views import eval_view, prefetched
 
 if TYPE_CHECKING:
-    from mergekit_vl.datasets.base import Progress, Split
+    from mergekit_vl.datasets.base import Split
     from mergekit_vl.models.model import Single
+    from mergekit_vl.reporter import Reporter
 
 BATCH = 32
 aten = torch.ops.aten
@@ -97,7 +98,7 @@ class _Seen(TorchDispatchMode):
 
 
 @torch.no_grad()
-def of_tower(model: Single, images: Split, rows: list[int], progress: Progress) -> tuple[dict[str, Gram], Tensor]:
+def of_tower(model: Single, images: Split, rows: list[int], reporter: Reporter) -> tuple[dict[str, Gram], Tensor]:
     """Gram matrices by names in the backbone's model, of a tower at its own weights, and its features [N, D]."""
     backbone = model.paths[0].backbone
     path = ImageEncoder(backbone)
@@ -115,7 +116,7 @@ def of_tower(model: Single, images: Split, rows: list[int], progress: Progress) 
             with _Seen(grams):
                 x = backbone.image(batch.to(backbone.device))
             features.append((x[0] if isinstance(x, tuple) else x).float())
-            progress(min(len(features) * BATCH, len(rows)), len(rows), "Gram matrices")
+            reporter.progress(min(len(features) * BATCH, len(rows)), len(rows), "Gram matrices")
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return grams.found, torch.cat(features)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +67,9 @@ class Cell:
     """Reasons that were given for making rows again."""
     given: dict[str, Any] = field(default_factory=dict)
     tuners: tuple[Any, ...] = ()
-    warn: Callable[[str], None] = lambda text: None
 
-    def claim(self, tuners: tuple[Any, ...], warn: Callable[[str], None]) -> None:
-        """Keep what rows are made of beside code. Those that were made of something else are made again, and `warn` says why."""
+    def claim(self, tuners: tuple[Any, ...]) -> None:
+        """Keep what rows are made of beside code. Those that were made of something else are made again, and a warning says why."""
         tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
         chosen_on = [data.val for data in tasks if data.val is not None]
         splits = [data.train for data in self.task.data] + chosen_on + [split for _, _, split in self.task.tests]
@@ -79,7 +78,7 @@ class Cell:
             "images": [split.key for split in splits],
             "checkpoints": [_digest(t) for t in tuners if isinstance(t, Single)],
         }
-        self.tuners, self.warn = tuners, warn
+        self.tuners = tuners
 
     def scratch(self, makers: Iterable[Any]) -> Path:
         """Where a training keeps what it needs to go on after a kill, on the same images, weights and code alone."""
@@ -106,7 +105,7 @@ class Cell:
             why = f"{', '.join(what or files[:5])}{more} changed since: rows that depend on it"
         if why not in self.told:
             self.told.add(why)
-            self.warn(f"{why} are made again")
+            self.inputs.reporter.warn(f"{why} are made again")
         return False
 
     def keep_shots(self, dataset: str, seed: int) -> None:

@@ -9,14 +9,14 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
 from mergekit_vl.backbones.base import base_label
-from mergekit_vl.datasets.base import Progress, named_by
+from mergekit_vl.datasets.base import named_by
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT, Cell
 from mergekit_vl.models.inputs import MergeInputs, TaskData
@@ -25,6 +25,7 @@ from mergekit_vl.protocols.base import joint
 from mergekit_vl.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
+from mergekit_vl.reporter import ALL_CELLS, Reporter, Within
 from mergekit_vl.strategies.base import controls_of, trains
 from mergekit_vl.system.atomic_files import cell_name, slug
 from mergekit_vl.system.regular_files import user_path
@@ -217,11 +218,11 @@ class Ready:
         seed: int,
         folder: Path,
         store: FeatureStore,
-        progress: Progress,
+        reporter: Reporter,
         everywhere: tuple[TaskData, ...] = (),
     ) -> Cell:
         inputs = MergeInputs(
-            _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, progress, folder / "scratch"
+            _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, reporter, folder / "scratch"
         )
         inputs = dataclasses.replace(inputs, everywhere=everywhere)
         code = (*self.experiment.makers, *self.more)
@@ -239,20 +240,20 @@ def has_novel_classes(task: Task) -> bool:
     return not all(known.issuperset(classes.names) for _, classes, _ in task.tests)
 
 
-def prepare(experiment: Experiment, *, device: str, progress: Progress, warn: Callable[[str], None]) -> Ready:
+def prepare(experiment: Experiment, *, device: str, reporter: Reporter) -> Ready:
     """Load what an experiment names; a class name that is nothing to the tokenizer, or a damaged file, ends it here."""
-    progress(0, 0, "loading torch and the backbone")
+    reporter.progress(0, 0, "loading torch and the backbone")
     from mergekit_vl.system.reproducible import make_reproducible
 
     make_reproducible(device)
     backbone = experiment.backbone.build(device)
     for note in backbone.notes:
-        warn(note)
-    datasets = load_datasets(experiment.recipe.datasets, experiment.datasets, progress)
+        reporter.warn(note)
+    datasets = load_datasets(experiment.recipe.datasets, experiment.datasets, reporter)
     for dataset in datasets if backbone.text is not None else ():
         for texts in ([*dataset.classes], *Classes(dataset.classes, dataset.templates).texts()):
             backbone.tokenize(texts)  # a name that is nothing to the tokenizer, or too long for it, ends the run here
-        _warn_of_unknown_words(backbone, dataset, warn)
+        _warn_of_unknown_words(backbone, dataset, reporter)
     tuners = tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
     return Ready(dataclasses.replace(experiment, tuners=tuners), backbone, tuple(datasets), device)
 
@@ -263,8 +264,7 @@ def run(
     *,
     device: str,
     store: FeatureStore,
-    progress: Progress,
-    warn: Callable[[str], None],
+    reporter: Reporter,
 ) -> Report:
     """Run every cell into `out` and return the report (also written there).
 
@@ -273,21 +273,20 @@ def run(
     from mergekit_vl.reports import report
 
     began = time.time()
-    ready = prepare(experiment, device=device, progress=progress, warn=warn)
+    ready = prepare(experiment, device=device, reporter=reporter)
     tasks = ready.tasks(experiment.protocol, experiment.recipe.seeds)
     cells, first = [], None
     for number, (name, seed, task) in enumerate(tasks, 1):
         if len(tasks) > 1:
-            progress(number - 1, len(tasks), "all cells")
-        where = f"[{number}/{len(tasks)}] {name} seed {seed}"
-        told = lambda done, n, what, where=where: progress(done, n, f"{where}: {what}")  # noqa: E731
-        store.report = told
+            reporter.progress(number - 1, len(tasks), ALL_CELLS)
+        part = Within(reporter, f"[{number}/{len(tasks)}] {name} seed {seed}")
+        store.reporter = part
         folder = out / "state" / cell_name(name, seed)
-        cell = ready.cell(task, seed, folder, store, told, ready.everywhere(tasks, seed))
-        main, facts = _run_cell(ready, cell, name, seed, warn)
+        cell = ready.cell(task, seed, folder, store, part, ready.everywhere(tasks, seed))
+        main, facts = _run_cell(ready, cell, name, seed)
         first = main if number == 1 else first
         cells.append(facts)
-    progress(0, 0, "writing the report")
+    reporter.progress(0, 0, "writing the report")
     return report.write(
         experiment.recipe,
         cells,
@@ -316,12 +315,12 @@ def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
     return Single(backbone, head.to(backbone.device))
 
 
-def load_datasets(specs: tuple[Spec, ...], given: tuple[DatasetOptions, ...], progress: Progress) -> list[Dataset]:
+def load_datasets(specs: tuple[Spec, ...], given: tuple[DatasetOptions, ...], reporter: Reporter) -> list[Dataset]:
     """The datasets, under their recipe's labels where it gives some."""
     out: list[Dataset] = []
     for spec, made in zip(specs, given):
-        progress(0, 0, f"reading {options.values(made).get(named_by(made) or '', spec.name)}")
-        dataset = made.load(progress)
+        reporter.progress(0, 0, f"reading {options.values(made).get(named_by(made) or '', spec.name)}")
+        dataset = made.load(reporter)
         if spec.label != spec.name:
             dataset = dataclasses.replace(dataset, name=spec.label)
         if dataset.name in [other.name for other in out]:
@@ -332,11 +331,11 @@ def load_datasets(specs: tuple[Spec, ...], given: tuple[DatasetOptions, ...], pr
     return out
 
 
-def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, warn: Callable[[str], None]) -> None:
+def _warn_of_unknown_words(backbone: Backbone, dataset: Dataset, reporter: Reporter) -> None:
     words = backbone.warn(dataset.classes)
     if words:
         shown = ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
-        warn(
+        reporter.warn(
             f"{backbone.spec} was never trained on these words of {dataset.name}: {shown}; expect poor zero-shot accuracy"
         )
 
@@ -352,12 +351,12 @@ def _loaded(tuner: Tuner | TunedSpec | Single, backbone: Backbone, registry: Reg
     return Single(backbone, load_tuned(path, backbone, registry, init=tuner.init))
 
 
-def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[str], None]) -> tuple[Model, CellResult]:
+def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, CellResult]:
     """The main strategy's model, and the cell."""
     from mergekit_vl.experiments import landscape
 
     experiment = ready.experiment
-    cell.claim(experiment.tuners, warn)
+    cell.claim(experiment.tuners)
     cell.keep_shots(name, seed)
     rows, inputs = ready.anchors(cell)
     inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
@@ -383,7 +382,7 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int, warn: Callable[[st
     main = next(iter(merged.values()))
     path: list[PathPoint] = []
     if not experiment.joint:
-        cell.inputs.progress(0, 0, "path")
+        cell.inputs.reporter.progress(0, 0, "path")
         for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
             # by way of the merged model between classifiers alone, where a point costs next to nothing
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]

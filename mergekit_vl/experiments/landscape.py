@@ -198,7 +198,7 @@ def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
         out = []
         for i, c in enumerate(coefficients):
-            store.report(i, len(coefficients), "points of the path, each a tower")
+            store.reporter.progress(i, len(coefficients), "points of the path, each a tower")
             model, kept_in = point(c)
             out.append(logits_of(model, classes, split, kept_in)[0])
         return torch.stack(out)

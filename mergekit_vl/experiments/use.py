@@ -16,10 +16,11 @@ from mergekit_vl.system.regular_files import user_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.datasets.base import Dataset, Progress
+    from mergekit_vl.datasets.base import Dataset
     from mergekit_vl.models.evaluate import Scores
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import ImageEncoder, Model
+    from mergekit_vl.reporter import Reporter
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +95,7 @@ View = Callable[["ImageEncoder", int], "Tensor"]
 """(image encoder, i): the test view [3, H, W] of image i that this encoder reads."""
 
 
-def probabilities(model: Model, classes: Classes, view: View, n: int, progress: Progress) -> Tensor:
+def probabilities(model: Model, classes: Classes, view: View, n: int, reporter: Reporter) -> Tensor:
     """[n, K] of n images, on the CPU."""
     import torch
 
@@ -108,7 +109,7 @@ def probabilities(model: Model, classes: Classes, view: View, n: int, progress: 
         features[path.key] = []
         for batch in prefetched(lambda i, path=path: view(path, i), n, size):  # type: ignore[misc]
             features[path.key].append(path.encode(batch, block=size))
-            progress(sum(map(len, features[path.key])), n, "images")
+            reporter.progress(sum(map(len, features[path.key])), n, "images")
     with torch.no_grad():
         return head({key: torch.cat(parts) for key, parts in features.items()}).float().softmax(-1).cpu()
 

@@ -18,16 +18,18 @@ from mergekit_vl.checkpoints.dtypes import FLOATS, STORED, Array, Narrowing
 from mergekit_vl.checkpoints.reader import CONFIGS
 from mergekit_vl.checkpoints.writer import Output, claimed
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files.forecast import passes
 from mergekit_vl.merge_files.memory import chunk_for
 from mergekit_vl.merge_files.plan import AlignedCheckpoints, MergePlan, open_plan, warnings
 from mergekit_vl.merge_files.provenance import NO_HASH, canonical, describe, model_card
 from mergekit_vl.merging.chunks import Chunk, Source
 from mergekit_vl.merging.engine import apply, one_blas_thread, workers
+from mergekit_vl.reporter import SILENT, Reporter
 from mergekit_vl.system.memory import reuse_freed_memory, threads_available
 from mergekit_vl.system.regular_files import read_text
 
 
-def align(opened: AlignedCheckpoints, tell: Callable[[str], None] = lambda text: None) -> None:
+def align(opened: AlignedCheckpoints, reporter: Reporter = SILENT) -> None:
     """Let the method see every model but the reference in the order in which it matches that; does nothing without `rebasin`."""
     if opened.symmetries is None:
         return
@@ -38,7 +40,7 @@ def align(opened: AlignedCheckpoints, tell: Callable[[str], None] = lambda text:
             continue
         with one_blas_thread():
             found = rebasin.align(opened.reference, checkpoint, shapes, groups)
-        tell(
+        reporter.tell(
             f"rebasin: {checkpoint.label} matches {opened.reference.label} after {found.moved} of {len(groups)} permutations, "
             f"cosine {found.before:.4f} before, {found.after:.4f} now"
         )
@@ -54,9 +56,7 @@ def merge(
     threads: int | None = None,
     max_ram: int | None = None,
     shard_size: int | None = None,
-    warn: Callable[[str], None] = lambda text: None,
-    tell: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] = lambda elements: None,
+    reporter: Reporter = SILENT,
     chunk_size: int | None = None,
 ) -> dict[str, Any]:
     """Merge into the folder `out` and return the metadata that is written with it; on any failure `out` is as it was before."""
@@ -64,9 +64,14 @@ def merge(
         reuse_freed_memory()
         opened = open_plan(plan)
         return merge_opened(
-            opened, out, threads=threads, max_ram=max_ram, shard_size=shard_size, warn=warn, tell=tell,
-            progress=progress, chunk_size=chunk_size,
-        )  # fmt: skip
+            opened,
+            out,
+            threads=threads,
+            max_ram=max_ram,
+            shard_size=shard_size,
+            reporter=reporter,
+            chunk_size=chunk_size,
+        )
 
 
 def merge_opened(
@@ -76,17 +81,15 @@ def merge_opened(
     threads: int | None = None,
     max_ram: int | None = None,
     shard_size: int | None = None,
-    warn: Callable[[str], None] = lambda text: None,
-    tell: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] = lambda elements: None,
+    reporter: Reporter = SILENT,
     chunk_size: int | None = None,
 ) -> dict[str, Any]:
     """The merge of models that are open, or held in memory, into a folder that is `claimed`; closes them."""
     try:
         _check_not_an_input(opened, out)
         threads = threads or threads_available()
-        chunk_size = _prepared(opened, threads, max_ram, chunk_size, warn, tell)
-        return _written(opened, out, threads, chunk_size, shard_size, warn, progress)
+        chunk_size = _prepared(opened, threads, max_ram, chunk_size, reporter)
+        return _written(opened, out, threads, chunk_size, shard_size, reporter)
     finally:
         opened.close()
 
@@ -96,9 +99,7 @@ def merge_into_arrays(
     *,
     threads: int | None = None,
     max_ram: int | None = None,
-    warn: Callable[[str], None] = lambda text: None,
-    tell: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] = lambda elements: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Array]:
     """The merge of models that are open, or held in memory, as arrays: by name, in the dtypes and with the bytes that `merge` writes.
 
@@ -111,8 +112,8 @@ def merge_into_arrays(
 
     try:
         threads = threads or threads_available()
-        chunk_size = _prepared(opened, threads, max_ram, None, warn, tell)
-        _fill(opened, put, threads, chunk_size, warn, progress)
+        chunk_size = _prepared(opened, threads, max_ram, None, reporter)
+        _fill(opened, put, threads, chunk_size, reporter)
         for checkpoint in opened.all:
             checkpoint.check_recorded()
             checkpoint.check_unchanged()
@@ -126,16 +127,15 @@ def _prepared(
     threads: int,
     max_ram: int | None,
     chunk_size: int | None,
-    warn: Callable[[str], None],
-    tell: Callable[[str], None],
+    reporter: Reporter,
 ) -> int:
     """Tell what is to be told, and align the models; elements of a chunk."""
     for note in warnings(opened):
-        warn(note)
+        reporter.warn(note)
     chunk_size = chunk_size or chunk_for(opened, threads, max_ram)
     for note in opened.symmetries.notes if opened.symmetries else ():
-        tell(f"rebasin: {note}")
-    align(opened, tell)
+        reporter.tell(f"rebasin: {note}")
+    align(opened, reporter)
     return chunk_size
 
 
@@ -145,8 +145,7 @@ def _written(
     threads: int,
     chunk_size: int,
     shard_size: int | None,
-    warn: Callable[[str], None],
-    progress: Callable[[int], None],
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Write the output and return its metadata."""
     texts, stem = _companions(opened)
@@ -154,7 +153,7 @@ def _written(
     output = Output(out, opened.slots, canonical(blank), stem=stem, shard_size=shard_size)
     try:
         with output.syncing():
-            _fill(opened, output.write, threads, chunk_size, warn, progress)
+            _fill(opened, output.write, threads, chunk_size, reporter)
             metadata = describe(opened, _hashes(opened, threads))
         texts["README.md"] = model_card(opened, metadata)
         output.finish(canonical(metadata), texts)
@@ -174,19 +173,24 @@ def _fill(
     write: Callable[[str, int, Array], None],
     threads: int,
     chunk_size: int,
-    warn: Callable[[str], None],
-    progress: Callable[[int], None],
+    reporter: Reporter,
 ) -> None:
     """Every tensor of the output, in chunks, to `write(name, start, stored)`."""
     codes, narrowing = {slot.name: slot.code for slot in opened.slots}, Narrowing()
     for name in opened.copied:
-        _copy(opened, name, codes[name], narrowing, write, chunk_size, warn)
+        _copy(opened, name, codes[name], narrowing, write, chunk_size, reporter)
 
     def put(chunk: Chunk, merged: Array) -> None:
         name = chunk.tensor.name
         write(name, chunk.start, narrowing(name, merged, codes[name]))
 
-    apply(opened.plan.method, opened.models, put, workers(threads, progress), chunk_size)
+    apply(
+        opened.plan.method,
+        opened.models,
+        put,
+        workers(threads, reporter, passes(opened) * sum(t.size for t in opened.models.tensors)),
+        chunk_size,
+    )
     narrowing.check("use --dtype {dtype}")
 
 
@@ -197,7 +201,7 @@ def _copy(
     narrowing: Narrowing,
     write: Callable[[str, int, Array], None],
     chunk_size: int,
-    warn: Callable[[str], None],
+    reporter: Reporter,
 ) -> None:
     """A tensor that is not merged, as the first model has it; an integer one on which the models disagree is named."""
     reference = opened.reference
@@ -213,7 +217,7 @@ def _copy(
             values = narrowing(name, reference.read(name, start, stop, np.dtype(np.float64)), code)
         write(name, start, values)
     if differing:
-        warn(
+        reporter.warn(
             f"{name} ({stored.code}) differs between {reference.label} and {', '.join(sorted(differing))}; {reference.label}'s is taken"
         )
 

@@ -19,6 +19,7 @@ from mergekit_vl.errors import Failed
 from mergekit_vl.merging.chunks import Chunk, Models, Run
 from mergekit_vl.merging.method import ClosedForm, MethodInfo
 from mergekit_vl.registry.calls import calling, is_plugins, named
+from mergekit_vl.reporter import SILENT, Reporter
 
 BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
 
@@ -98,12 +99,13 @@ def _finite(chunk: Chunk, merged: Array, where: str = "") -> Array:
     raise Failed(f"{chunk.tensor.name} overflows when it is merged", hint="use smaller weights")
 
 
-def workers(threads: int, progress: Callable[[int], None] = lambda elements: None) -> Run:
+def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
     """`run(function, jobs)` over this many threads: results in the order of the jobs, the first error stops the rest.
 
-    numpy lets the interpreter go during its loops and file reads, so threads work in parallel. A progress call tells the elements
-    of a finished chunk.
+    numpy lets the interpreter go during its loops and file reads, so threads work in parallel. The reporter is told how many of
+    `total` elements are done, in all runs together.
     """
+    done = 0
 
     def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
         queue = enumerate(jobs)
@@ -112,6 +114,7 @@ def workers(threads: int, progress: Callable[[int], None] = lambda elements: Non
         lock = threading.Lock()
 
         def work() -> None:
+            nonlocal done
             with np.errstate(all="ignore"):
                 while not errors:
                     with lock:
@@ -125,7 +128,10 @@ def workers(threads: int, progress: Callable[[int], None] = lambda elements: Non
                         return
                     if result is not None:
                         results[i] = result
-                    progress(job.size if isinstance(job, Chunk) else 0)
+                    if isinstance(job, Chunk):
+                        with lock:
+                            done += job.size
+                        reporter.progress(done, total, "merging")
 
         if threads == 1:
             work()

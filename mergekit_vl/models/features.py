@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_vl.datasets.base import Progress, silent
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.shards import Shards, default_folder
 from mergekit_vl.models.views import eval_view, prefetched, train_view
 from mergekit_vl.registry import sources
+from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from mergekit_vl.datasets.base import Augment, Split
@@ -40,7 +40,7 @@ class FeatureStore:
 
     folder: Path | None = field(default_factory=default_folder)
     """None: nothing is kept."""
-    report: Progress = silent
+    reporter: Reporter = SILENT
     encoded: int = 0
     """Images that went through a tower so far."""
     seconds: float = 0.0
@@ -157,7 +157,7 @@ class FeatureStore:
             rows = path.encode(batch).cpu()
             self.encoded += len(batch)
             done += len(batch)
-            self.report(done, int(ends[-1]), what)
+            self.reporter.progress(done, int(ends[-1]), what)
             while len(rows):
                 held.append(rows[: left[0]])
                 rows = rows[left[0] :]

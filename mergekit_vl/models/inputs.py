@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_vl.datasets.base import Progress, silent
 from mergekit_vl.errors import Unsuitable
+from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ class MergeInputs:
     features: FeatureStore
     seed: int = 0
     device: str = "cpu"
-    progress: Progress = silent
+    reporter: Reporter = SILENT
     scratch: Path | None = None
     """A folder for what a long training needs to go on after a kill; none: it starts again."""
 

@@ -42,7 +42,7 @@ def register_strategies(register: Register) -> None:
 
 @hookspec
 def register_datasets(register: Register) -> None:
-    """Frozen dataclasses with `load(progress) -> Dataset`."""
+    """Frozen dataclasses with `load(reporter) -> Dataset`."""
 
 
 @hookspec

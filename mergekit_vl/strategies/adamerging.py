@@ -162,7 +162,7 @@ class AdaMerging:
             if file is not None and (step + 1) % KEPT_EVERY == 0:
                 state = {key: optimizer.state[raw][key] for key in ADAM}
                 stored.write(file, {"lambdas": raw, **state}, {"adapter": "adamerging", "done": step + 1})
-            inputs.progress(step + 1, self.steps, "adamerging")
+            inputs.reporter.progress(step + 1, self.steps, "adamerging")
         if file is not None:
             file.unlink(missing_ok=True)
         if not raw.isfinite().all():

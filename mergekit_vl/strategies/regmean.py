@@ -91,7 +91,7 @@ class RegMean:
             found, features = {}, inputs.features.features(model.paths[0], task.train)
         else:
             rows = some(inputs, len(task.train), self.images).tolist()
-            found, features = gram.of_tower(model, task.train, rows, inputs.progress)
+            found, features = gram.of_tower(model, task.train, rows, inputs.reporter)
         for name, x in model.adapter.linear_maps(features).items():
             found[name] = gram.Gram(x.T @ x, len(x), transposed=False)
         return {name: each for name, each in found.items() if name in model.adapter.tensors}

@@ -130,7 +130,7 @@ class AdamWTraining:
                 if number + 1 == batches or (number + 1) % schedule.accumulate == 0:
                     step = epoch * steps_an_epoch + number // schedule.accumulate
                     self.step(schedule.lr_at(step, steps))
-                    inputs.progress(step + 1, steps, what)
+                    inputs.reporter.progress(step + 1, steps, what)
             if schedule.choose == "validation" and data.val is not None and len(data.val):
                 model = Single(self.backbone, self.network.adapter(self._now()))
                 accuracy = evaluate(model, data.classes, data.val, inputs.features.temporary())[0].acc1

@@ -68,7 +68,7 @@ class LinearProbe:
         best, score, head = start, -1.0, start
         for i, l2 in enumerate(grid):
             head = self._fit(head if self.solver == "lbfgs" else start, start, l2, views, labels, inputs)
-            inputs.progress(i + 1, len(grid), "linear_probe")
+            inputs.reporter.progress(i + 1, len(grid), "linear_probe")
             if len(grid) == 1:
                 return Single(backbone, head)
             accuracy = evaluate(Single(backbone, head), data.classes, data.val, inputs.features)[0].acc1  # type: ignore[arg-type]

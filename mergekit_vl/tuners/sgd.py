@@ -140,7 +140,7 @@ def sgd(
                 optimizer.step()
 
             yield Step(weights, x[epoch % len(x), rows], labels[rows], draw, end)
-        inputs.progress(epoch + 1, schedule.epochs, what)
+        inputs.reporter.progress(epoch + 1, schedule.epochs, what)
 
 
 def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "epoch") -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from recording import Recording
 
 from mergekit_vl.adapters.linear_head import zero_shot
 from mergekit_vl.adapters.tower import HEAD, Tower
@@ -133,10 +134,12 @@ def test_a_killed_training_goes_on_with_the_same_bits(task, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        options.tune(replace(task, scratch=tmp_path / "b", progress=stop))
+        options.tune(replace(task, scratch=tmp_path / "b", reporter=Recording(then=stop)))
     assert (tmp_path / "b" / "full.safetensors").exists()
     steps = []
-    again = options.tune(replace(task, scratch=tmp_path / "b", progress=lambda done, total, what: steps.append(done)))
+    again = options.tune(
+        replace(task, scratch=tmp_path / "b", reporter=Recording(then=lambda done, total, what: steps.append(done)))
+    )
     assert steps[0] == 7 and not (tmp_path / "b" / "full.safetensors").exists()
     assert all(torch.equal(t, again.adapter.tensors[name]) for name, t in whole.adapter.tensors.items())
     assert whole.adapter.chosen == again.adapter.chosen and set(whole.adapter.chosen) == {"epoch"}

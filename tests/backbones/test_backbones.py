@@ -25,6 +25,7 @@ from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import ImageEncoder
 from mergekit_vl.models.views import eval_view as view
 from mergekit_vl.models.views import train_view
+from mergekit_vl.reporter import SILENT
 
 SMALL = {
     "embed_dim": 16,
@@ -301,7 +302,7 @@ def test_what_needs_text_refuses_an_image_classifier(tmp_path):
     ready = experiment.build(plan, plugins.load_plugins())
     store = FeatureStore(tmp_path / "cache")
     with pytest.raises(UserError, match="vision:mobilenetv3_small_050: an image classifier has no text tower, so"):
-        experiment.run(ready, tmp_path, device="cpu", store=store, progress=lambda *_: None, warn=print)
+        experiment.run(ready, tmp_path, device="cpu", store=store, reporter=SILENT)
 
 
 class Greedy(torch.nn.Module):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from recording import Recording
 
 from mergekit_vl.benchmark import plan, report, run, wording
 from mergekit_vl.benchmark.records import BenchReport, Record
@@ -17,6 +18,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.recipe import load_recipe, parse, with_datasets
 from mergekit_vl.registry.plugins import load_plugins
+from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports.intervals import ranks
 
 PLUGIN = """
@@ -89,7 +91,7 @@ def small_world():
 
 def go(given, registry, out, *, store=None, strategies=(), shots=()):
     made = plan.build(parse(given, name="small", where="small"), registry, strategies=strategies, shots=shots)
-    quiet = {"progress": lambda *a: None, "warn": lambda text: None}
+    quiet = {"reporter": SILENT}
     return run.run(made, out, device="cpu", store=store or FeatureStore(out.parent / "cache"), **quiet)
 
 
@@ -305,7 +307,7 @@ def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_pat
         sources._source.cache_clear()
         assert asked.hash != old
         store = NoForward(tmp_path / "cache")
-        run.run(asked, tmp_path / "out", device="cpu", store=store, progress=lambda *a: None, warn=told.append)
+        run.run(asked, tmp_path / "out", device="cpu", store=store, reporter=Recording(told))
     finally:
         path.write_text(text)
         sources._source.cache_clear()

@@ -16,6 +16,7 @@ from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.checkpoints import torch_io
 from mergekit_vl.errors import UserError
+from mergekit_vl.reporter import SILENT
 
 DASSL = """
     import sys, types, torch
@@ -188,7 +189,7 @@ def test_a_recipe_continues_from_a_coop_checkpoint(dassl, tmp_path, micro):
     ready = experiment.build(plan, plugins.load_plugins())
     assert ready.rows == ("zero-shot", "coop", "wise_ft")
     store = FeatureStore(tmp_path / "cache")
-    experiment.run(ready, tmp_path / "out", device="cpu", store=store, progress=lambda *_: None, warn=print)
+    experiment.run(ready, tmp_path / "out", device="cpu", store=store, reporter=SILENT)
     merged = Prompt.load(tmp_path / "out" / "merged.safetensors")
     assert torch.allclose(merged.ctx, (ctx + micro.embed("a photo of a")) / 2, atol=1e-6)
     assert json.loads((tmp_path / "out" / "scores.json").read_text())

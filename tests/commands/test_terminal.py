@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_vl.commands.exits import exit_code
-from mergekit_vl.commands.terminal import TerminalProgress, say, say_table
+from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable, shortened
 from mergekit_vl.reports.table import Cell, Column, Table, TableRow
@@ -119,14 +119,26 @@ def test_what_acts_is_spelt_out_and_nothing_else():
 
 def test_lines_and_tables_show_labels_as_they_are(capsys):
     say(f"{ESCAPE}: one", "[/red] two\nthree")
-    rows = [TableRow(label, (Cell(1.0),)) for label in ("[/red]", "[red]x", "l" * 400, "n\nm")]
+    rows = [
+        TableRow(label, (Cell(1.0),)) for label in (r"[/blue] b\x1b]0;owned\x07", "[/red]", "[red]x", "l" * 400, "n\nm")
+    ]
     say_table(Table((Column(":smile:", ".0f"),), tuple(rows), f"[red]{ESCAPE}", ("[/]",), corner="[bold]row"))
-    with TerminalProgress(True) as progress:
-        progress(1, 2, f"[/red] {ESCAPE}")
-        progress.say(f"[/red] {ESCAPE}")
+    with TerminalReporter(True) as reporter:
+        reporter.progress(1, 2, f"[/red] {ESCAPE}")
+        reporter.warn(f"[/red] {ESCAPE}")
+        reporter.tell(f"[/blue] {ESCAPE}")
     out, err = capsys.readouterr()
     assert r"b\x1b]0;owned\x07: one" in out and r"[/red] two\nthree" in out
-    for label in ("[/red]", "[red]x", r"n\nm", "[/]", "[bold]row", ":smile:", r"[red]b\x1b]0;owned\x07"):
+    for label in (
+        r"[/blue] b\x1b]0;owned\x07",
+        "[/red]",
+        "[red]x",
+        r"n\nm",
+        "[/]",
+        "[bold]row",
+        ":smile:",
+        r"[red]b\x1b]0;owned\x07",
+    ):
         assert label in out
     assert out.count("l") >= 400 and not re.search(r"[\x00-\x09\x0b-\x1f]", out)
     assert r"[/red] b\x1b]0;owned\x07" in err and "\x07" not in err

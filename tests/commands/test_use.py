@@ -16,6 +16,7 @@ from mergekit_vl.experiments import experiment
 from mergekit_vl.experiments.open_run import open_model
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.registry import plugins
+from mergekit_vl.reporter import SILENT
 
 PLAIN = {
     "dataset": {"name": "microworld", "task": "sea_and_sky_emboss"},
@@ -42,9 +43,7 @@ def run(tmp_path_factory):
         patch.setattr("mergekit_vl.microworld.tasks.PER_CLASS", {"train": 4, "val": 2, "test": 3})
         ready = experiment.build(recipe.parse(PLAIN, name="use", where="use"), plugins.load_plugins())
         store = FeatureStore(place / "cache")
-        report = experiment.run(
-            ready, place / "run", device="cpu", store=store, progress=lambda *_: None, warn=lambda _: None
-        ).to_json()
+        report = experiment.run(ready, place / "run", device="cpu", store=store, reporter=SILENT).to_json()
     return place / "run", report
 
 

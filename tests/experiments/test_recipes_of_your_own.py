@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recording import Recording
 from safetensors.torch import load_file, save_file
 
 from mergekit_vl import recipe
@@ -27,7 +28,7 @@ def run(plain, name, out):
     plan = recipe.parse(plain, name=name, where=name)
     ready = experiment.build(plan, plugins.load_plugins())
     store, notes = FeatureStore(out / "cache"), []
-    experiment.run(ready, out / "run", device="cpu", store=store, progress=lambda *_: None, warn=notes.append)
+    experiment.run(ready, out / "run", device="cpu", store=store, reporter=Recording(notes))
     return {row["row"]: row for row in json.loads((out / "run" / "report.json").read_text())["summary"]}, notes
 
 

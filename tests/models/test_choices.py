@@ -12,6 +12,7 @@ from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.printable import in_markdown
 from mergekit_vl.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
+from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports import report
 from mergekit_vl.reports.results import Report, Row
 
@@ -36,7 +37,7 @@ def run(out, tuned, strategies, **more):
         **more,
     }
     made = experiment.build(parse(given, name="small", where="small"), load_plugins())
-    quiet = {"progress": lambda *a: None, "warn": lambda text: None}
+    quiet = {"reporter": SILENT}
     told = experiment.run(made, out, device="cpu", store=FeatureStore(out.parent / "cache"), **quiet).to_json()
     results = [json.loads(file.read_text()) for file in (out / "results").glob("*.json")]
     return told, {(result["strategy"], result["seed"]): result for result in results}

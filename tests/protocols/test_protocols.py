@@ -24,6 +24,7 @@ from mergekit_vl.protocols.multi_task import MultiTask
 from mergekit_vl.protocols.robust import Robust
 from mergekit_vl.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
+from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports import report
 from mergekit_vl.reports.results import CellResult
 
@@ -196,7 +197,7 @@ def run(tmp_path, monkeypatch):
         recipe = parse(given, name="small", where="small")
         made = experiment.build(recipe, load_plugins())
         store = FeatureStore(tmp_path / "cache")
-        quiet = {"progress": lambda *a: None, "warn": lambda text: None}
+        quiet = {"reporter": SILENT}
         out = experiment.run(made, tmp_path / "out", device="cpu", store=store, **quiet).to_json()
         assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"]
         assert (tmp_path / "out" / "report.html").exists()

@@ -61,7 +61,7 @@ def test_what_a_plugin_must_write_is_one_method(tmp_path, kind):
     [
         ("strategies", "strategy 'odd': Odd has no merge: merge(inputs: MergeInputs) -> Model was expected"),
         ("tuners", "tuner 'odd': Odd has no tune: tune(inputs: MergeInputs) -> Single was expected"),
-        ("datasets", "dataset 'odd': Odd has no load: load(progress: Progress) -> Dataset was expected"),
+        ("datasets", "dataset 'odd': Odd has no load: load(reporter: Reporter) -> Dataset was expected"),
         ("protocols", "protocol 'odd': Odd has no task: task(dataset: Dataset, seed: int) -> Task was expected"),
         ("backbones", "backbone 'odd': Odd has no build: build(device: str) -> Backbone was expected"),
     ],

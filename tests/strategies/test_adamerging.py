@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from noise import Noise
+from recording import Recording
 from test_fisher_regmean import heads, towers  # noqa: F401
 from test_tower_training import norm  # noqa: F401
 
@@ -106,7 +107,7 @@ def test_towers_seeds_repeat_and_labels_are_not_read(towers):  # noqa: F811
     plus = AdaMerging(trim=0.2, **OPTIONS).merge(towers)
     assert not torch.equal(first.adapter.tensors["layer.weight"], plus.adapter.tensors["layer.weight"])
     seen = []
-    AdaMerging(**OPTIONS).merge(replace(towers, progress=lambda *told: seen.append(told)))
+    AdaMerging(**OPTIONS).merge(replace(towers, reporter=Recording(progressed=seen)))
     assert [told for told in seen if told[2] == "adamerging"] == [(i, 3, "adamerging") for i in (1, 2, 3)]
 
 
@@ -119,10 +120,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(towers, tmp_path, monkeypatch):  
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        AdaMerging(**OPTIONS | {"steps": 5}).merge(replace(towers, scratch=tmp_path, progress=killed))
+        AdaMerging(**OPTIONS | {"steps": 5}).merge(replace(towers, scratch=tmp_path, reporter=Recording(then=killed)))
     assert [file.name for file in tmp_path.iterdir()] == ["adamerging.safetensors"]
     seen = []
-    given = replace(towers, scratch=tmp_path, progress=lambda *told: seen.append(told))
+    given = replace(towers, scratch=tmp_path, reporter=Recording(progressed=seen))
     again = AdaMerging(**OPTIONS | {"steps": 5}).merge(given)
     assert [done for done, _, what in seen if what == "adamerging"] == [3, 4, 5]
     assert same(whole, again) and told(whole) == told(again) and not list(tmp_path.iterdir())

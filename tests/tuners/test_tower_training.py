@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from noise import NAMES, inputs, split
+from recording import Recording
 from safetensors.torch import save_file
 
 from mergekit_vl.adapters.linear_head import LinearHead, class_means, zero_shot
@@ -194,10 +195,10 @@ def resumed(tuner, given, tmp_path, steps):
     given = replace(given, scratch=tmp_path / "scratch")
     for epoch in (1, 2):
         with pytest.raises(Killed):
-            tuner(replace(given, progress=killed_in_epoch(epoch, steps)))
+            tuner(replace(given, reporter=Recording(then=killed_in_epoch(epoch, steps))))
         assert len(list((tmp_path / "scratch").iterdir())) == 1
     seen = []
-    made = tuner(replace(given, progress=lambda done, n, what: seen.append((done, n, what)))).adapter
+    made = tuner(replace(given, reporter=Recording(progressed=seen))).adapter
     mine = [done for done, n, what in seen if what in ("full", "mergetune")]
     assert mine[0] == 2 * steps + 1 and not list((tmp_path / "scratch").iterdir())  # two epochs were not done again
     return made

@@ -57,7 +57,7 @@ class RunResult:
         return f"{self.folder}\n{table_text(comparison(self.report))}"
 
     def _repr_html_(self) -> str:
-        return render.html(comparison(self.report))
+        return render.html(comparison(self.report), titled=True)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BenchResult:
         return "\n".join([str(self.folder), *map(table_text, self._tables())])
 
     def _repr_html_(self) -> str:
-        return "".join(map(render.html, self._tables()))
+        return "".join(render.html(table, titled=True) for table in self._tables())
 
 
 @dataclass(frozen=True)

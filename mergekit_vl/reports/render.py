@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def html(table: Table, *, sortable: bool = False) -> Markup:
-    """The table for a page; with `sortable` for one that has the script `sort.js`."""
-    return page("table.html", table=table, sortable=sortable)
+def html(table: Table, *, sortable: bool = False, titled: bool = False) -> Markup:
+    """The table for a page; with `sortable` for one that has the script `sort.js`, with `titled` for a place without headings."""
+    return page("table.html", table=table, sortable=sortable, titled=titled)
 
 
 def markdown(table: Table) -> Markup:

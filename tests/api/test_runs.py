@@ -27,10 +27,11 @@ def made(tmp_path_factory):
 def test_a_run_tells_its_table(made):
     assert list(made.scores()) == ["zero-shot", "coop", "wise_ft", "ensemble"]
     assert made.html.exists()
-    title, header, *rows = repr(made).splitlines()
-    assert title == f"recipe: {made.folder}" and header.split() == ["row", "test"]
+    folder, title, header, _, *rows, notes = repr(made).splitlines()
+    assert folder == str(made.folder) and title.startswith("recipe: sea_and_sky_emboss, seed 1")
+    assert header.split()[:2] == ["row", "test"] and notes.startswith("n = 800 test")
     assert [row.split()[0] for row in rows] == list(made.scores())
-    assert made._repr_html_().count("<tr>") == 5
+    assert made._repr_html_().count("<tr") == 5 and "<caption>recipe: " in made._repr_html_()
     again = run(RECIPE, out=made.folder)
     assert again.report.seconds == made.report.seconds  # read, and not repeated
 
@@ -106,4 +107,4 @@ def test_a_bench_tells_its_table(tmp_path):
     recipe = {**RECIPE, "strategy": [{"name": "wise_ft", "alpha": 0.3}], "controls": False, "search": {"by": "none"}}
     made = mergekit_vl.bench(recipe, out=tmp_path / "bench")
     assert {"zero-shot", "coop", "wise_ft"} <= set(made.scores()) and made.html.exists()
-    assert repr(made).splitlines()[1].split()[:2] == ["row", "test"] and "<caption>recipe: " in made._repr_html_()
+    assert repr(made).splitlines()[2].split()[:2] == ["row", "test"] and "<caption>recipe: " in made._repr_html_()

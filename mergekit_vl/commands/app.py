@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_vl import __version__, options
+from mergekit_vl.commands import arguments
 from mergekit_vl.commands import bench as bench_command
 from mergekit_vl.commands import cache as cache_command
 from mergekit_vl.commands import merge as merge_command
@@ -22,7 +23,7 @@ from mergekit_vl.commands import path as path_command
 from mergekit_vl.commands import use as use_commands
 from mergekit_vl.commands.exits import USAGE, exit_code
 from mergekit_vl.commands.merge_request import is_merge
-from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, ours_alone, say, say_table, warn
+from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say, say_table, warn
 from mergekit_vl.errors import Failed, UserError, unknown
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import installed_recipes, load_recipe
@@ -43,8 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
-RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
 SHOWN = (*plugins.KINDS, "recipes", "plugins")
 
 
@@ -68,15 +67,15 @@ def root(
 
 @app.command()
 def run(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<recipe>-<hash>")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    recipe: arguments.RecipeArgument,
+    overrides: arguments.Overrides = None,
+    out: arguments.Out = None,
+    device: arguments.Device = "auto",
     seed: Annotated[int | None, typer.Option(help="the same as seed=N")] = None,
-    allow_env: AllowEnv = None,
-    force: Annotated[bool, typer.Option("--force", help="run again what is done already")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+    allow_env: arguments.AllowEnv = None,
+    force: arguments.Force = False,
+    quiet: arguments.Quiet = False,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Tune, merge, evaluate and report; a killed run goes on with the same command."""
     from mergekit_vl.experiments import experiment as experiments
@@ -139,15 +138,15 @@ app.command()(merge_command.verify)
 
 @app.command("eval")
 def eval_(
-    model: use_commands.ModelArgument,
+    model: arguments.ModelArgument,
     words: Annotated[list[str] | None, typer.Argument(help="options of the dataset: path=~/pets")] = None,
     dataset: Annotated[str | None, typer.Option(help="see mergekit-vl list datasets; default the run's own")] = None,
     split: Annotated[str, typer.Option(help="test, val, train, or a shift of the dataset")] = "test",
-    row: use_commands.Row = None,
-    checkpoint: use_commands.CheckpointOption = None,
-    allow_env: AllowEnv = None,
-    device: use_commands.Device = "auto",
-    as_json: use_commands.AsJson = False,
+    row: arguments.Row = None,
+    checkpoint: arguments.Checkpoint = None,
+    allow_env: arguments.AllowEnv = None,
+    device: arguments.Device = "auto",
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Score a finished model, or a backbone as it is, on a dataset, against all of its class names."""
     with TerminalReporter(not as_json) as reporter:
@@ -171,18 +170,18 @@ def eval_(
 
 @app.command()
 def predict(
-    model: use_commands.ModelArgument,
+    model: arguments.ModelArgument,
     images: Annotated[list[str], typer.Argument(help="image files, or folders of them")],
     classes: Annotated[str | None, typer.Option(help="dog,cat,... or a file of lines; default the run's own")] = None,
     top: Annotated[int, typer.Option(min=1, help="answers an image")] = 3,
     max_megapixels: Annotated[
         float | None, typer.Option(help="images with more million pixels are refused; default 64")
     ] = None,
-    row: use_commands.Row = None,
-    checkpoint: use_commands.CheckpointOption = None,
-    allow_env: AllowEnv = None,
-    device: use_commands.Device = "auto",
-    as_json: use_commands.AsJson = False,
+    row: arguments.Row = None,
+    checkpoint: arguments.Checkpoint = None,
+    allow_env: arguments.AllowEnv = None,
+    device: arguments.Device = "auto",
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Name what is on images, with probabilities."""
     with TerminalReporter(not as_json) as reporter:
@@ -205,7 +204,7 @@ def check(
     base: merge_command.Base = None,
     strategy: merge_command.StrategyName = None,
     rebasin: merge_command.Rebasin = False,
-    allow_env: AllowEnv = None,
+    allow_env: arguments.AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
     if is_merge(recipe, base=base, strategy=strategy):

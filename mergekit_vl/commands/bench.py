@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, say, say_table
+from mergekit_vl.commands import arguments
+from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
@@ -27,8 +28,8 @@ FAILED = 3
 
 
 def bench(
-    recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")] = SMALL,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
+    recipe: arguments.RecipeArgument = SMALL,
+    overrides: arguments.Overrides = None,
     strategies: Annotated[
         str | None, typer.Option(help="all, or names or labels: ties,wise_ft; +name adds to the recipe's")
     ] = None,
@@ -38,12 +39,12 @@ def bench(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="1,2,3")] = None,
     shots: Annotated[str | None, typer.Option(help="images a class, a table each: 1,4,16")] = None,
-    allow_env: AllowEnv = None,
-    out: Annotated[Path | None, typer.Option(help="folder; default runs/bench-<recipe>-<hash>")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="forget what is done already")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no table")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON and nothing else")] = False,
+    allow_env: arguments.AllowEnv = None,
+    out: arguments.Out = None,
+    device: arguments.Device = "auto",
+    force: arguments.Force = False,
+    quiet: arguments.Quiet = False,
+    as_json: arguments.AsJson = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Compare strategies under the same anchors, images, selection and evaluator; a killed bench goes on with the same command.

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mergekit_vl.commands.terminal import AllowEnv, TerminalReporter, say, say_table
+from mergekit_vl.commands import arguments
+from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipe import load_recipe
@@ -17,15 +18,15 @@ from mergekit_vl.system.interrupts import noted
 
 
 def path(
-    recipe: Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run")] = None,
+    recipe: arguments.RecipeArgument,
+    overrides: arguments.Overrides = None,
     points: Annotated[int, typer.Option(min=3, help="of a line, ends included")] = 21,
     plane: Annotated[
         int, typer.Option(min=0, help="a side of the plane; 0: none. Each point of towers reads all images")
     ] = 15,
-    allow_env: AllowEnv = None,
-    out: Annotated[Path | None, typer.Option(help="run folder; default that of `run`")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    allow_env: arguments.AllowEnv = None,
+    out: arguments.Out = None,
+    device: arguments.Device = "auto",
 ) -> None:
     """Loss, accuracy and barriers along zero-shot -> merged -> tuned, and on the plane through the three; of the recipe's first strategy.
 

@@ -6,9 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TextIO
-
-import typer
+from typing import TYPE_CHECKING, TextIO
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
@@ -21,12 +19,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table as RichTable
 
-AllowEnv = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="an environment variable that the recipe may read as ${oc.env:NAME}; once for each", metavar="NAME"
-    ),
-]
 LABEL, FOLDED, WORDS = 20, 12, (20, 9, 7, 5)
 """Letters that the labels of a table's rows have at least, where headers are folded too, and that a word of a header may have then."""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError
@@ -19,14 +17,6 @@ if TYPE_CHECKING:
     from mergekit_vl.models.model import Classes
     from mergekit_vl.registry.plugins import Registry
     from mergekit_vl.reporter import Reporter
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote")
-]
-Row = Annotated[str | None, typer.Option(help="row of the run; default its main strategy")]
-CheckpointOption = Annotated[Path | None, typer.Option(help="tuned weights, a prompt or a head on the model")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
 def evaluate_model(

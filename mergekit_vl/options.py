@@ -10,6 +10,9 @@ from typing import Any
 
 from mergekit_vl.errors import Unsuitable, UserError, unknown
 
+MOST_SEED = 2**32 - 1
+"""Every generator takes one as large, and those that are derived from it."""
+
 
 def option(
     default: Any = dataclasses.MISSING,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,9 @@ from mergekit_vl.system.regular_files import read_text, user_path
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from mergekit_vl.recipe_forms import NamedForm
     from mergekit_vl.registry.plugins import Registry
 
-KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
-MOST_SEED = 2**32 - 1
-"""Every generator takes one as large, and those that are derived from it."""
-OF_STRATEGY = ("of", "grid", "batch_norm")
-"""Keys that any strategy may have beside its own options."""
 TYPED = "command line"
 OWN_WEIGHTS = ("local-dir:", "hf-hub:")
 """What a `backbone.arch` starts with that brings its weights: an override with it takes the recipe's `pretrained` away."""
@@ -139,7 +135,9 @@ def load_recipe(
     where = str(path)
     config = yaml_text.parse(read_text(path, most=yaml_text.MOST_BYTES), where=where)
     if not isinstance(config, dict):
-        raise UserError("a recipe is a mapping of keys", where=where, hint=f"use {', '.join(KEYS)}")
+        from mergekit_vl.recipe_forms import RUN_KEYS
+
+        raise UserError("a recipe is a mapping of keys", where=where, hint=f"use {', '.join(RUN_KEYS)}")
     for (
         key,
         value,
@@ -266,98 +264,78 @@ def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> R
 
 def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Spec, ...]:
     """Specs of datasets that stand elsewhere than under `dataset`."""
-    out = []
-    for i, value in enumerate(given):
-        if not isinstance(value.get("name"), str):
-            raise UserError("a dataset needs a name", where=f"{where}.{i}", hint="write {name: ...}")
-        rest = {k: v for k, v in value.items() if k not in ("name", "label")}
-        out.append(Spec(value["name"], rest, f"{where}.{i}", str(value.get("label", value["name"]))))
-    return tuple(out)
+    from mergekit_vl import forms
+    from mergekit_vl.recipe_forms import NamedForm
+
+    read = [(forms.read(NamedForm, value, where=f"{where}.{i}"), f"{where}.{i}") for i, value in enumerate(given)]
+    return tuple(Spec(form.name, form.options, place, form.label or form.name) for form, place in read)
 
 
 def parse(
     given: Mapping[str, Any], *, name: str, where: str, environment: Mapping[str, str | None] = MappingProxyType({})
 ) -> Recipe:
     """A Recipe from plain data; the door for tests and notebooks. `environment` holds the variables it may refer to."""
-    for key in given:
-        if key not in KEYS:
-            raise unknown("key", key, KEYS, where=where)
-    for key in ("dataset", "strategy"):
-        if key not in given:
-            raise UserError(f"{key!r} is missing", where=where, hint=f"add {key}: {{name: ...}}")
+    from mergekit_vl import forms
+    from mergekit_vl.recipe_forms import RunForm
+
     stored = references.expand({**DEFAULTS, **given}, where=where)
     plain = references.fill(stored, environment, where=where)
+    named, every = _without_all(plain.get("strategy"))
+    form = forms.read(RunForm, {**plain, "strategy": named} if "strategy" in plain else plain, where=where)
+    if not form.strategy and not every:
+        raise UserError("strategy is an empty list", where=where, hint="name at least one")
 
-    def spec(value: Any, key: str) -> Spec:
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise UserError(f"{key} needs a name", where=where, hint=f"write {key}: {{name: ...}}")
-        place, label = f"{where}: {key} {value['name']}", str(value.get("label", value["name"]))
-        own = ("name", "label", *(OF_STRATEGY if key.startswith("strategy") else ()))
-        given = {k: v for k, v in value.items() if k not in own}
-        if not key.startswith("strategy"):
-            return Spec(value["name"], given, place, label)
-        grid = value.get("grid")
-        if grid is not None and not (
-            isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())
-        ):
-            raise UserError("grid is a mapping of lists", where=place, hint="write grid: {alpha: [0.25, 0.5, 0.75]}")
-        if (batch_norm := value.get("batch_norm", "images")) not in ("images", "mean"):
-            raise UserError(f"batch_norm={batch_norm}", where=place, hint="images or mean")
-        of = str(value["of"]) if "of" in value else None
-        return Spec(value["name"], given, place, label, of, grid, batch_norm)
+    def spec(form: NamedForm, place: str) -> Spec:
+        return Spec(form.name, form.options, f"{where}: {place} {form.name}", form.label or form.name)
 
-    def specs(value: Any, key: str) -> tuple[Spec, ...]:
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise UserError(f"{key} is an empty list", where=where, hint="name at least one")
-        return tuple(spec(v, f"{key}.{i}" if isinstance(value, list) else key) for i, v in enumerate(values))
-
-    tuned = []
-    if not isinstance(plain["tuned"], list) or not plain["tuned"]:
-        raise UserError("tuned is a list of anchors", where=where, hint="write tuned: [{tuner: {name: coop}}]")
-    for i, item in enumerate(plain["tuned"]):
-        keys = set(item) if isinstance(item, Mapping) else set()
-        if keys != {"tuner"} and not {"checkpoint"} <= keys <= {"checkpoint", "init", "label"}:
-            raise UserError(
-                f"tuned.{i} needs either a tuner or a checkpoint",
-                where=where,
-                hint="write {tuner: {name: coop}} or {checkpoint: file}, which may have init and label",
-            )
-        tuned.append(
-            TunedSpec(None, **{key: str(value) for key, value in item.items()})
-            if "checkpoint" in item
-            else TunedSpec(spec(item["tuner"], f"tuned.{i}.tuner"))
-        )
-    seeds = plain["seed"] if isinstance(plain["seed"], list) else [plain["seed"]]
-    if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or not 0 <= s <= MOST_SEED for s in seeds):
-        hint = f"a whole number from 0 to {MOST_SEED}, or a list of them"
-        raise UserError(f"seed={plain['seed']!r}", where=where, hint=hint)
-    if not isinstance(plain["controls"], bool):
-        raise UserError(f"controls={plain['controls']!r}", where=where, hint="true or false")
-    given_strategies = plain["strategy"] if isinstance(plain["strategy"], list) else [plain["strategy"]]
-    named = [strategy for strategy in given_strategies if strategy != ALL]
-    every = len(named) < len(given_strategies)
-    strategies = (
-        () if every and not named else specs(named if isinstance(plain["strategy"], list) else named[0], "strategy")
+    tuned = tuple(
+        TunedSpec(None, item.checkpoint, item.init, item.label)
+        if item.tuner is None
+        else TunedSpec(spec(item.tuner, f"tuned.{i}.tuner"))
+        for i, item in enumerate(form.tuned)
     )
-    anchors = [t.tuner.label if t.tuner else t.label or Path(str(t.checkpoint)).stem for t in tuned]
-    for i, strategy in enumerate(strategies):
-        if strategy.of is not None and strategy.of not in (earlier := [*anchors, *(s.label for s in strategies[:i])]):
-            raise unknown("tuned model or earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
-    if not isinstance(search := plain.get("search", {}), Mapping):
-        raise UserError("search is a mapping", where=where, hint="write search: {budget: 8}")
+    strategies = tuple(
+        replace(spec(item, place), of=item.of, grid=item.grid, batch_norm=item.batch_norm)
+        for item, place in zip(form.strategy, _places("strategy", named, form.strategy))
+    )
+    _check_parents(tuned, strategies)
+    datasets = zip(form.dataset, _places("dataset", plain["dataset"], form.dataset))
     return Recipe(
         name=name,
-        backbone=spec(plain["backbone"], "backbone"),
-        datasets=specs(plain["dataset"], "dataset"),
-        protocol=spec(plain["protocol"], "protocol"),
-        tuned=tuple(tuned),
+        backbone=spec(form.backbone, "backbone"),
+        datasets=tuple(spec(item, place) for item, place in datasets),
+        protocol=spec(form.protocol, "protocol"),
+        tuned=tuned,
         strategies=strategies,
         every=every,
-        controls=plain["controls"],
-        seeds=tuple(dict.fromkeys(seeds)),
-        search=search,
+        controls=form.controls,
+        seeds=tuple(dict.fromkeys(form.seed)),
+        search=form.search,
         plain=stored,
         values=plain,
         environment=environment,
     )
+
+
+def _without_all(strategies: Any) -> tuple[Any, bool]:
+    """What is named, and whether `all` stands there too."""
+    if strategies == ALL:
+        return [], True
+    if not isinstance(strategies, list):
+        return strategies, False
+    named = [each for each in strategies if each != ALL]
+    return named, len(named) < len(strategies)
+
+
+def _places(key: str, given: Any, items: Sequence[Any]) -> list[str]:
+    """Where each stands: "dataset" alone, or "dataset.0" in a list."""
+    return [f"{key}.{i}" for i in range(len(items))] if isinstance(given, list) else [key]
+
+
+def _check_parents(tuned: Sequence[TunedSpec], strategies: Sequence[Spec]) -> None:
+    """Raise UserError for a strategy of a row that does not come before it."""
+    earlier = [t.tuner.label if t.tuner else t.label or Path(str(t.checkpoint)).stem for t in tuned]
+    for strategy in strategies:
+        if strategy.of is not None and strategy.of not in earlier:
+            raise unknown("tuned model or earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
+        earlier.append(strategy.label)

@@ -133,17 +133,28 @@ def build(recipe: Recipe, registry: Registry, *, strategies: Sequence[str] = (),
         taken.append(slug(spec.label))
     how = options.build(Search, recipe.search, where=f"{recipe.name}: search")
     built = tuple((spec, _class(spec, registry, how, lenient=lenient)) for spec, lenient in chosen)
-    if shots and not isinstance(experiment.protocol, HasShots):
-        raise UserError(f"protocol {recipe.protocol.name} takes no shots", where="--shots", hint="leave it out")
-    if bad := [n for n in shots if n < 1]:
+    trainer = _trainer(built, registry) if recipe.controls else None
+    development = _development(how, recipe, registry)
+    return Plan(experiment, built, how, development, _shots(experiment, shots), recipe, trainer)
+
+
+def _shots(experiment: Experiment, asked: Sequence[int]) -> tuple[int | None, ...]:
+    """The numbers of images per class that are asked for, or the protocol's own; raises UserError where it takes none."""
+    if asked and not isinstance(experiment.protocol, HasShots):
+        name = experiment.recipe.protocol.name
+        raise UserError(f"protocol {name} takes no shots", where="--shots", hint="leave it out")
+    if bad := [n for n in asked if n < 1]:
         raise UserError(f"shots={bad[0]}", where="--shots", hint="1 or more")
-    own = shots_of(experiment.protocol)
-    development = []
+    return tuple(dict.fromkeys(asked)) or (shots_of(experiment.protocol),)
+
+
+def _development(how: Search, recipe: Recipe, registry: Registry) -> tuple[tuple[Spec, Any], ...]:
+    """The data sets that options are chosen on, with their options checked."""
+    found = []
     for spec in dataset_specs(how.development, where=f"{recipe.name}: search.development"):
         cls = registry.find("datasets", spec.name, where=spec.where).resolve()
-        development.append((spec, options.build(cls, spec.options, where=spec.where)))
-    trainer = _trainer(built, registry) if recipe.controls else None
-    return Plan(experiment, built, how, tuple(development), tuple(dict.fromkeys(shots)) or (own,), recipe, trainer)
+        found.append((spec, options.build(cls, spec.options, where=spec.where)))
+    return tuple(found)
 
 
 def _trainer(strategies: Sequence[tuple[Spec, Any]], registry: Registry) -> tuple[str, type[TrainsOn]] | None:

@@ -15,7 +15,6 @@ from mergekit_vl import options
 from mergekit_vl.commands.merge_request import RECIPES, ask, closed_form
 from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.recipe import MOST_SEED
 from mergekit_vl.registry.calls import is_plugins
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
@@ -35,7 +34,7 @@ Words = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="the model that the others were tuned from")]
 StrategyName = Annotated[str | None, typer.Option(help="see mergekit-vl list strategies")]
-Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="of random draws (DARE, DELLA)")]
+Seed = Annotated[int | None, typer.Option(min=0, max=options.MOST_SEED, help="of random draws (DARE, DELLA)")]
 DType = Annotated[
     str | None,
     typer.Option(

@@ -18,9 +18,9 @@ from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_files.plan import MergePlan
+    from mergekit_vl.merge_files.recipe_forms import WeightsForm
     from mergekit_vl.merging.method import ClosedForm, MethodInfo
 
-WEIGHTS_KEYS = ("base", "models", "strategy", "seed", "dtype", "keep", "rebasin")
 RECIPES = (".yaml", ".yml")
 
 
@@ -63,31 +63,15 @@ def ask(
     from mergekit_vl.merge_files.plan import MergePlan
 
     settings = [word for word in words if "=" in word and not os.path.exists(word)]
-    models = [word for word in words if word not in settings]
-    section, notes, where = {"models": models}, [], "command line"
-    if any(word.endswith(RECIPES) for word in models):
-        if len(models) > 1:
-            raise UserError("a recipe names its models itself", where=where, hint="give the recipe alone")
-        where = models[0]
-        section, notes = read_recipe(where)
-    given = section.get("strategy") or {}
-    given = {"name": given} if isinstance(given, str) else given
+    section, notes, where = _section([word for word in words if word not in settings])
+    given = section.strategy
     name = strategy if strategy is not None else given.get("name")
     if not isinstance(name, str):
         raise UserError("which strategy?", where=where, hint="give --strategy linear, for instance")
-    named = _name_models(section["models"], base if base is not None else section.get("base"), where=where)
+    named = _name_models(section.models, base if base is not None else section.base, where=where)
     cls, info = closed_form(name, where=where)
-    chosen = {key: value for key, value in given.items() if key != "name"}
-    if chosen and given.get("name") != name:
-        notes = [
-            *notes,
-            f"{where}: the options of {given.get('name')} ({', '.join(chosen)}) are not those of {name}: left out",
-        ]
-        chosen = {}
+    chosen, more = _own_options(given, name, where)
     method = options.build(cls, _choose(cls, info, chosen, settings, named, where=where), where=f"strategy {name}")
-    keep = keep or section.get("keep") or ()
-    if "" in keep:
-        raise UserError("--keep '' is part of every name", where=where, hint="give a part of the names to be kept")
     plan = MergePlan(
         name,
         method,
@@ -95,13 +79,39 @@ def ask(
         named.base,
         named.labels,
         "".join(named.base_label),
-        seed if seed is not None else section.get("seed", 0),
-        dtype if dtype is not None else section.get("dtype"),
-        (keep,) if isinstance(keep, str) else tuple(keep),
-        rebasin or section.get("rebasin", False),
+        seed if seed is not None else section.seed,
+        dtype if dtype is not None else section.dtype,
+        _kept(keep or section.keep, where),
+        rebasin or section.rebasin,
         _device(method, len(named.paths), device),
     )
-    return Asked(plan, notes)
+    return Asked(plan, [*notes, *more])
+
+
+def _section(models: Sequence[str]) -> tuple[WeightsForm, list[str], str]:
+    """What models and strategy the words ask for, or the recipe among them; notes, and where errors are."""
+    from mergekit_vl.merge_files.recipe_forms import WeightsForm
+
+    if not any(word.endswith(RECIPES) for word in models):
+        return WeightsForm.model_construct(models=list(models)), [], "command line"
+    if len(models) > 1:
+        raise UserError("a recipe names its models itself", where="command line", hint="give the recipe alone")
+    return *read_recipe(models[0]), models[0]
+
+
+def _kept(keep: Sequence[str], where: str) -> tuple[str, ...]:
+    if "" in keep:
+        raise UserError("--keep '' is part of every name", where=where, hint="give a part of the names to be kept")
+    return tuple(keep)
+
+
+def _own_options(given: Mapping[str, Any], name: str, where: str) -> tuple[dict[str, Any], list[str]]:
+    """The recipe's options of a strategy; those of another one are left out, with a note."""
+    chosen = {key: value for key, value in given.items() if key != "name"}
+    if not chosen or given.get("name") == name:
+        return chosen, []
+    left = f"the options of {given.get('name')} ({', '.join(chosen)}) are not those of {name}: left out"
+    return {}, [f"{where}: {left}"]
 
 
 def _device(method: ClosedForm, n: int, asked: str) -> str:
@@ -201,8 +211,11 @@ def closed_form(name: str, *, where: str) -> tuple[type, MethodInfo]:
     return cls, info
 
 
-def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
+def read_recipe(path: str) -> tuple[WeightsForm, list[str]]:
     """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
+    from mergekit_vl import forms
+    from mergekit_vl.merge_files.recipe_forms import WeightsForm
+
     content = _content(user_path(path))
     if isinstance(content, Mapping) and "merge_method" in content:
         from mergekit_vl.merge_files.mergekit_yaml import translate
@@ -210,26 +223,6 @@ def read_recipe(path: str) -> tuple[Mapping[str, Any], list[str]]:
         return translate(content, where=path)
     if not isinstance(content, Mapping) or not isinstance(content.get("weights"), Mapping):
         raise UserError("has no `weights:` section", where=path, hint="use `mergekit-vl run` for an experiment")
-    section = content["weights"]
-    for key in content:
-        if key != "weights":
-            raise UserError(f"{key!r} beside `weights:`", where=path, hint="a merge of weights has one section")
-    for key in section:
-        if key not in WEIGHTS_KEYS:
-            raise unknown("key", key, WEIGHTS_KEYS, where=f"{path}: weights")
-    if not isinstance(section.get("models"), list) or not section["models"]:
-        raise UserError(
-            "weights.models is a list of models", where=path, hint="write models: [a.safetensors, b.safetensors]"
-        )
-    seed, keep, strategy = section.get("seed", 0), section.get("keep", []), section.get("strategy", "")
-    if not isinstance(section.get("dtype"), str | None):
-        raise UserError(f"dtype={section['dtype']!r}", where=path, hint="write dtype: bfloat16")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed={seed!r}", where=path, hint="a whole number from 0")
-    if not isinstance(keep, str) and not (isinstance(keep, list) and all(isinstance(key, str) for key in keep)):
-        raise UserError(f"keep={keep!r}", where=path, hint="parts of tensors' names")
-    if not isinstance(section.get("rebasin", False), bool):
-        raise UserError(f"rebasin={section['rebasin']!r}", where=path, hint="write rebasin: true")
-    if not isinstance(strategy, str | Mapping):
-        raise UserError(f"strategy={strategy!r}", where=path, hint="write strategy: {name: ties, density: 0.2}")
-    return section, []
+    if beside := [key for key in content if key != "weights"]:
+        raise UserError(f"{beside[0]!r} beside `weights:`", where=path, hint="a merge of weights has one section")
+    return forms.read(WeightsForm, content["weights"], where=path), []

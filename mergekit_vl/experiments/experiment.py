@@ -137,49 +137,65 @@ def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Expe
             "strategy: all is for bench", where=recipe.name, hint="name strategies, or use mergekit-vl bench"
         )
 
-    tuners, labels = [], []
-    for i, item in enumerate(recipe.tuned):
-        if item.tuner is not None:
-            tuners.append(make("tuners", item.tuner))
-            labels.append(item.tuner.label)
-        else:
-            path = user_path(str(item.checkpoint))
-            if not path.exists():
-                raise UserError("no such checkpoint", where=f"tuned.{i}: {path}", hint="give the file of a tuned model")
-            tuners.append(item)
-            labels.append(item.label or path.stem)
+    tuners = tuple(make("tuners", item.tuner) if item.tuner is not None else item for item in recipe.tuned)
+    labels = tuple(_tuned_label(item, f"tuned.{i}") for i, item in enumerate(recipe.tuned))
     experiment = Experiment(
         recipe=recipe,
         backbone=make("backbones", recipe.backbone),
         datasets=tuple(make("datasets", spec) for spec in recipe.datasets),
         protocol=make("protocols", recipe.protocol),
-        tuners=tuple(tuners),
-        tuned_labels=tuple(labels),
+        tuners=tuners,
+        tuned_labels=labels,
         strategies=tuple((spec.label, make("strategies", spec)) for spec in recipe.strategies),
         registry=registry,
     )
-    checkpoints = sum(isinstance(tuner, TunedSpec) for tuner in tuners)
-    if experiment.joint and checkpoints and not checkpoints == len(tuners) == len(recipe.datasets):
-        raise UserError(
-            f"{checkpoints} checkpoints among {len(tuners)} tuned models for {len(recipe.datasets)} data sets",
-            where=f"{recipe.name}: tuned",
-            hint="give tuners, or one checkpoint per data set, in the order of the data sets",
-        )
+    _check_checkpoints(experiment)
     for label, strategy in experiment.strategies:
         experiment.check_by_task(label, strategy)
-    files = [slug(row) for row in experiment.rows]
-    twice = [row for row, file in zip(experiment.rows, files) if files.count(file) > 1]
-    if twice:
-        raise UserError(f"two rows are called {twice[0]!r}", where=recipe.name, hint="give one of them a label")
-    if taken := [row for row, file in zip(experiment.rows, files) if file in ("key", "shots")]:
-        raise UserError(f"no row can be called {taken[0]!r}", where=recipe.name, hint="give it another label")
+    _check_rows(experiment)
     for what in (experiment.protocol, *experiment.tuners, *(s for _, s in experiment.strategies)):
-        for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
-            value, most = options.values(what).get(name), 1 if name == "crop" else sys.float_info.max
-            if value is not None and not 0 < value <= most:
-                hint = "it must be positive" if value <= 0 else "at most 1" if name == "crop" else "a finite number"
-                raise UserError(f"{name}={value}", where=f"{recipe.name}: {type(what).__name__}", hint=hint)
+        _check_numbers(what, where=f"{recipe.name}: {type(what).__name__}")
     return experiment
+
+
+def _tuned_label(item: TunedSpec, place: str) -> str:
+    """What a tuned model is called; raises UserError for a checkpoint that is not there."""
+    if item.tuner is not None:
+        return item.tuner.label
+    path = user_path(str(item.checkpoint))
+    if not path.exists():
+        raise UserError("no such checkpoint", where=f"{place}: {path}", hint="give the file of a tuned model")
+    return item.label or path.stem
+
+
+def _check_checkpoints(made: Experiment) -> None:
+    """Raise UserError for checkpoints that are not one for each of the data sets that make one cell."""
+    checkpoints, data = sum(isinstance(tuner, TunedSpec) for tuner in made.tuners), len(made.recipe.datasets)
+    if made.joint and checkpoints and not checkpoints == len(made.tuners) == data:
+        raise UserError(
+            f"{checkpoints} checkpoints among {len(made.tuners)} tuned models for {data} data sets",
+            where=f"{made.recipe.name}: tuned",
+            hint="give tuners, or one checkpoint per data set, in the order of the data sets",
+        )
+
+
+def _check_rows(made: Experiment) -> None:
+    """Raise UserError for labels that name the same file, or one of a cell's own."""
+    name, files = made.recipe.name, [slug(row) for row in made.rows]
+    if twice := [row for row, file in zip(made.rows, files) if files.count(file) > 1]:
+        raise UserError(f"two rows are called {twice[0]!r}", where=name, hint="give one of them a label")
+    if taken := [row for row, file in zip(made.rows, files) if file in ("key", "shots")]:
+        raise UserError(f"no row can be called {taken[0]!r}", where=name, hint="give it another label")
+
+
+def _check_numbers(what: Any, *, where: str) -> None:
+    """Raise UserError for an option of training or of data that is out of range."""
+    given = options.values(what)
+    for name in ("shots", "epochs", "batch", "lr", "n_context", "crop"):
+        value, most = given.get(name), 1 if name == "crop" else sys.float_info.max
+        if value is not None and not 0 < value <= most:
+            hint = "it must be positive" if value <= 0 else "at most 1" if name == "crop" else "a finite number"
+            raise UserError(f"{name}={value}", where=where, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -83,47 +83,54 @@ def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, .
     """The plan on checkpoints that are open, or held in memory; raises UserError for what cannot be merged; reads no tensor."""
     everyone = (*((base,) if base else ()), *tuned)
     reference = everyone[0]
-    for key in plan.keep:
-        if not any(matches(name, key) for name in reference.tensors):
-            raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
-    kept = {name for name in reference.tensors if any(matches(name, key) for key in plan.keep)}
+    kept = _kept(plan, reference)
     _check_same(everyone, kept, plan.keep)
-    floats = [name for name in reference.floats if name not in kept]
-    if not floats:
-        raise UserError("holds no float tensor to merge", where=reference.label)
-    deep = depths(floats)
-    tensors = tuple(
-        Tensor(
-            name,
-            reference.tensors[name].shape,
-            deep[name],
-            np.dtype(np.float64 if any(c.tensors[name].code == "F64" for c in everyone) else np.float32),
-            reference.twins.get(name, ""),
-        )
-        for name in floats
-    )
-    code = float_code(plan.dtype) if plan.dtype is not None else None
-    slots = tuple(
-        Slot(name, code if code and stored.code in FLOATS else stored.code, stored.shape)
-        for name, stored in reference.tensors.items()
-    )
-    models = Models(
-        base,
-        tuned,
-        tensors,
-        tuple(c.label for c in tuned),
-        plan.seed,
-        base.label if base else "zero-shot",
-        plan.device,
-    )
-    copied = tuple(name for name in reference.tensors if name not in deep)
+    tensors = _tensors(everyone, kept)
+    merged = {tensor.name for tensor in tensors}
+    labels = tuple(checkpoint.label for checkpoint in tuned)
+    models = Models(base, tuned, tensors, labels, plan.seed, base.label if base else "zero-shot", plan.device)
+    copied = tuple(name for name in reference.tensors if name not in merged)
     info = checked(plan.method, models)
-    opened = AlignedCheckpoints(plan, info, base, tuned, models, copied, slots)
+    opened = AlignedCheckpoints(plan, info, base, tuned, models, copied, _slots(plan, reference))
     opened.notes = _notes(opened)
     if plan.rebasin:
         opened.symmetries = _symmetries(opened, kept)
         opened.notes += opened.symmetries.notes
     return opened
+
+
+def _kept(plan: MergePlan, reference: Checkpoint) -> set[str]:
+    """The tensors that are not merged."""
+    for key in plan.keep:
+        if not any(matches(name, key) for name in reference.tensors):
+            raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
+    return {name for name in reference.tensors if any(matches(name, key) for key in plan.keep)}
+
+
+def _tensors(everyone: tuple[Checkpoint, ...], kept: set[str]) -> tuple[Tensor, ...]:
+    """The float tensors that are merged, with the dtype of the arithmetic."""
+    reference = everyone[0]
+    floats = [name for name in reference.floats if name not in kept]
+    if not floats:
+        raise UserError("holds no float tensor to merge", where=reference.label)
+    deep = depths(floats)
+
+    def dtype(name: str) -> np.dtype:
+        return np.dtype(np.float64 if any(c.tensors[name].code == "F64" for c in everyone) else np.float32)
+
+    return tuple(
+        Tensor(name, reference.tensors[name].shape, deep[name], dtype(name), reference.twins.get(name, ""))
+        for name in floats
+    )
+
+
+def _slots(plan: MergePlan, reference: Checkpoint) -> tuple[Slot, ...]:
+    """The tensors of the output, as they are stored."""
+    code = float_code(plan.dtype) if plan.dtype is not None else None
+    return tuple(
+        Slot(name, code if code and stored.code in FLOATS else stored.code, stored.shape)
+        for name, stored in reference.tensors.items()
+    )
 
 
 def _symmetries(opened: AlignedCheckpoints, kept: set[str]) -> Symmetries:

@@ -276,7 +276,7 @@ def verify(
                 differing[name] = None
 
         align(opened)
-        _fill(opened, compare, threads, chunk_for(opened, threads, None), lambda text: None, lambda n: None)
+        _fill(opened, compare, threads, chunk_for(opened, threads, None), SILENT)
         return list(differing)
     finally:
         opened.close()

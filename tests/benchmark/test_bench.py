@@ -246,10 +246,10 @@ def test_what_is_done_is_not_made_again_and_a_new_strategy_encodes_no_image(fini
     monkeypatch.setattr(Cell, "scored", lambda self, *given: made.append(given) or own(self, *given))
     kept = [s for s in SMALL["strategy"] if s["name"] not in ("boom", "nan")]
     again = go(SMALL | {"strategy": kept}, registry, out, store=store)
-    assert made == [] and not again["left_out"][1:] and [e["row"] for e in again["left_out"]] == ["ema"]
+    assert made == [] and [each.row for each in again.left_out] == ["ema"]
     more = go(SMALL | {"strategy": kept}, registry, out, store=store, strategies=["+task_arithmetic"])
     assert len(made) <= 4 * (3 + 2)  # three configurations on the selection task, the chosen one and the default
-    assert "task_arithmetic" in {name for row in more["tables"][0]["rows"] for name in (row["row"], *row["equal"])}
+    assert "task_arithmetic" in {name for row in more.tables[0].rows for name in (row.label, *row.equal)}
     assert {k: v for k, v in scores(out).items() if k[1] != "task_arithmetic"} == before
 
 

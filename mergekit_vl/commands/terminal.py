@@ -135,7 +135,7 @@ def _write(text: str, stream: TextIO | None) -> None:
 class TerminalReporter:
     """Warnings on stderr, lines on stdout, and bars on stderr: what is done now, and above it all cells where there are several.
 
-    Nothing but warnings is shown unless `show`. A bar appears after `after` seconds.
+    Nothing but warnings is shown unless `show`, and bars where stderr is a terminal, from `after` seconds on.
     """
 
     def __init__(self, show: bool, *, after: float = 0.0) -> None:
@@ -145,8 +145,8 @@ class TerminalReporter:
         what = TextColumn("{task.description}", markup=False)
         columns = (SpinnerColumn(), what, BarColumn(), TimeRemainingColumn())
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
-        self.show, self.since = show, time.monotonic() + after
+        self.bar = Progress(*columns, console=console, transient=True)
+        self.show, self.bars, self.since = show, show and console.is_terminal, time.monotonic() + after
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> TerminalReporter:
@@ -160,7 +160,7 @@ class TerminalReporter:
             say(text)
 
     def progress(self, done: int, total: int, what: str) -> None:
-        if not self.show or time.monotonic() < self.since:
+        if not self.bars or time.monotonic() < self.since:
             return
         self.bar.start()
         if what not in self.tasks:
@@ -170,4 +170,5 @@ class TerminalReporter:
         self.bar.update(self.tasks[what], completed=done, total=total or None)
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if self.bars:
+            self.bar.stop()

@@ -148,8 +148,8 @@ class Noise:
 
     images: int = mk.option(6, "of each split")
 
-    def load(self, progress: mk.Progress) -> mk.Dataset:
-        progress(0, 0, "drawing")
+    def load(self, reporter: mk.Reporter) -> mk.Dataset:
+        reporter.progress(0, 0, "drawing")
         return mk.Dataset("noise", ("dog", "car", "apple"), ("a {}.",), *(split(self.images, i) for i in range(3)))
 
 

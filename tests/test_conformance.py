@@ -198,7 +198,7 @@ def test_broken_promises_of_other_strategies_are_told():
 class Twice:
     """A dataset that tests what it trains on."""
 
-    def load(self, progress):
+    def load(self, reporter):
         given = world.dataset()
         return Dataset("twice", ("a", "a", "b"), ("no place",), given.train, given.val, given.train)
 

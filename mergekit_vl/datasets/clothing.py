@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.datasets.base import Dataset, Progress, Split, silent
+from mergekit_vl.datasets.base import Dataset, Split
+from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,7 @@ class PackedImages:
 class Clothing:
     """400 photographs of clothes at most 160 pixels a side: 20 to train on, 8 to choose by and 12 to test for each class."""
 
-    def load(self, progress: Progress = silent) -> Dataset:
+    def load(self, reporter: Reporter = SILENT) -> Dataset:
         content = (files("mergekit_vl") / "assets" / ASSET).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = [name for name in archive.namelist() if name.endswith(".webp")]

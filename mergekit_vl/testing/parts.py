@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_vl.datasets.base import Dataset, named_by, silent
+from mergekit_vl.datasets.base import Dataset, named_by
 from mergekit_vl.models.model import Classes
 from mergekit_vl.protocols.base import Task, joint
 from mergekit_vl.registry import contracts
+from mergekit_vl.reporter import SILENT
 from mergekit_vl.testing import world
 from mergekit_vl.testing.promises import Promises, check_documented, quick, require
 
@@ -73,7 +74,7 @@ def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: Any) 
     data: Any = None
     with promises("loads"):
         options = quick(options, given, {}) if isinstance(options, type) else options
-        data = options.load(silent)
+        data = options.load(SILENT)
         require(isinstance(data, Dataset), f"gives a {type(data).__name__}, not a Dataset")
     if not isinstance(data, Dataset):
         return promises.settle()
@@ -92,7 +93,7 @@ def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: Any) 
         for name in ("train", "val"):
             require(not overlap(splits[name], data.test), f"{name} and test share images")
     with promises("the same every time"):
-        again = options.load(silent)
+        again = options.load(SILENT)
         require([s.key for s in (again.train, again.val, again.test)] == [s.key for s in (data.train, data.val, data.test)],
                 "loaded twice, a split has two keys")  # fmt: skip
     return promises.settle()

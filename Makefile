@@ -25,8 +25,10 @@ test: $(READY)
 fuzz: $(READY)
 	MERGEKIT_VL_FUZZ=1 $(VENV)/bin/python -m pytest tests/fuzz
 
+# format, lint and layers
 lint: $(READY)
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest tests/test_layers.py
 
 clean:
 	rm -rf $(VENV) runs

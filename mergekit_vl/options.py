@@ -6,7 +6,7 @@ import dataclasses
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from mergekit_vl.errors import Unsuitable, UserError, unknown
 
@@ -14,8 +14,17 @@ MOST_SEED = 2**32 - 1
 """Every generator takes one as large, and those that are derived from it."""
 
 
+class Options(Protocol):
+    """An instance of a dataclass whose fields are options."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Options)
+
+
 def option(
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     help: str = "",
     *,
     formerly: str = "",
@@ -29,12 +38,12 @@ def option(
     return dataclasses.field(default=default, metadata=told)
 
 
-def key_of(field: dataclasses.Field) -> str:
+def key_of(field: dataclasses.Field[Any]) -> str:
     """The key in a recipe: `lambda_` is written `lambda`."""
     return field.name.rstrip("_")
 
 
-def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
+def build(cls: type[T], given: Mapping[str, object], *, where: str) -> T:
     """An instance of the dataclass `cls` from a recipe's mapping; raises UserError for unknown, missing and ill-typed keys."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -59,7 +68,7 @@ def build(cls: type, given: Mapping[str, Any], *, where: str) -> Any:
     return cls(**values)
 
 
-def _current(key: str, value: Any, fields: Mapping[str, dataclasses.Field], where: str) -> tuple[str, Any]:
+def _current(key: str, value: object, fields: Mapping[str, dataclasses.Field[Any]], where: str) -> tuple[str, object]:
     """A key and its value as they are called today; warns of those that were called something else."""
     now = key if key in fields else next((k for k, f in fields.items() if f.metadata.get("formerly") == key), key)
     renamed = fields[now].metadata.get("values_formerly", {}) if now in fields else {}
@@ -70,12 +79,12 @@ def _current(key: str, value: Any, fields: Mapping[str, dataclasses.Field], wher
     return now, current
 
 
-def values(given: Any) -> dict[str, Any]:
+def values(given: Options) -> dict[str, Any]:
     """Of an instance: its options by key."""
     return {key_of(field): getattr(given, field.name) for field in dataclasses.fields(given) if field.init}
 
 
-def check(given: Any, *, where: str = "", **rules: tuple[bool, str]) -> None:
+def check(given: Options, *, where: str = "", **rules: tuple[bool, str]) -> None:
     """Raise UserError for the first of these fields that breaks its rule: whether its value is valid, and which are."""
     told = {field.name: field for field in dataclasses.fields(given)}
     for name, (valid, hint) in rules.items():
@@ -84,7 +93,7 @@ def check(given: Any, *, where: str = "", **rules: tuple[bool, str]) -> None:
             raise UserError(f"{key}={values(given)[key]}", where=where, hint=hint)
 
 
-def check_effect(given: Any, names: Iterable[str], *, where: str, why: str) -> None:
+def check_effect(given: Options, names: Iterable[str], *, where: str, why: str) -> None:
     """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here."""
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)

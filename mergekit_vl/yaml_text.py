@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    import yaml
 
 MOST_BYTES = 128 * 2**10
 MOST_VALUES = 5_000
@@ -42,7 +45,7 @@ def parse(text: str, *, where: str) -> Any:
         raise UserError(f"broken YAML: {error}", where=where, hint="mend the line") from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A copy in which nothing is shared; raises ValueError for what JSON, paths and random generators cannot hold."""
     if isinstance(value, dict):
         for key in value:
@@ -62,7 +65,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @lru_cache(maxsize=1)
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
     from yaml.composer import ComposerError
 
@@ -79,20 +82,23 @@ def _loader() -> Any:
             self.measured: dict[yaml.Node, tuple[int, int]] = {}
             """Of each complete node: how many values it holds, itself included, and how deep they lie."""
 
-        def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-            mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node:
+            mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # of PyYAML
+            is_alias = self.check_event(yaml.AliasEvent)
             self.depth += 1
             self.values += 1
             if self.depth > MOST_DEPTH or self.values > MOST_VALUES:
                 raise too_much(mark)
-            node = super().compose_node(parent, index)
+            node: yaml.Node | None = super().compose_node(parent, index)
+            if node is None:
+                raise ComposerError(None, None, "no value", mark)
             self.depth -= 1
             if is_alias and node not in self.measured:
                 raise ComposerError(None, None, "an alias within what it stands for", mark)
             if not is_alias:
-                held = [] if isinstance(node, yaml.ScalarNode) else node.value
+                held: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
                 if isinstance(node, yaml.MappingNode):
-                    held = [each for pair in held for each in pair]
+                    held = [each for pair in node.value for each in pair]
                 sizes = [self.measured[each] for each in held]
                 self.measured[node] = 1 + sum(n for n, _ in sizes), 1 + max((deep for _, deep in sizes), default=0)
             size, deep = self.measured[node]
@@ -100,7 +106,7 @@ def _loader() -> Any:
                 raise too_much(mark)
             return node
 
-        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
             seen: set[str] = set()
             for key, _ in node.value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def graphed(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return work(x)
         if x.shape not in captured:
             sample = x.detach().clone().requires_grad_(True)
-            captured[x.shape] = torch.cuda.make_graphed_callables(work, (sample,))
+            captured[x.shape] = cast("Callable[[Tensor], Tensor]", torch.cuda.make_graphed_callables(work, (sample,)))
         return captured[x.shape](x)
 
     return call

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
 
 from mergekit_vl.adapters import exact_fisher
 from mergekit_vl.adapters.lines import HeadLine
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.models.classifier import Classes
@@ -31,7 +32,7 @@ class Rows(Protocol):
     def rows(self, classes: Classes) -> list[int] | slice: ...
 
 
-def matrix(tensors: Tensors) -> Tensor:
+def matrix(tensors: Tensors) -> Float[Tensor, "K D1"]:
     """[weight, bias] as [K, D + 1]."""
     import torch
 
@@ -47,14 +48,17 @@ def inputs_of(head: Rows, features: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
-def mean_square(x: Tensor) -> Tensor:
+def mean_square(x: Float[Tensor, "*N D"]) -> Float[Tensor, ""]:
     """Mean squared length of the rows: the unit of step sizes and penalties, so that neither depends on the scale of features."""
     return x.square().sum(-1).mean()
 
 
+A = TypeVar("A", bound=Rows)
+
+
 @dataclass(frozen=True)
-class HeadNetwork:
-    head: Rows
+class HeadNetwork(Generic[A]):
+    head: A
     classes: Classes
 
     @property
@@ -76,7 +80,7 @@ class HeadNetwork:
     def unit(self, x: Tensor) -> float:
         return mean_square(x).item()
 
-    def __call__(self, weights: Tensors, x: Tensor) -> Tensor:
+    def __call__(self, weights: Tensors, x: Float[Tensor, "B D1"]) -> Float[Tensor, "B K"] | Float[Tensor, "S B K"]:
         rows = self.head.rows(self.classes)
         if "w" in weights:
             return x @ weights["w"][..., rows, :].mT
@@ -86,9 +90,9 @@ class HeadNetwork:
         fisher = exact_fisher.of_head(matrix(self.weights), x)
         return {"weight": fisher[:, :-1], "bias": fisher[:, -1]}
 
-    def line(self, first: Rows, second: Rows, space: Literal["weights", "classifiers"]) -> HeadLine:
+    def line(self, first: A, second: A, space: Literal["weights", "classifiers"]) -> HeadLine:
         return HeadLine(matrix(first.tensors), matrix(second.tensors))
 
-    def adapter(self, tensors: Tensors) -> Rows:
+    def adapter(self, tensors: Tensors) -> A:
         w = tensors["w"].detach()
         return self.head.with_tensors({"weight": w[:, :-1].contiguous(), "bias": w[:, -1].contiguous()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters import stored, usage
 from mergekit_vl.adapters.head_network import HeadNetwork, inputs_of
@@ -16,6 +16,7 @@ from mergekit_vl.models.calibration import golden_section
 from mergekit_vl.models.classifier import AffineHead, ImageEncoder
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -94,14 +95,16 @@ class LinearHead:
                 where=f"its classes: {', '.join(self.names[:5])}{', ...' * (len(self.names) > 5)}",
                 hint="test it on its own classes (protocol few_shot or robust), or tune with unseen=zero_shot on a CLIP",
             )
-        rows = zero_shot(backbone, classes) if unknown else None
+        other = zero_shot(backbone, classes) if unknown else self
         weight, bias = (
-            torch.stack([ours[index[name]] if name in index else theirs[i] for i, name in enumerate(classes.names)])  # type: ignore[index]
-            for ours, theirs in zip((self.weight, self.bias), (rows.weight, rows.bias) if rows else (None, None))
+            torch.stack([ours[index[name]] if name in index else theirs[i] for i, name in enumerate(classes.names)])
+            for ours, theirs in ((self.weight, other.weight), (self.bias, other.bias))
         )
         return AffineHead(backbone.key, weight, bias, self.normalise)
 
-    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[HeadNetwork]:
+    def networks(
+        self, backbone: Backbone, classes: Sequence[Classes], *, training: bool
+    ) -> list[HeadNetwork[LinearHead]]:
         return [HeadNetwork(self, each) for each in classes]
 
     def linear_maps(self, features: Tensor) -> Mapping[str, Tensor]:
@@ -157,7 +160,9 @@ class LinearHead:
         return tensors, facts | {"chosen": dict(self.chosen)}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, where: str) -> LinearHead:
+    def restored(
+        cls, tensors: Mapping[str, Tensor], facts: stored.Facts | stored.HeadFacts, *, where: str
+    ) -> LinearHead:
         """What `state` gave; raises UserError where tensors or facts are not a head's."""
         needed = {"weight": 2, "bias": 1} | ({"start.weight": 2, "start.bias": 1} if "start.weight" in tensors else {})
         fitting = all(name in tensors and tensors[name].ndim == axes for name, axes in needed.items())
@@ -219,8 +224,8 @@ def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:
         return torch.stack([rows[j][at[j][name]] for j in having]).mean(0)
 
     wanted = [torch.stack([row(name, i) for name in names]) for i in range(len(heads))]
-    starts: Sequence[LinearHead | None] = [head.start for head in heads]
-    starts = by_class_name(starts) if all(starts) else [None] * len(heads)  # type: ignore[arg-type]
+    known = [head.start for head in heads if head.start is not None]
+    starts = by_class_name(known) if len(known) == len(heads) else [None] * len(heads)
     return [
         replace(head, weight=w[:, :-1].contiguous(), bias=w[:, -1].contiguous(), names=names, start=start)
         for head, w, start in zip(heads, wanted, starts)
@@ -247,7 +252,9 @@ def untuned(backbone: Backbone) -> LinearHead | ZeroShot:
     return LinearHead(own.weight, own.bias, (), normalise=False).to(backbone.device)
 
 
-def class_means(features: Tensor, labels: Tensor, classes: Classes, *, normalise: bool) -> LinearHead:
+def class_means(
+    features: Float[Tensor, "B D"], labels: Int[Tensor, " B"], classes: Classes, *, normalise: bool
+) -> LinearHead:
     """The nearest class mean (Mensink et al. 2013) as a linear head: logits = t (x . mu_k - |mu_k|^2 / 2) = -t |x - mu_k|^2 / 2 + c(x).
 
     features [B, D], labels [B]. The inverse temperature t is the one with the least cross-entropy where each image is left out of

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_vl.adapters import exact_fisher
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     Tensors = Mapping[str, Tensor]
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     """Tensors by name, perhaps with a leading [S] -> raw text features [K, D] or [S, K, D]."""
 
 
-def interpolate(w: Tensor, w2: Tensor, alphas: Tensor) -> Tensor:
+def interpolate(
+    w: Float[Tensor, "*shape"], w2: Float[Tensor, "*shape"], alphas: Float[Tensor, " A"]
+) -> Float[Tensor, " A *shape"]:
     """w2 + alpha (w - w2) for each alpha: [A, *w.shape], one batched product."""
     return w2 + alphas.view(-1, *[1] * w.ndim) * (w - w2)
 
 
-def cosine_logits(scale: Tensor, text: Tensor, images: Tensor) -> Tensor:
+def cosine_logits(
+    scale: Float[Tensor, ""], text: Float[Tensor, "*S K D"], images: Float[Tensor, "B D"]
+) -> Float[Tensor, "*S B K"]:
     """Text [..., K, D] raw, images [B, D] normalised -> [..., B, K]. SigLIP's bias is left out: it is the same for all classes."""
     import torch.nn.functional as F
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,7 @@ from mergekit_vl.models.adapter import About
 from mergekit_vl.models.classifier import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -64,7 +66,7 @@ class Prompt:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Prompt:
         return replace(self, ctx=tensors["ctx"])
 
-    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
+    def text_features(self, backbone: Backbone, classes: Classes) -> Float[Tensor, "K D"]:
         if self.names and self.names != classes.names:
             novel = [name for name in classes.names if name not in self.names]
             raise Unsuitable(
@@ -74,17 +76,15 @@ class Prompt:
         self.check(backbone)
         return backbone.encode_prompts(self.tokenize(backbone, classes), self.ctx)
 
-    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TextNetwork]:
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TextNetwork[Prompt]]:
         return [self._network(backbone, each, training) for each in classes]
 
-    def _network(self, backbone: Backbone, classes: Classes, training: bool) -> TextNetwork:
+    def _network(self, backbone: Backbone, classes: Classes, training: bool) -> TextNetwork[Prompt]:
         """Class names are tokenised once; on a GPU, a training step's text forward is one launch."""
         prompts = self.tokenize(backbone, classes)
         shared = self.ctx.ndim == 2
 
-        def encode(ctx: Tensor) -> Tensor:
-            return backbone.encode_prompts(prompts, ctx)
-
+        encode: Callable[[Tensor], Tensor] = partial(backbone.encode_prompts, prompts)
         if training and backbone.device.startswith("cuda") and backbone.require_text().capturable:
             encode = graphed(encode)
 
@@ -196,8 +196,7 @@ class Prompt:
         if "ctx" not in checkpoint.tensors or meta.get("adapter", "prompt") != "prompt" or more:
             what = f"this is not a prompt: it holds {', '.join([*more, *checkpoint.tensors][:3])}"
             raise UserError(what, where=str(path), hint=FILES)
-        names = [name for name in ("ctx", "token_prefix") if name in checkpoint.tensors]
-        given = tensors(checkpoint, names)
+        given = tensors(checkpoint, [name for name in ("ctx", "token_prefix") if name in checkpoint.tensors])
         checkpoint.close()
         check_finite(given, where=str(path), hint="tune again with a lower learning rate")
         found = {

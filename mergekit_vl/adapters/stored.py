@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_vl.checkpoints.checkpoint import Checkpoint
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """`facts` name the `adapter`, the `backbone` and what else its class needs."""
     from safetensors.torch import save
 
@@ -50,7 +50,7 @@ class HeadFacts(TypedDict):
 
 
 class Facts(TypedDict, total=False):
-    """What adapters tell of themselves."""
+    """What adapters tell of themselves, and trainings that go on."""
 
     adapter: str
     backbone: str
@@ -60,16 +60,19 @@ class Facts(TypedDict, total=False):
     unseen: Literal["refuse", "zero_shot"]
     chosen: dict[str, Any]
     head: HeadFacts | None
+    epoch: int
+    best: float
+    best_epoch: int
+    done: int
 
 
-def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def facts(checkpoint: Checkpoint) -> Facts:
     """What `write` told; nothing of a file that it did not write. Raises UserError for what no adapter tells."""
     found = reader.facts(checkpoint)
-    check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
-    return found
+    return check_shape(found, Facts, what="its metadata are no adapter's", where=str(checkpoint.path))
 
 
-def read(path: Path, adapter: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path, adapter: str, device: str) -> tuple[dict[str, Tensor], Facts]:
     """Tensors and facts; raises UserError for a file of another kind, or with values that are not finite."""
     checkpoint = open_checkpoint(str(path))
     try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from mergekit_vl.adapters.lines import TextLine, TextWeightLine, cosine_logits
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, Tensor]
 
 
+A = TypeVar("A", bound="TextAdapter")
+
+
 @dataclass(frozen=True)
-class TextNetwork:
+class TextNetwork(Generic[A]):
     """`encode` turns an adapter's tensors, perhaps each with a leading [S], into raw text features [K, D] or [S, K, D] of `classes`."""
 
-    start: TextAdapter
+    start: A
     backbone: Backbone
     classes: Classes
     encode: Callable[[Tensors], Tensor]
@@ -48,25 +52,25 @@ class TextNetwork:
     def unit(self, x: Tensor) -> float:
         return 1.0
 
-    def __call__(self, weights: Tensors, x: Tensor) -> Tensor:
+    def __call__(self, weights: Tensors, x: Float[Tensor, "B D"]) -> Float[Tensor, "B K"] | Float[Tensor, "S B K"]:
         return self.logits(self.encode(weights), x)
 
-    def logits(self, text: Tensor, x: Tensor) -> Tensor:
+    def logits(self, text: Float[Tensor, "*S K D"], x: Float[Tensor, "B D"]) -> Float[Tensor, "*S B K"]:
         """Raw text features [K, D] or [S, K, D] and prepared inputs -> [B, K] or [S, B, K]."""
         return cosine_logits(self.backbone.scale, text, x)
 
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def line(self, first: TextAdapter, second: TextAdapter, space: Literal["weights", "classifiers"]) -> Line:
+    def line(self, first: A, second: A, space: Literal["weights", "classifiers"]) -> Line:
         import torch
 
         scale = self.backbone.scale
         if space == "weights":
-            return cast("Line", TextWeightLine(self.encode, scale, first.tensors, second.tensors))
+            return TextWeightLine(self.encode, scale, first.tensors, second.tensors)
         with torch.no_grad():
             text1, text2 = (model.text_features(self.backbone, self.classes) for model in (first, second))
         return TextLine(self.encode, scale, text1, text2)
 
-    def adapter(self, tensors: Tensors) -> TextAdapter:
+    def adapter(self, tensors: Tensors) -> A:
         return self.start.with_tensors({name: tensor.detach() for name, tensor in tensors.items()})

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters import stored, usage
 from mergekit_vl.adapters.head_network import HEAD
@@ -57,12 +57,12 @@ class Tower:
         return replace(self, weights=weights)
 
     def aligned(self, others: Sequence[Tower]) -> Sequence[Tower]:
-        heads = [other.head for other in others]
-        if self.head is None or not all(heads):
+        heads = [other.head for other in others if other.head is not None]
+        if self.head is None or len(heads) < len(others):
             return others
         return [
             other if head is other.head else replace(other, head=head)
-            for other, head in zip(others, self.head.aligned(heads))  # type: ignore[arg-type]
+            for other, head in zip(others, self.head.aligned(heads))
         ]
 
     def untuned(self, backbone: Backbone) -> Tower:
@@ -72,13 +72,14 @@ class Tower:
 
     def on(self, backbone: Backbone) -> Backbone:
         """The backbone with these weights; made once."""
-        if self._made.get("of") is not backbone:
-            self._made.update({"of": backbone, "it": backbone.with_weights(self.weights)})
-        return self._made["it"]
+        if not self._made or self._made[0] is not backbone:
+            self._made[:] = backbone, backbone.with_weights(self.weights)
+        return self._made[1]
 
     @cached_property
-    def _made(self) -> dict[str, Any]:
-        return {}
+    def _made(self) -> list[Backbone]:
+        """The backbone that was asked last, and that with these weights."""
+        return []
 
     def image_encoder(self, backbone: Backbone) -> ImageEncoder:
         return ImageEncoder(self.on(backbone))
@@ -86,7 +87,7 @@ class Tower:
     def bind(self, backbone: Backbone, classes: Classes) -> Head:
         return (self.head or ZeroShot()).bind(self.on(backbone), classes)
 
-    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TowerNetwork]:
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> list[TowerNetwork[Tower]]:
         from mergekit_vl.adapters.tower_network import TowerNetwork
 
         first = TowerNetwork(backbone, self, classes[0], training=training)
@@ -104,10 +105,10 @@ class Tower:
         return self if head is self.head else replace(self, head=head)
 
     def usage(self, backbone: Backbone) -> Usage:
-        names = self.head and self.head.names
         if backbone.text is not None:
-            return usage.of_clip_tower(names)
-        return usage.of_timm_tower(backbone.config["architecture"], names or (), len(self.head.weight))  # type: ignore[union-attr]
+            return usage.of_clip_tower(self.head.names if self.head else None)
+        assert self.head is not None, "a tower without a text tower has a head"
+        return usage.of_timm_tower(backbone.config["architecture"], self.head.names, len(self.head.weight))
 
     def whole(self, backbone: Backbone) -> Whole:
         return Whole(self.on(backbone), self.head)
@@ -120,7 +121,7 @@ class Tower:
 
     def save(self, path: Path, *, backbone: str) -> None:
         tensors = dict(self.weights)
-        facts: dict[str, Any] = {"adapter": "tower", "backbone": backbone, "head": None, "chosen": dict(self.chosen)}
+        facts: dict[str, object] = {"adapter": "tower", "backbone": backbone, "head": None, "chosen": dict(self.chosen)}
         if self.head:
             head, facts["head"] = self.head.state()
             tensors |= {HEAD + name: tensor for name, tensor in head.items()}
@@ -130,11 +131,12 @@ class Tower:
     def load(cls, path: Path, *, device: str = "cpu") -> Tower:
         tensors, facts = stored.read(path, "tower", device)
         chosen = facts.get("chosen", {})  # a merge of files has none
-        if facts.get("head") is None:
+        told = facts.get("head")
+        if told is None:
             return cls(tensors, chosen=chosen)
         head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
-        return cls(weights, LinearHead.restored(head, facts["head"], where=str(path)), chosen)
+        return cls(weights, LinearHead.restored(head, told, where=str(path)), chosen)
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from mergekit_vl.adapters.lines import TowerLine
 from mergekit_vl.adapters.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor, nn
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -45,14 +46,17 @@ class Rows(Protocol):
     def rows(self, classes: Classes) -> list[int] | slice: ...
 
 
-class TowerNetwork:
+A = TypeVar("A", bound=Weights)
+
+
+class TowerNetwork(Generic[A]):
     """Logits of images as a function of a tower's weights.
 
     These are leaves beside the frozen backbone, put in with `functional_call`. While it trains, the encoder runs in the backbone's
     precision and its running statistics move; else it is exact and in evaluation mode.
     """
 
-    def __init__(self, backbone: Backbone, start: Weights, classes: Classes, *, training: bool = True) -> None:
+    def __init__(self, backbone: Backbone, start: A, classes: Classes, *, training: bool = True) -> None:
         self.start, self.backbone, self.training = start, backbone, training
         self.image = copy.deepcopy(backbone.image).train(training)
         in_model = {id(tensor): name for name, tensor in _named(backbone.model)}
@@ -74,7 +78,7 @@ class TowerNetwork:
     def leaves(self) -> Tensors:
         return self.weights
 
-    def of(self, classes: Classes) -> TowerNetwork:
+    def of(self, classes: Classes) -> Self:
         """The same tower, asked for other classes."""
         other = copy.copy(self)
         other._ask(classes)
@@ -95,7 +99,7 @@ class TowerNetwork:
     def unit(self, x: Tensor) -> float:
         return 1.0
 
-    def __call__(self, weights: Tensors, x: Tensor) -> Tensor:
+    def __call__(self, weights: Tensors, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
         """[B, 3, H, W] -> logits [B, K]. Running statistics follow `self.weights` alone: other points get copies of them."""
         with self.backbone.autocast() if self.training else nullcontext():
             return self._logits(weights, x).float()
@@ -116,13 +120,13 @@ class TowerNetwork:
     def fisher(self, x: Tensor) -> None:
         return None
 
-    def line(self, first: Weights, second: Weights, space: Literal["weights", "classifiers"]) -> TowerLine:
+    def line(self, first: A, second: A, space: Literal["weights", "classifiers"]) -> TowerLine:
         """Over what is trained: neither running statistics nor a text tower can be pulled."""
         w1, w2 = first.tensors, second.tensors
-        apart = sum((w2[name] - w1[name]).square().sum() for name in self.weights)
-        return TowerLine(self, dict(w1), dict(w2), apart.clamp_min(1e-12))  # type: ignore[union-attr]
+        apart = sum(((w2[name] - w1[name]).square().sum() for name in self.weights), torch.zeros(()))
+        return TowerLine(self, dict(w1), dict(w2), apart.clamp_min(1e-12))
 
-    def adapter(self, tensors: Tensors) -> Weights:
+    def adapter(self, tensors: Tensors) -> A:
         now = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         whole = self.start.with_tensors({**self.start.tensors, **now})
         return whole.with_weights({**whole.weights, **{n: t for n, t in now.items() if n in whole.weights}})

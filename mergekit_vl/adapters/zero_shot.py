@@ -12,6 +12,7 @@ from mergekit_vl.models.adapter import About
 from mergekit_vl.models.classifier import ImageEncoder, cosine_head
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -34,7 +35,7 @@ class ZeroShot:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ZeroShot:
         return self
 
-    def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
+    def text_features(self, backbone: Backbone, classes: Classes) -> Float[Tensor, "K D"]:
         import torch
         import torch.nn.functional as F
 

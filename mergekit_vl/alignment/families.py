@@ -191,8 +191,8 @@ def _transformer(family: Transformers, prefix: str, shapes: Shapes, notes: list[
             f"the tower of {next(iter(blocks[min(blocks)]))} stays as it is: {few(unknown)} tells another kind"
         )
         return {}
-    for block in sorted(blocks, key=lambda block: [int(number) for number in re.findall(r"\d+", block)]):
-        roles |= {name: _named(found, prefix, block) for name, found in blocks[block].items() if found}
+    for each in sorted(blocks, key=lambda block: [int(number) for number in re.findall(r"\d+", block)]):
+        roles |= {name: _named(found, prefix, each) for name, found in blocks[each].items() if found}
     return roles
 
 
@@ -229,7 +229,8 @@ def _stem(own: Shapes) -> dict[str, str]:
     """One convolution; timm's three as conv1.0, conv1.3, conv1.6; open_clip's three as conv1, conv2, conv3."""
     chain = [name for name in ("conv1", "conv1.0", "conv1.3", "conv1.6", "conv2", "conv3") if f"{name}.weight" in own]
     norms = {1: ["bn1"]}.get(len(chain), ["conv1.1", "conv1.4", "bn1"] if "conv1.0" in chain else ["bn1", "bn2", "bn3"])
-    table, before = {}, "."
+    table: dict[str, str] = {}
+    before = "."
     for i, (conv, norm) in enumerate(zip(chain, norms), 1):
         out = "s0" if i == len(chain) else f"stem{i}"
         table |= {f"{conv}.weight": f"{out} {before}", f"{norm}.num_batches_tracked": "."}
@@ -244,7 +245,7 @@ def _residual_block(inside: Shapes, block: str, into: str, out: str) -> dict[str
     a, b = (".", ".") if grouped else (f"{block}a", f"{block}b")
     squeezed = f"{block}se"
     chain = [into, a, b, out] if "conv3.weight" in inside else [into, a, out]
-    table = {}
+    table: dict[str, str] = {}
     for i, (read, written) in enumerate(zip(chain, chain[1:]), 1):
         table |= {f"conv{i}.weight": f"{written} {read}", f"bn{i}.num_batches_tracked": "."}
         table |= {f"bn{i}.{part}": written for part in NORM}

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mergekit_vl.alignment.symmetries import Group, Place, Shapes
+from mergekit_vl.alignment.families import Shapes
+from mergekit_vl.alignment.symmetries import Group, Place
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import CHUNK_SIZE, Source
@@ -122,8 +123,10 @@ def _best(group: Group, a: Source, b: Source, shapes: Shapes, chosen: set[str]) 
         sum((_products(a, b, place, shapes) for place in part if place.tensor in chosen), np.zeros((group.size,) * 2))
         for part in group.parts
     ]
+    gains: Array
+    inner: list[Array] | None
     if dims == 1:
-        gains, inner = sum(products), None
+        gains, inner = sum(products, np.zeros(())), None
     else:
         gains, inner = _heads(products, units, dims)
     rows, order = _assign(gains)
@@ -157,7 +160,8 @@ def _assign(gains: Array) -> tuple[Array, Array]:
         raise UserError(
             "a model has values that are not finite: it cannot be aligned", hint="it was damaged while training"
         )
-    return linear_sum_assignment(gains, maximize=True)
+    rows, order = linear_sum_assignment(gains, maximize=True)
+    return rows, order
 
 
 def _products(a: Source, b: Source, place: Place, shapes: Shapes) -> Array:

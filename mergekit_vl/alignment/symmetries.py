@@ -173,19 +173,21 @@ def _attention(
 
 def heads_told(config: Path | None) -> dict[str, int]:
     """The number of heads by tower, as the open_clip_config.json or config.json in this folder tells or implies it."""
-    for file in ("open_clip_config.json", "config.json") if config else ():
+    if config is None:
+        return {}
+    for file in ("open_clip_config.json", "config.json"):
         try:
             told = parse_json(read_regular(config / file, most=MOST_TEXT), where=str(config / file))
             if isinstance(told, Mapping):
                 ours = isinstance(told.get("model_cfg"), Mapping)
                 found = _open_clip_heads(told["model_cfg"]) if ours else _other_heads(told)
-                return {tower: n for tower, n in found.items() if type(n) is int and n > 0}
+                return {tower: n for tower, n in found.items() if isinstance(n, int) and n is not True and n > 0}
         except (UserError, AttributeError, TypeError, ZeroDivisionError):  # no such file, or not one of theirs
             continue
     return {}
 
 
-def _open_clip_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+def _open_clip_heads(config: Mapping[str, Any]) -> dict[str, object]:
     """As open_clip takes them; a tower of timm or transformers tells them elsewhere."""
     vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
     found = {}
@@ -196,7 +198,7 @@ def _open_clip_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _other_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+def _other_heads(config: Mapping[str, Any]) -> dict[str, object]:
     """Those of transformers and of timm."""
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     own = config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")

@@ -145,10 +145,10 @@ def _dataset(
             raise UserError("no dataset", where="evaluate", hint='name one: evaluate(model, "folder", path="~/pets")')
         spec = used.recipe.datasets[0]
         data, given = spec.name, {**spec.options, **given}
-    if isinstance(data, str):
-        cls = registry().find("datasets", data, where="evaluate").resolve()
-        data = options.build(cls, given, where=f"dataset {data}")
-    return data.load(reporter)
+    if not isinstance(data, str):
+        return data.load(reporter)
+    cls: type[DatasetOptions] = registry().find("datasets", data, where="evaluate").resolve()
+    return options.build(cls, given, where=f"dataset {data}").load(reporter)
 
 
 def _classes(used: LoadedModel, given: Classes | Sequence[str] | None) -> Classes:
@@ -199,4 +199,5 @@ def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
 def _pil(image: Tensor) -> Image:
     from torchvision.transforms.functional import to_pil_image
 
-    return to_pil_image(image.cpu())
+    made: Image = to_pil_image(image.cpu())
+    return made

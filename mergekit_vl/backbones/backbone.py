@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.system.memory import out_of_memory
 
 if TYPE_CHECKING:
-    from mergekit_vl.backbones.text import Prompts, TextTower
+    from jaxtyping import Float
+
+    from mergekit_vl.backbones.text import OpenClipText, Prompts
 
 BLOCK = 128
 """Images are encoded in blocks of this many rows, the last one padded with zeros: the batch size changes bits, so it is fixed."""
@@ -34,16 +36,38 @@ class Classifier:
     bias: Tensor
 
 
+class Preprocess(TypedDict):
+    """How the backbone's library prepares images."""
+
+    image_size: int | Sequence[int]
+    """A number, or (height, width)."""
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: NotRequired[str]
+    """By default bicubic."""
+    resize_mode: NotRequired[str]
+    """As open_clip names it; by default shortest."""
+    crop_pct: NotRequired[float]
+    """timm's models have it: the share of the resized image that is kept."""
+    fill_color: NotRequired[int | Sequence[int]]
+    """Of borders; by default black."""
+
+
+class HasState(Protocol):
+    """What has tensors by name: a module."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """Towers in evaluation mode, without gradients of their own; weights, features and logits are float32."""
 
     image: nn.Module
     """Images [B, 3, H, W] -> raw features [B, D]; of a tuple, the first."""
-    text: TextTower | None
+    text: OpenClipText | None
     """None for an image classifier: whatever needs class names refuses it."""
-    preprocess: dict[str, Any]
-    """image_size (a number or (height, width)), mean, std; optional interpolation (bicubic), resize_mode (shortest), crop_pct (1)."""
+    preprocess: Preprocess
     spec: str
     """How messages call it."""
     pretrained: str = ""
@@ -69,19 +93,25 @@ class Backbone:
     block: int = BLOCK
     precision: Literal["float32", "bfloat16"] | None = None
     """Of the image tower's own arithmetic, weights and features staying float32; none: bfloat16 on a GPU, float32 elsewhere."""
+    at_once: int = field(init=False, repr=False)
+    """Images in one forward of the image tower: the block, or fewer where device and tower make that faster."""
+    key: str = field(init=False, repr=False)
+    """Hash of what the image features depend on: image weights, settings, preprocessing."""
+    digest: str = field(init=False, repr=False)
+    """Hash of everything: the key, the text tower's weights, the scale."""
 
     def __post_init__(self) -> None:
         if self.precision is None:
             object.__setattr__(self, "precision", "bfloat16" if self.device.startswith("cuda") else "float32")
-        for module in (self.image, self.text):
-            if module is not None:
-                module.to(self.device).eval().requires_grad_(False)  # type: ignore[attr-defined]
-        object.__setattr__(self, "_at_once", _at_once(self.image, self.preprocess, self.device, self.block))
+        self.image.to(self.device).eval().requires_grad_(False)
+        if self.text is not None:
+            self.text.to(self.device).eval().requires_grad_(False)
+        object.__setattr__(self, "at_once", _at_once(self.image, self.preprocess, self.device, self.block))
         parts = [self.settings, self.preprocess, *([self.at_once] if self.at_once != BLOCK else [])]
         image = _hash(self.image, json.dumps(parts, sort_keys=True), self.spec)
-        object.__setattr__(self, "_key", image)
+        object.__setattr__(self, "key", image)
         text = _hash(self.text, f"{image} {float(self.scale)!r}", self.spec) if self.text is not None else image
-        object.__setattr__(self, "_digest", text)
+        object.__setattr__(self, "digest", text)
 
     def autocast(self) -> torch.autocast:
         """The context in which the image tower computes in its precision."""
@@ -90,7 +120,7 @@ class Backbone:
     @property
     def model(self) -> nn.Module:
         """The library's own model: open_clip's or timm's."""
-        return (self.text or self.image).model  # type: ignore[union-attr,return-value]
+        return _library_model(self.image, self.text)
 
     def image_weights(self) -> dict[str, Tensor]:
         """Copies of the image tower's tensors, by their names in `model`."""
@@ -99,9 +129,9 @@ class Backbone:
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
         """The same architecture with other tensors for these of `model`'s names; they are shared, not copied."""
-        memo = {} if self.text is None else {id(self.text.tokenizer): self.text.tokenizer}  # type: ignore[attr-defined]
+        memo: dict[int, object] = {} if self.text is None else {id(self.text.tokenizer): self.text.tokenizer}
         image, text = copy.deepcopy((self.image, self.text), memo)
-        model = (text or image).model  # type: ignore[union-attr]
+        model = _library_model(image, text)
         own = model.state_dict()
         for name, tensor in weights.items():
             if name not in own or own[name].shape != tensor.shape:
@@ -115,8 +145,15 @@ class Backbone:
             name: cast(t, own[name].dtype, name=name, where=self.spec).to(own[name]) for name, t in weights.items()
         }
         model.load_state_dict(given, strict=False, assign=True)
-        scale_bias = {key: getattr(model, key, None) for key in ("logit_scale", "logit_bias")}
-        return replace(self, image=image, text=text, notes=(), classifier=None, **scale_bias)
+        return replace(
+            self,
+            image=image,
+            text=text,
+            notes=(),
+            classifier=None,
+            logit_scale=_tensor_of(model, "logit_scale"),
+            logit_bias=_tensor_of(model, "logit_bias"),
+        )
 
     @property
     def scale(self) -> Tensor:
@@ -127,23 +164,8 @@ class Backbone:
     def bias(self) -> Tensor:
         return torch.zeros_like(self.scale) if self.logit_bias is None else self.logit_bias.reshape(())
 
-    @property
-    def at_once(self) -> int:
-        """Images in one forward of the image tower: the block, or fewer where device and tower make that faster."""
-        return self._at_once  # type: ignore[attr-defined]
-
-    @property
-    def key(self) -> str:
-        """Hash of what the image features depend on: image weights, settings, preprocessing."""
-        return self._key  # type: ignore[attr-defined]
-
-    @property
-    def digest(self) -> str:
-        """Hash of everything: the key, the text tower's weights, the scale."""
-        return self._digest  # type: ignore[attr-defined]
-
     @torch.no_grad()
-    def encode_image(self, images: Tensor, block: int | None = None) -> Tensor:
+    def encode_image(self, images: Float[Tensor, "B 3 H W"], block: int | None = None) -> Float[Tensor, "B D"]:
         """[B, 3, H, W] -> raw features [B, D] in float32, in fixed blocks; another `block` changes the last bits.
 
         Raises UserError where memory ends, with the largest halving of the block that fits.
@@ -181,7 +203,7 @@ class Backbone:
             out.append(features.float()[: len(block)])
         return torch.cat(out)
 
-    def require_text(self) -> TextTower:
+    def require_text(self) -> OpenClipText:
         """The text tower; raises UserError where there is none."""
         if self.text is None:
             raise UserError(
@@ -192,15 +214,15 @@ class Backbone:
         return self.text
 
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "K D"]:
         """Texts to raw features [K, D]."""
         return self.encode_prompts(self.tokenize(texts), None)
 
     def tokenize(self, texts: Sequence[str], n_context: int = 0) -> Prompts:
-        """Prompts with `n_context` slots before each text, see `TextTower`."""
+        """Prompts with `n_context` slots before each text, see `OpenClipText`."""
         return self.require_text().tokenize(texts, n_context)
 
-    def embed(self, text: str) -> Tensor:
+    def embed(self, text: str) -> Float[Tensor, "M W"]:
         """Token embeddings of a text without what stands around it, [M, W]."""
         return self.require_text().embed(text)
 
@@ -208,12 +230,15 @@ class Backbone:
     def token_width(self) -> int:
         return self.require_text().width
 
-    def encode_prompts(self, prompts: Prompts, context: Tensor | None) -> Tensor:
+    def encode_prompts(
+        self, prompts: Prompts, context: Float[Tensor, "*S M W"] | None
+    ) -> Float[Tensor, "K D"] | Float[Tensor, "S K D"]:
         """Prompts with context [M, W], [K, M, W] or [S, K, M, W] in their slots -> raw text features [K, D] or [S, K, D]."""
-        return self.require_text()(prompts, context)
+        features: Tensor = self.require_text()(prompts, context)
+        return features
 
 
-def _at_once(tower: nn.Module, preprocess: Mapping[str, Any], device: str, block: int) -> int:
+def _at_once(tower: nn.Module, preprocess: Preprocess, device: str, block: int) -> int:
     """Images in one forward. Any `block` that is a multiple of the choice gives the same bytes."""
     if not device.startswith("cpu") or not any(map(_overlaps, tower.modules())):
         return block
@@ -228,7 +253,16 @@ def _overlaps(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size > module.stride
 
 
-def _hash(module: Any, settings: str, spec: str) -> str:
+def _library_model(image: nn.Module, text: OpenClipText | None) -> nn.Module:
+    return text.model if text is not None else image.get_submodule("model")
+
+
+def _tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    found = getattr(module, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _hash(module: HasState, settings: str, spec: str) -> str:
     """Of a module's tensors (a text tower's without the image tower and the captioner beside it); raises UserError for values that are not finite."""
     digest = hashlib.sha256(settings.encode())
     for name, tensor in module.state_dict().items():
@@ -237,5 +271,5 @@ def _hash(module: Any, settings: str, spec: str) -> str:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{name} has values that are not finite", where=spec, hint="use an undamaged checkpoint")
         digest.update(name.encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

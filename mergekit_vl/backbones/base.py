@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mergekit_vl.options import Options
+
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
 
 
-class BackboneOptions(Protocol):
+class BackboneOptions(Options, Protocol):
     """A frozen dataclass whose fields are its options."""
 
     def build(self, device: str) -> Backbone: ...

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
@@ -26,10 +26,13 @@ from mergekit_vl.system.memory import physical_memory
 from mergekit_vl.system.regular_files import MOST_TEXT, check_shape, parse_json, read_regular, user_path
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from open_clip import CLIP
+    from torch import Tensor
 
-    from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.backbones.backbone import Backbone, Preprocess
+    from mergekit_vl.backbones.text import Tokenizer
 
+T = TypeVar("T")
 CONFIG = "open_clip_config.json"
 OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's files hold besides weights."""
@@ -202,10 +205,10 @@ def _from_folder(folder: Path, where: str) -> _Source:
     if not file.exists():
         raise UserError(f"no {CONFIG}", where=str(folder), hint="give a folder that open_clip wrote")
     content = parse_json(read_regular(file, most=MOST_TEXT), where=str(file))
-    check_shape(content, Config, what="is no config of open_clip", where=str(file))
-    config = content["model_cfg"]
+    checked = check_shape(content, Config, what="is no config of open_clip", where=str(file))
+    config: Mapping[str, Any] = {**checked["model_cfg"]}
     return _Source(
-        config, content.get("preprocess_cfg") or {}, quick_gelu=bool(config.get("quick_gelu")), folder=folder
+        config, checked.get("preprocess_cfg") or {}, quick_gelu=bool(config.get("quick_gelu")), folder=folder
     )
 
 
@@ -222,7 +225,7 @@ def _usual_preprocessing(arch: str) -> dict[str, Any]:
     return out
 
 
-def _fetched(get: Callable[[], str], what: str, hint: str, where: str) -> str:
+def _fetched(get: Callable[[], T], what: str, hint: str, where: str) -> T:
     """What the hub or a server gives; raises UserError that names the file wanted."""
     try:
         return get()
@@ -233,30 +236,30 @@ def _fetched(get: Callable[[], str], what: str, hint: str, where: str) -> str:
         ) from None
 
 
-def construct(config: Mapping[str, Any], where: str) -> nn.Module:
+def construct(config: Mapping[str, Any], where: str) -> CLIP:
     """The model of an open_clip config, with random weights that are the same each time; on the device of the context."""
     import open_clip
     import torch
 
     _check_size(config, where)
-    config = copy.deepcopy(dict(config))
-    if "timm_model_name" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    hugging_face = config["text_cfg"].get("hf_model_name")
+    own = copy.deepcopy(dict(config))
+    if "timm_model_name" in own["vision_cfg"]:
+        own["vision_cfg"]["timm_model_pretrained"] = False
+    hugging_face = own["text_cfg"].get("hf_model_name")
     if hugging_face:
-        config["text_cfg"]["hf_model_pretrained"] = False
-    custom = config.pop("custom_text", False) or hugging_face
-    kind = (open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
+        own["text_cfg"]["hf_model_pretrained"] = False
+    custom = own.pop("custom_text", False) or hugging_face
+    kind = (open_clip.CoCa if "multimodal_cfg" in own else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if not hugging_face:
             try:
-                return kind(**config)
+                return kind(**own)
             except Exception as error:  # a config from elsewhere may fail anywhere in open_clip, timm or torch
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(f"open_clip cannot build it: {first}", where=where, hint="correct its config") from None
         hint = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
-        return _fetched(lambda: kind(**config), f"config.json of {hugging_face}", _with_transformers(hint), where)
+        return _fetched(lambda: kind(**own), f"config.json of {hugging_face}", _with_transformers(hint), where)
 
 
 MOST_LAYERS = 1000
@@ -275,12 +278,12 @@ def _check_size(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _least_bytes(tower: Mapping[str, Any], outputs: Any, where: str) -> int:
+def _least_bytes(tower: Mapping[str, object], outputs: object, where: str) -> int:
     """A lower bound on the bytes of a tower of float32: a transformer's layer holds 4 width^2 numbers and its hidden layer's, a table
     width numbers for each word, place, patch and output.
     """
 
-    def largest(value: Any) -> int:
+    def largest(value: object) -> int:
         return max((v for v in (value if isinstance(value, list) else [value]) if type(v) is int), default=0)
 
     layers, width = largest(tower.get("layers")), largest(tower.get("width"))
@@ -300,25 +303,28 @@ def _with_transformers(hint: str) -> str:
     return hint if find_spec("transformers") else "install it: pip install 'mergekit-vl[hf]'"
 
 
-def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: str) -> Any:
+def load_tokenizer(text: Mapping[str, Any], folder: str | Path | None, where: str) -> Tokenizer:
     """open_clip's tokenizer for a text config; from `folder` where it is one of Hugging Face."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
     name = text.get("hf_tokenizer_name")
+    tokenizer: Tokenizer
     if not name:
-        return SimpleTokenizer(**options)
+        tokenizer = SimpleTokenizer(**options)
+        return tokenizer
     source = str(user_path(str(folder))) if folder else name
     hint = f"copy the tokenizer's files of {name} into a folder and set backbone.tokenizer=FOLDER"
-    return _fetched(
+    tokenizer = _fetched(
         lambda: HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options),
         f"the tokenizer {source}",
         _with_transformers(hint),
         where,
     )
+    return tokenizer
 
 
-def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert(model: CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Foreign and older names to open_clip's for this model; shapes stay as they are."""
     import torch
     from open_clip.convert import convert_state_dict
@@ -343,13 +349,13 @@ def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def backbone_of(
-    model: nn.Module,
-    tokenizer: Any,
+    model: CLIP,
+    tokenizer: Tokenizer,
     *,
     spec: str,
     pretrained: str = "",
     preprocess: Mapping[str, Any],
-    config: Mapping[str, Any] = {},
+    config: Mapping[str, Any] | None = None,
     settings: str = "",
     device: str = "cpu",
     notes: tuple[str, ...] = (),
@@ -368,17 +374,26 @@ def backbone_of(
     full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     full |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     full |= {key: preprocess[key] for key in full if preprocess.get(key) is not None}
-    full |= {key: preprocess[key] for key in ("fill_color",) if preprocess.get(key)}
+
     size = model.visual.image_size
     if not isinstance(size, int):
         size = tuple(size) if len(set(size)) > 1 else size[0]
+    settled: Preprocess = {
+        "image_size": size,
+        "mean": list(full["mean"]),
+        "std": list(full["std"]),
+        "interpolation": full["interpolation"],
+        "resize_mode": full["resize_mode"],
+    }
+    if fill := preprocess.get("fill_color"):
+        settled["fill_color"] = fill
     return Backbone(
         image=model.visual,
         text=OpenClipText(model, tokenizer, spec),
-        preprocess={"image_size": size, **full, "mean": list(full["mean"]), "std": list(full["std"])},
+        preprocess=settled,
         spec=spec,
         pretrained=pretrained,
-        width=config.get("embed_dim"),
+        width=config.get("embed_dim") if config else None,
         config={"model_cfg": dict(config)} if config else {},
         read=lambda state: (convert(model, dict(state)), None),
         settings=settings,

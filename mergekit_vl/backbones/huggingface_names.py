@@ -61,6 +61,6 @@ def has_quick_gelu(folder: Path) -> bool | None:
         config = parse_json(read_regular(folder / "config.json", most=MOST_TEXT), where=str(folder))
         if config.get("model_type") != "clip":
             return None
-        return (config.get("vision_config") or {}).get("hidden_act", "quick_gelu") == "quick_gelu"
+        return bool((config.get("vision_config") or {}).get("hidden_act", "quick_gelu") == "quick_gelu")
     except (UserError, AttributeError):
         return None

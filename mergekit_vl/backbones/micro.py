@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mergekit_vl.backbones import known_rows
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from open_clip import CLIP, SimpleTokenizer
     from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 48
 CONTEXT = 24
-CONFIG = {
+VOCABULARY = 49408
+CONFIG: dict[str, object] = {
     "embed_dim": 128,
     "vision_cfg": {
         "timm_model_name": "convnext_atto",
@@ -32,7 +34,7 @@ CONFIG = {
         "timm_proj": "linear",
         "image_size": IMAGE_SIZE,
     },
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 128, "heads": 4, "layers": 3},
 }
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.3, 0.3, 0.3)
@@ -62,11 +64,11 @@ def known_tokens() -> Tensor:
     """Token ids that pretraining saw, sorted."""
     from mergekit_vl.microworld.pretraining import vocabulary
 
-    ids = tokenizer()(list(vocabulary())).unique()
+    ids: Tensor = tokenizer()(list(vocabulary())).unique()
     return ids[ids > 0]
 
 
-def encode_short(model: CLIP, ids: Tensor) -> Tensor:
+def encode_short(model: CLIP, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
     """`model.encode_text` on ids cut at the longest text: exact for a causal tower that pools at the end token. [B, L] -> [B, D]."""
     import torch
 
@@ -75,7 +77,8 @@ def encode_short(model: CLIP, ids: Tensor) -> Tensor:
     x = model.token_embedding(ids) + model.positional_embedding[:length]
     x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
     x = model.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
-    return x @ model.text_projection
+    features: Tensor = x @ model.text_projection
+    return features
 
 
 def export(model: nn.Module, path: Path) -> None:
@@ -88,7 +91,7 @@ def export(model: nn.Module, path: Path) -> None:
 def load() -> CLIP:
     """The pretrained micro CLIP, float32, in eval mode."""
     with as_file(files("mergekit_vl") / "assets" / ASSET) as path:
-        state, _ = known_rows.read(path, CONFIG["text_cfg"]["vocab_size"])
+        state, _ = known_rows.read(path, VOCABULARY)
     model = untrained()
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False)
@@ -110,14 +113,13 @@ class Micro:
     def build(self, device: str) -> Backbone:
         from mergekit_vl.backbones.clip import backbone_of
 
-        preprocess = {"mean": MEAN, "std": STD}
         return backbone_of(
             load(),
             tokenizer(),
             spec="micro",
             pretrained="embedded",
             config=CONFIG,
-            preprocess=preprocess,
+            preprocess={"mean": MEAN, "std": STD},
             device=device,
             warn=unknown_words,
             precision="float32",  # small enough that a GPU gains nothing by less, and its scores stay those of a CPU

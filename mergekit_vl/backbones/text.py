@@ -15,10 +15,11 @@ end token. A bidirectional tower reads its padding, and CoCa's CLS stands behind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from jaxtyping import Float, Int
+    from open_clip import CLIP
 
 ACTIVATIONS = 2 << 30
 """Bytes of activations that a text forward may keep for its backward; more classes than that go in chunks with recomputation.
@@ -42,24 +46,16 @@ class Prompts:
     n_context: int
 
 
-class TextTower(Protocol):
-    """What turns texts into features; an nn.Module, so that `functional_call` can run it with other weights."""
+class Tokenizer(Protocol):
+    """open_clip's: texts to ids [K, L], padded; a length other than the tower's own where one is given."""
 
-    width: int
-    """Of a token embedding, W."""
-    capturable: bool
-    """Whether a CUDA graph can hold its forward: it reads nothing back from the GPU."""
-
-    def tokenize(self, texts: Sequence[str], n_context: int = 0) -> Prompts: ...
-    def embed(self, text: str) -> Tensor: ...
-    def before(self) -> Tensor: ...
-    def __call__(self, prompts: Prompts, context: Tensor | None = None) -> Tensor: ...
+    def __call__(self, texts: list[str], context_length: int | None = None, /) -> Tensor: ...
 
 
 class OpenClipText(nn.Module):
     """The text tower of any model that open_clip builds, with open_clip's tokenizer for it (or one that is called like it)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, spec: str) -> None:
+    def __init__(self, model: CLIP, tokenizer: Tokenizer, spec: str) -> None:
         super().__init__()
         self.encode = _EncodeText(model)
         self.tokenizer = tokenizer
@@ -67,7 +63,9 @@ class OpenClipText(nn.Module):
         tower = getattr(model, "text", model)  # CLIP holds the text tower's parts itself
         hugging_face = hasattr(tower, "pooler")
         self.capturable = not hugging_face
+        """Whether a CUDA graph can hold its forward: it reads nothing back from the GPU."""
         self.width: int = self.embedding.weight.shape[1]
+        """Of a token embedding, W."""
         self._end: Callable[[Tensor], Tensor] | None = None
         """Ids [K, L] to the last position [K] that a text's answer depends on; None: all of them."""
         self._sliced: tuple[str, ...] = ()
@@ -75,9 +73,9 @@ class OpenClipText(nn.Module):
         if hugging_face and tower.config.pad_token_id is not None:
             self._end = lambda ids: _last(ids != tower.config.pad_token_id)
         elif _is_causal_and_pooled_at_the_end(tower):
-            eos = getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
+            eos: int = getattr(tower, "eos_id", getattr(tower, "text_eos_id", -1))
             by_eos = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "eos"
-            self._end = lambda ids: ((ids == eos).int() if by_eos else ids).argmax(-1)
+            self._end = lambda ids: (ids.eq(eos).int() if by_eos else ids).argmax(-1)
             prefix = "model." if tower is model else "model.text."
             self._sliced = (f"{prefix}positional_embedding", f"{prefix}attn_mask")
         layers = tower if hugging_face else tower.transformer
@@ -85,14 +83,16 @@ class OpenClipText(nn.Module):
         self._floats_per_token = 2 * count / self.width  # measured: 1.7 for the frozen text tower of ViT-B-16
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> CLIP:
         return self.encode.model
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The token embedding; no attribute, so that the state dict names it once."""
         tower = getattr(self.model, "text", self.model)
-        return tower.transformer.get_input_embeddings() if hasattr(tower, "pooler") else tower.token_embedding
+        found: nn.Embedding
+        found = tower.transformer.get_input_embeddings() if hasattr(tower, "pooler") else tower.token_embedding
+        return found
 
     def tokenize(self, texts: Sequence[str], n_context: int = 0) -> Prompts:
         """Token ids with `n_context` slots before each text, cut where that is exact.
@@ -133,7 +133,7 @@ class OpenClipText(nn.Module):
         return start, one[start : start + n_context]
 
     @torch.no_grad()
-    def embed(self, text: str) -> Tensor:
+    def embed(self, text: str) -> Float[Tensor, "M W"]:
         """Token embeddings of a text without what the tokenizer puts around it, [M, W]."""
         start, _ = self._slots(1)
         ids, blank = self.tokenizer([text, ""])
@@ -141,7 +141,7 @@ class OpenClipText(nn.Module):
         return self.embedding.weight[ids[start : start + count].to(self.embedding.weight.device)].clone()
 
     @torch.no_grad()
-    def before(self) -> Tensor:
+    def before(self) -> Float[Tensor, "P W"]:
         """Embeddings of what the tokenizer puts before a text (CLIP: the start token), [P, W]; P may be 0."""
         start, _ = self._slots(1)
         return self.embedding.weight[self.tokenizer(["x"])[0, :start].to(self.embedding.weight.device)].clone()
@@ -153,7 +153,8 @@ class OpenClipText(nn.Module):
         are computed again in the backward. Weights put in by `functional_call` are not there any more when that happens: whoever
         tunes the tower itself recomputes around the whole call instead.
         """
-        ids, sweep = prompts.ids, ()
+        ids = prompts.ids
+        sweep: tuple[int, ...] = ()
         if context is not None:
             sweep = context.shape[:-3]
             context = context.expand(*sweep, len(ids), *context.shape[-2:]).flatten(0, -3)  # [S*K, M, W]
@@ -183,30 +184,40 @@ class OpenClipText(nn.Module):
                 parts.append(self._encode(*chunk))
         return torch.cat(parts)
 
-    def _encode(self, ids: Tensor, context: Tensor | None, start: int) -> Tensor:
+    def _encode(
+        self, ids: Int[Tensor, "R L"], context: Float[Tensor, "R M W"] | None, start: int
+    ) -> Float[Tensor, "R D"]:
         """One forward, the hook within it: `checkpoint` wraps this call, so that the recomputation puts the context in again."""
-
-        def place(module: nn.Module, args: Any, words: Tensor) -> Tensor:
-            return torch.cat([words[:, :start], context, words[:, start + context.shape[1] :]], 1)  # type: ignore[union-attr]
 
         length = ids.shape[1]
         whole = {name: attrgetter(name)(self.encode) for name in self._sliced}
         short = {name: t[:length, :length] if name.endswith("mask") else t[:length] for name, t in whole.items()}
-        hook = self.embedding.register_forward_hook(place) if context is not None else None
+        with nullcontext() if context is None else self._placed(context, start):
+            features: Tensor = torch.func.functional_call(self.encode, short, (ids,))
+        return features
+
+    @contextmanager
+    def _placed(self, context: Tensor, start: int) -> Iterator[None]:
+        """While this holds, the token embedding gives the context [B, M, W] in the place of the slots' words."""
+
+        def place(module: nn.Module, args: object, words: Tensor) -> Tensor:
+            return torch.cat([words[:, :start], context, words[:, start + context.shape[1] :]], 1)
+
+        hook = self.embedding.register_forward_hook(place)
         try:
-            return torch.func.functional_call(self.encode, short, (ids,))
+            yield
         finally:
-            if hook is not None:
-                hook.remove()
+            hook.remove()
 
 
 class _EncodeText(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: CLIP) -> None:
         super().__init__()
-        self.model = model
+        self.model: CLIP = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model.encode_text(ids, normalize=False)
+        features: Tensor = self.model.encode_text(ids, normalize=False)
+        return features
 
 
 def _is_causal_and_pooled_at_the_end(tower: nn.Module) -> bool:

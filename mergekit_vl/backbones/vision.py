@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from mergekit_vl.backbones.backbone import Backbone, Classifier
+    from mergekit_vl.backbones.backbone import Backbone, Classifier, Preprocess
+    from mergekit_vl.backbones.timm_features import TimmModel
 
 CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 """timm's crop modes by open_clip's names of them."""
@@ -84,7 +85,7 @@ class Vision:
             precision=self.precision,
         )
 
-    def _model(self, where: str) -> nn.Module:
+    def _model(self, where: str) -> TimmModel:
         import timm
         import torch
 
@@ -98,32 +99,39 @@ class Vision:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights, the same ones each time
             if not tag:
-                return timm.create_model(arch)
+                return _created(arch)
             tags = [name.partition(".")[2] for name in timm.list_models(f"{arch}.*", pretrained=True)]
             if tag not in tags:
                 raise unknown("pretrained tag", tag, tags, where=where)
             try:
-                return timm.create_model(f"{arch}.{tag}", pretrained=True)
+                return _created(f"{arch}.{tag}", pretrained=True)
             except Exception as error:  # timm and the hub's client raise many kinds
                 cfg = timm.get_pretrained_cfg(f"{arch}.{tag}")
+                what = (cfg.hf_hub_id or cfg.url) if cfg else f"{arch}.{tag}"
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"{cfg.hf_hub_id or cfg.url} is not on this machine and cannot be fetched: {first[:200]}",
+                    f"{what} is not on this machine and cannot be fetched: {first[:200]}",
                     where=where,
                     hint="download it elsewhere and set backbone.pretrained=FILE",
                 ) from None
 
 
-def _from_checkpoint(arch: str, path: Path) -> nn.Module:
-    """A timm model with a checkpoint's tensors, and as many classes as it has."""
+def _created(name: str, *, pretrained: bool = False, classes: int | None = None) -> TimmModel:
+    """A model of timm's; with as many classes as its configuration says where none are given."""
     import timm
 
+    given: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    return cast("TimmModel", timm.create_model(name, pretrained=pretrained, **given))
+
+
+def _from_checkpoint(arch: str, path: Path) -> TimmModel:
+    """A timm model with a checkpoint's tensors, and as many classes as it has."""
     from mergekit_vl.checkpoints.torch_io import load_into, read
 
     state = read(path)
     names = _classifier_names(arch)
     weight = state.get(f"{names[0]}.weight")
-    model = timm.create_model(arch, num_classes=0 if weight is None else weight.shape[0])
+    model = _created(arch, classes=0 if weight is None else weight.shape[0])
     load_into(model, state, where=str(path), hint=f"give {arch} its own weights")
     return model
 
@@ -152,7 +160,7 @@ def _split(state: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[Mapping
     return tower, Classifier(weight, torch.zeros(len(weight)) if bias is None else bias)
 
 
-def _preprocess(model: nn.Module) -> dict[str, Any]:
+def _preprocess(model: nn.Module) -> Preprocess:
     import timm
 
     data = timm.data.resolve_model_data_config(model)
@@ -170,4 +178,5 @@ def _preprocess(model: nn.Module) -> dict[str, Any]:
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     import timm
 
-    return timm.data.resolve_model_data_config(model)["input_size"]
+    size: tuple[int, int, int] = timm.data.resolve_model_data_config(model)["input_size"]
+    return size

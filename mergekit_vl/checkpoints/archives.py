@@ -171,6 +171,8 @@ def _located(descriptor: int, entries: list[_Entry], end: int) -> Archive:
 def _start(descriptor: int, entry: _Entry) -> int:
     """Where a member's bytes begin, after a header of its own, which must agree with the directory."""
     local = os.pread(descriptor, 30 + len(entry.name), entry.offset)
+    named: int
+    more: int
     sign, _, flags, method, _, _, crc, compressed, size, named, more = struct.unpack_from("<4s5H3I2H", local)
     same = sign == b"PK\x03\x04" and local[30:] == entry.name and named == len(entry.name)
     same = same and method == entry.method and (flags ^ entry.flags) & (1 | SIZES_FOLLOW) == 0

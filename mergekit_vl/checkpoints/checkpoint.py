@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -74,7 +73,7 @@ class Checkpoint:
     recorded: tuple[Recorded, ...] = ()
     """What `hash` and `check_recorded` compare, as they read the bytes."""
     _open: dict[Path, int] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,7 +131,7 @@ class Checkpoint:
 
     def _pread(self, file: Path, offset: int, count: int, kind: np.dtype) -> Array:
         array = np.empty(count, kind)
-        view = memoryview(array.view(np.uint8))
+        view = array.view(np.uint8).data
         done = 0
         while done < len(view):
             got = self._read_into(file, view[done:], offset + done)

@@ -122,5 +122,6 @@ def narrowest(value: float) -> str:
 
 def _magnitudes(stored: Array, code: str) -> Array:
     """The bits of |x|, which are in its order: quicker than floats, float16's above all."""
-    bits = stored.view(f"<u{stored.itemsize}")
-    return bits & bits.dtype.type(2 ** (8 * stored.itemsize - 1) - 1)
+    bits: Array = stored.view(f"<u{stored.itemsize}")
+    magnitudes: Array = bits & bits.dtype.type(2 ** (8 * stored.itemsize - 1) - 1)
+    return magnitudes

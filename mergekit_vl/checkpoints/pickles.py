@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from mergekit_vl.checkpoints.archives import Archive, Member, read_archive
 from mergekit_vl.checkpoints.checkpoint import (
@@ -28,9 +28,12 @@ from mergekit_vl.checkpoints.checkpoint import (
     Recorded,
     TensorLocation,
 )
-from mergekit_vl.checkpoints.dtypes import STORED, check_supported
+from mergekit_vl.checkpoints.dtypes import STORED, Array, check_supported
 from mergekit_vl.checkpoints.unpickler import MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
 from mergekit_vl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -60,7 +63,7 @@ STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_
 """Where training checkpoints keep the weights: open_clip and timm write `state_dict`."""
 
 
-WRAPPED = re.compile(r"(?:module\.)*")
+WRAPPED = re.compile(r"\A(?:module\.)*")
 EXPANDED, SPARE = 8, 32 << 20
 """All tensors take at most EXPANDED times the bytes of their file, and SPARE bytes: tied and expanded ones are written out."""
 DEEPEST = 100
@@ -80,7 +83,10 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
         else:
             (content, place), crcs = _read_legacy(descriptor, size, path), False
         taken, passed_over = _state_dict(content, path)
-        tensors, twins, owners, members = {}, {}, {}, {}
+        tensors: dict[str, TensorLocation] = {}
+        twins: dict[str, str] = {}
+        owners: dict[TensorLocation, str] = {}
+        members: dict[int, Member] = {}
         for name, tensor in taken.items():
             stored, member = _placed(name, tensor, place, path)
             if stored.size and stored in owners:
@@ -98,7 +104,7 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
     return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over, recorded=recorded)
 
 
-def _read_zip(descriptor: int, path: Path) -> tuple[Any, Place, bool]:
+def _read_zip(descriptor: int, path: Path) -> tuple[object, Place, bool]:
     """The objects, where their storages are, and whether their CRCs were recorded."""
     archive = read_archive(descriptor)
     if b"data.pkl" not in archive.members:
@@ -140,7 +146,7 @@ def _content(descriptor: int, archive: Archive, name: bytes) -> bytes:
     return content
 
 
-def _read_legacy(descriptor: int, size: int, path: Path) -> tuple[Any, Place]:
+def _read_legacy(descriptor: int, size: int, path: Path) -> tuple[object, Place]:
     """As `_read_zip`, for torch before 1.6: magic number, protocol, system, objects, storage keys; then each storage: count, bytes."""
     data = os.pread(descriptor, min(size, MOST_BYTES), 0)
     magic, at = _load_magic(data)
@@ -181,7 +187,7 @@ def _read_legacy(descriptor: int, size: int, path: Path) -> tuple[Any, Place]:
     return content, place
 
 
-def _load_magic(data: bytes) -> tuple[Any, int]:
+def _load_magic(data: bytes) -> tuple[object, int]:
     try:
         return load(data) if data[:1] == b"\x80" else (None, 0)
     except Damaged:
@@ -200,24 +206,30 @@ def _placed(name: str, tensor: Tensor | Foreign, place: Place, path: Path) -> tu
     item = STORED[code].itemsize
     unit = 1 if tensor.dtype else item
     """Bytes of an element as its storage counts them: a storage without a dtype counts bytes."""
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
         raise Damaged(f"{name} has no shape with as many strides")
     if len(shape) > MOST_DIMENSIONS:
         raise Damaged(f"{name} has {len(shape):,} dimensions, and {MOST_DIMENSIONS} are the most")
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (tensor.offset, storage.elements, *shape, *strides)):
+    offset, elements = tensor.offset, storage.elements
+    if not (_whole(offset) and _whole(elements) and all(map(_whole, shape)) and all(map(_whole, strides))):
         raise Damaged(f"{name} has sizes, strides or an offset that are no whole numbers from 0")
     try:
         member = place(storage)
     except Damaged as error:
         raise Damaged(f"{name}: {error}") from None
     size = math.prod(shape)
-    reach = tensor.offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
-    if storage.elements * unit > member.size:
-        raise Damaged(f"the storage of {name} has {storage.elements * unit} bytes, and {member.size} are there")
-    if reach * item > storage.elements * unit:
-        raise Damaged(f"{name} reaches to byte {reach * item} of a storage of {storage.elements * unit}")
+    reach = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
+    if elements * unit > member.size:
+        raise Damaged(f"the storage of {name} has {elements * unit} bytes, and {member.size} are there")
+    if reach * item > elements * unit:
+        raise Damaged(f"{name} reaches to byte {reach * item} of a storage of {elements * unit}")
     plain = () if not size or _contiguous(shape, strides) else strides
-    return TensorLocation(code, shape, path, member.start + (tensor.offset * item if size else 0), plain), member
+    return TensorLocation(code, shape, path, member.start + (offset * item if size else 0), plain), member
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 0 that a size can be."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -229,7 +241,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], str]:
+def _state_dict(content: object, path: Path) -> tuple[dict[str, Tensor | Foreign], str]:
     """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off.
 
     With it the name of averaged weights beside them, which timm's loader would take unless it is told not to.
@@ -239,11 +251,11 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], 
         content = _script_tensors(content)
     found = content.named() if isinstance(content, Pairs) else {}
     for key in STATE_DICTS:
-        if isinstance(found.get(key), Pairs):
+        inner = found.get(key)
+        if isinstance(inner, Pairs):
             averaged = [k for k in found if "ema" in k and k != key and isinstance(found[k], Pairs)]
             passed_over = averaged[0] if averaged else ""
-            content = found[key]
-            found = content.named()
+            content, found = inner, inner.named()
             break
     if isinstance(content, Pairs) and any(
         isinstance(value, Tensor | Foreign) for key, value in content.items if not isinstance(key, str | int)
@@ -258,7 +270,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], 
         )
     if len(tensors) > MOST_TENSORS:
         raise Damaged(f"it has {len(tensors):,} tensors, and {MOST_TENSORS:,} are the most")
-    wrapped = min(WRAPPED.match(name).end() for name in tensors)
+    wrapped = min(len(name) - len(WRAPPED.sub("", name)) for name in tensors)
     plain = {name[wrapped:].replace("_orig_mod.", ""): value for name, value in tensors.items()}
     if len(plain) < len(tensors) or "__metadata__" in plain:
         raise Damaged("two tensors have the same name, or one is called __metadata__")
@@ -267,7 +279,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor | Foreign], 
 
 def _script_tensors(module: Script) -> Pairs:
     """The tensors of a TorchScript module, named as its state_dict names them; a module that is shared has every name."""
-    found: list[tuple[Any, Any]] = []
+    found: list[tuple[object, object]] = []
     waiting = [("", module, 0)]
     seen = 0
     while waiting:
@@ -291,11 +303,14 @@ def _script_tensors(module: Script) -> Pairs:
     return Pairs(found)
 
 
-def from_torch(state: Mapping[str, Any], path: Path | str, label: str) -> Checkpoint:
+def from_torch(state: Mapping[str, torch.Tensor], path: Path | str, label: str) -> Checkpoint:
     """A checkpoint in memory, of torch tensors."""
     import torch
 
-    tensors, arrays, twins, owners = {}, {}, {}, {}
+    tensors: dict[str, TensorLocation] = {}
+    arrays: dict[str, Array] = {}
+    twins: dict[str, str] = {}
+    owners: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, tensor in state.items():
         code = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
         check_supported(code, where=f"{path}: {name}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mergekit_vl.checkpoints.checkpoint import (
     LONGEST_NAME,
@@ -162,7 +162,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
     return tensors, metadata
 
 
-def _place_of(entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+def _place_of(entry: object) -> tuple[int, int, str, tuple[int, ...]]:
     """First and last byte, dtype code and shape of a header's entry; raises ValueError that tells what is wrong."""
     if not isinstance(entry, dict):
         raise ValueError("no dtype, shape and data_offsets")
@@ -178,7 +178,7 @@ def _place_of(entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
     return offsets[0], offsets[1], code, tuple(shape)
 
 
-def _whole_numbers(values: Any) -> bool:
+def _whole_numbers(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 

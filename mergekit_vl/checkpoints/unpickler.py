@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 MOST_BYTES = 32 << 20
 MOST_OPERATIONS = 2_000_000
@@ -52,9 +51,9 @@ class Global:
 class Pairs:
     """A dictionary as it was written."""
 
-    items: list[tuple[Any, Any]] | tuple[()] = ()
+    items: list[tuple[object, object]] | tuple[()] = ()
 
-    def named(self) -> dict[str, Any]:
+    def named(self) -> dict[str, object]:
         """What stands under names; integers are names too, as torch writes them."""
         return {str(key): value for key, value in self.items if isinstance(key, str) or type(key) is int}
 
@@ -70,18 +69,18 @@ class Script:
 class Storage:
     kind: str
     """The name of its class, FloatStorage for instance."""
-    key: Any
-    elements: Any
+    key: object
+    elements: object
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
     """As the file describes it: nothing in it is checked yet."""
 
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
+    storage: object
+    offset: object
+    shape: object
+    strides: object
     dtype: str = ""
     """As torch names it, where the storage does not tell."""
 
@@ -97,7 +96,7 @@ ORDERED = Global("collections", "OrderedDict")
 STORAGES = ("torch", "torch.storage", "torch.cuda")
 
 
-def load(data: bytes, start: int = 0, storages: list[Storage] | None = None) -> tuple[Any, int]:
+def load(data: bytes, start: int = 0, storages: list[Storage] | None = None) -> tuple[object, int]:
     """The object pickled at `start`, and where its pickle ends; the storages that it names are added to `storages`. Raises Damaged."""
     try:
         return _Reader(data, start, [] if storages is None else storages).run()
@@ -110,14 +109,14 @@ def load(data: bytes, start: int = 0, storages: list[Storage] | None = None) -> 
 class _Reader:
     def __init__(self, data: bytes, start: int, storages: list[Storage]) -> None:
         self.data, self.at, self.storages = data, start, storages
-        self.stack: list[Any] = []
+        self.stack: list[object] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[int, object] = {}
         self.depths: dict[int, int] = {}
         """Of tuples by their ids: each sets its own when it is made, so a number that is used again holds what is there now."""
         self.operations = self.values = 0
 
-    def run(self) -> tuple[Any, int]:
+    def run(self) -> tuple[object, int]:
         operations, data = OPERATIONS, self.data
         while True:
             code = data[self.at]
@@ -137,24 +136,24 @@ class _Reader:
         if self.values > MOST_VALUES:
             raise Damaged(f"its pickle has more than {MOST_VALUES:,} values")
 
-    def keep(self, value: Any) -> None:
+    def keep(self, value: object) -> None:
         self.count(1)
         self.stack.append(value)
 
-    def keep_tuple(self, values: tuple[Any, ...]) -> None:
+    def keep_tuple(self, values: tuple[object, ...]) -> None:
         depth = 1 + max((self.depths.get(id(value), 0) for value in values if type(value) is tuple), default=0)
         if depth > DEEPEST:
             raise Damaged(f"its pickle has tuples more than {DEEPEST} deep")
         self.depths[id(values)] = depth
         self.keep(values)
 
-    def pop(self) -> Any:
+    def pop(self) -> object:
         value = self.stack.pop()
         if value is _MARK:
             raise IndexError
         return value
 
-    def top(self) -> Any:
+    def top(self) -> object:
         value = self.stack[-1]
         if value is _MARK:
             raise IndexError
@@ -164,7 +163,7 @@ class _Reader:
         self.marks.append(len(self.stack))
         self.stack.append(_MARK)
 
-    def to_mark(self) -> list[Any]:
+    def to_mark(self) -> list[object]:
         place = self.marks.pop()
         values = self.stack[place + 1 :]
         del self.stack[place:]
@@ -177,7 +176,9 @@ class _Reader:
         return self.data[self.at - count : self.at]
 
     def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        found: int
+        (found,) = struct.unpack(form, self.take(struct.calcsize(form)))
+        return found
 
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.at, self.at + LONGEST + 1)
@@ -188,9 +189,13 @@ class _Reader:
         return found
 
     def text(self, length: int, encoding: str) -> None:
-        raw = self.take(length) if length <= LONGEST else self.skip(length)
+        if length > LONGEST:
+            self.skip(length)
+            self.keep(TOO_LONG)
+            return
+        raw = self.take(length)
         try:
-            self.keep(TOO_LONG if raw is None else raw.decode(encoding))
+            self.keep(raw.decode(encoding))
         except UnicodeDecodeError:
             self.keep(TOO_LONG)
 
@@ -223,7 +228,7 @@ class _Reader:
         else:
             self.keep(int(line) if len(line) <= 40 else INERT)
 
-    def set_items(self, values: list[Any]) -> None:
+    def set_items(self, values: list[object]) -> None:
         if len(values) % 2:
             raise IndexError
         target = self.top()
@@ -231,9 +236,9 @@ class _Reader:
             target.items = target.items or []
             target.items.extend(zip(values[::2], values[1::2]))
 
-    def add_items(self, values: list[Any]) -> None:
+    def add_items(self, values: list[object]) -> None:
         target = self.top()
-        if type(target) is list:
+        if isinstance(target, list):
             target.extend(values)
 
     def build(self) -> None:
@@ -241,22 +246,23 @@ class _Reader:
         if isinstance(target, Script) and isinstance(state, Pairs):
             target.state = state
 
-    def call(self, function: Any, arguments: Any) -> None:
-        if type(arguments) is not tuple:
+    def call(self, function: object, arguments: object) -> None:
+        if not isinstance(arguments, tuple):
             raise IndexError
-        if function == ORDERED and arguments and type(arguments[0]) is list:
+        if function == ORDERED and arguments and isinstance(arguments[0], list):
             self.count(len(arguments[0]))
         self.keep(_made(function, arguments))
 
-    def persistent(self, pid: Any) -> None:
-        if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
+    def persistent(self, pid: object) -> None:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             self.stack.append(INERT)
             return
         if len(pid) > 5 and pid[5] is not None:
             raise Damaged("it has a view of a storage, as torch wrote them before 0.4")
         kind = pid[1].name if isinstance(pid[1], Global) and pid[1].module in STORAGES else "unknown"
-        self.keep(Storage(kind, pid[2], pid[4]))
-        self.storages.append(self.stack[-1])
+        storage = Storage(kind, pid[2], pid[4])
+        self.keep(storage)
+        self.storages.append(storage)
 
     def name(self, module: str, name: str) -> Global:
         self.count(3)
@@ -267,7 +273,7 @@ class _Reader:
         self.stack.append(self.name(module.decode(), name.decode()))
 
 
-def _made(function: Any, arguments: tuple[Any, ...]) -> Any:
+def _made(function: object, arguments: tuple[object, ...]) -> object:
     """What calling a class or function gives: plain data for the few that describe tensors, INERT for all others."""
     if not isinstance(function, Global):
         return INERT
@@ -288,7 +294,7 @@ def _made(function: Any, arguments: tuple[Any, ...]) -> Any:
     return INERT
 
 
-def _rebuilt(name: str, arguments: tuple[Any, ...]) -> Any:
+def _rebuilt(name: str, arguments: tuple[object, ...]) -> object:
     """torch/_utils.py: a tensor by the function that builds it again."""
     if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and arguments:
         return arguments[0]
@@ -300,31 +306,38 @@ def _rebuilt(name: str, arguments: tuple[Any, ...]) -> Any:
             ("torch.nn.parameter", "Parameter"),
         )
         direct = isinstance(function, Global) and function.name != name
-        return _made(function, inner) if ours and direct and type(inner) is tuple else Foreign("tensor of a subclass")
+        if ours and direct and isinstance(inner, tuple):
+            return _made(function, inner)
+        return Foreign("tensor of a subclass")
     if name == "_rebuild_tensor" and len(arguments) == 4:
-        return Tensor(*arguments)
+        return _tensor(arguments)
     if name == "_rebuild_tensor_v2" and 6 <= len(arguments) <= 7:
         flags = arguments[6] if len(arguments) > 6 else None
         if flags is not None and not (isinstance(flags, Pairs) and not flags.items):
             return Foreign("tensor with a conjugate or negative bit")
-        return Tensor(*arguments[:4])
+        return _tensor(arguments)
     if name == "_rebuild_tensor_v3" and 7 <= len(arguments) <= 8:
         dtype = arguments[6]
         flags = arguments[7] if len(arguments) > 7 else None
         plain = flags is None or (isinstance(flags, Pairs) and not flags.items)
         if not plain or not isinstance(dtype, Global):
             return Foreign("tensor of an unknown kind")
-        return Tensor(*arguments[:4], dtype.name)
+        return _tensor(arguments, dtype.name)
     return Foreign(name.removeprefix("_rebuild_").replace("_", " ").removesuffix(" tensor") + " tensor")
 
 
-def _table() -> list[Callable[[_Reader], Any] | None]:
-    table: list[Callable[[_Reader], Any] | None] = [None] * 256
+def _tensor(arguments: tuple[object, ...], dtype: str = "") -> Tensor:
+    storage, offset, shape, strides = arguments[:4]
+    return Tensor(storage, offset, shape, strides, dtype)
 
-    def push(value: Any) -> Callable[[_Reader], None]:
+
+def _table() -> list[Callable[[_Reader], object] | None]:
+    table: list[Callable[[_Reader], object] | None] = [None] * 256
+
+    def push(value: object) -> Callable[[_Reader], None]:
         return lambda r: r.stack.append(value)
 
-    def passing(count: int, value: Any) -> Callable[[_Reader], None]:
+    def passing(count: int, value: object) -> Callable[[_Reader], None]:
         def operation(r: _Reader) -> None:
             r.skip(count)
             r.stack.append(value)

@@ -133,7 +133,7 @@ class Output:
     def write(self, name: str, start: int, stored: Array) -> None:
         """Put the elements start.. of a tensor, as they are stored, in their place."""
         descriptor, place, slot = self._places[name]
-        view = memoryview(stored.reshape(-1).view("u1")) if stored.size else memoryview(b"")
+        view = stored.reshape(-1).view("u1").data if stored.size else memoryview(b"")
         place += start * STORED[slot.code].itemsize
         while len(view):
             done = os.pwrite(descriptor, view, place)

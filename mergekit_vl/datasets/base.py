@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.options import Options
 from mergekit_vl.reporter import Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Template = str | Callable[[str], str]
+"""What a class name is put into: a text with `{}` or `{c}`, or a function of the name, as open_clip's own."""
 
 
 class ImageSource(Protocol):
@@ -69,7 +73,7 @@ class Split:
 class Dataset:
     name: str
     classes: tuple[str, ...]
-    templates: tuple[str, ...]
+    templates: tuple[Template, ...]
     train: Split
     val: Split
     test: Split
@@ -81,7 +85,7 @@ class Dataset:
     """Test images of the same classes, or of some of them, under other distributions (protocol `robust`)."""
 
 
-class DatasetOptions(Protocol):
+class DatasetOptions(Options, Protocol):
     """A frozen dataclass whose fields are its options."""
 
     def load(self, reporter: Reporter) -> Dataset: ...

@@ -62,4 +62,4 @@ class Clothing:
             labels = [folders.index(places[row][1]) for row in rows]
             splits[part] = Split(source, np.array(rows), np.array(labels, dtype=np.int64))
         classes = tuple(NAMES.get(folder, folder) for folder in folders)
-        return Dataset("clothing", classes, ("a photo of a {}.",), **splits)
+        return Dataset("clothing", classes, ("a photo of a {}.",), splits["train"], splits["val"], splits["test"])

@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -113,7 +112,8 @@ class CoOpLayout:
             for part, items in parts.items()
         }
         templates = self.templates or (self.template or layout.template,)
-        return Dataset(self.dataset, names, templates, **splits, few_give_all=True)
+        train, val, test = (splits[part] for part in PARTS)
+        return Dataset(self.dataset, names, templates, train, val, test, few_give_all=True)
 
 
 def _split_zhou(folder: Path) -> dict[str, Items]:
@@ -132,11 +132,11 @@ def _split_zhou(folder: Path) -> dict[str, Items]:
     return {part: [_item(item, most, f"{where}: {part}.{i}") for i, item in enumerate(parts[part])] for part in PARTS}
 
 
-def _item(given: tuple[Any, ...], most: int, where: str) -> tuple[str, int, str]:
+def _item(given: tuple[object, ...], most: int, where: str) -> tuple[str, int, str]:
     """An entry of a split of `most` entries: labels count from 0 without gaps, so there are no more of them."""
-    if len(given) != 3 or type(given[0]) is not str or type(given[2]) not in (str, int):
+    if len(given) != 3 or not isinstance(given[0], str) or type(given[2]) not in (str, int):
         raise UserError(f"{given!r} is no entry", where=where, hint=FORM)
-    file, label, name = given
+    file, label, name = given[0], given[1], given[2]
     if type(label) is not int or not 0 <= label < most:
         raise UserError(f"{label!r} is no label", where=where, hint=f"a whole number from 0, below the {most} entries")
     _check_inside(file, where=where)

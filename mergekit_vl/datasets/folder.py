@@ -8,7 +8,7 @@ import random
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,17 +125,15 @@ class Folder:
         self._check(root, found)
         row = {file: i for i, file in enumerate(source.files)}
         parts = self._parts(root, found)
-        splits = []
-        for part in ("train", "val", "test"):
-            splits.append(_split(source, row, folders, parts[part]))
-        shifts = {}
+        train, val, test = (_split(source, row, folders, parts[part]) for part in ("train", "val", "test"))
+        shifts: dict[str, Split] = {}
         for given in self.shifts:
             shifted = user_path(given).resolve()
             check_utf8(shifted.name, where=given)
             if shifted.name in shifts or shifted.name in ("ID", root.name):
                 raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", hint="rename a folder")
             shifts[shifted.name] = self._shift(reporter, shifted, folders)
-        return Dataset(root.name, names, templates, *splits, shifts=shifts)
+        return Dataset(root.name, names, templates, train, val, test, shifts=shifts)
 
     def _shift(self, reporter: Reporter, root: Path, folders: Sequence[str]) -> Split:
         """All images of a folder of class folders, as test images of those of our classes that it shows."""
@@ -336,7 +334,8 @@ def _classes_in(folder: Path, root: Path) -> Classes:
     classes: Classes = {}
     again: list[str] = []
     first = _identity(folder)
-    parents: dict[Identity, Identity | None] = {_identity(p): None for p in folder.resolve().parents} | {first: None}
+    parents: dict[Identity, Identity | None] = {_identity(p): None for p in folder.resolve().parents}
+    parents[first] = None
     """Of each folder that was met, and none of those above the first, which are met already."""
     waiting = [(folder, first)]
     while waiting:
@@ -561,7 +560,7 @@ def _names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _count(things: Sequence[str], one: str, many: str = "") -> str:
+def _count(things: Sized, one: str, many: str = "") -> str:
     return f"{len(things)} {one if len(things) == 1 else many or one + 's'}"
 
 

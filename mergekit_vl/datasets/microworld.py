@@ -67,10 +67,10 @@ class Microworld:
 
     def load(self, reporter: Reporter = SILENT) -> Dataset:
         spec = TASKS[self.task]
-        splits = [_split(*spec.images(name)) for name in ("train", "val", "test")]
+        train, val, test = (_split(*spec.images(name)) for name in ("train", "val", "test"))
         shifts = {given: _split(*spec.images("test", shift=_shift(given))) for given in self.shifts}
         names = tuple(name for name, _, _ in spec.members)
-        return Dataset(self.task, names, ("a photo of a {}.",), *splits, shuffled_halves=True, shifts=shifts)
+        return Dataset(self.task, names, ("a photo of a {}.",), train, val, test, shuffled_halves=True, shifts=shifts)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

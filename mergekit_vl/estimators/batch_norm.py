@@ -18,6 +18,7 @@ from mergekit_vl.models.model import ImageEncoder, Single
 from mergekit_vl.models.views import eval_view, prefetched
 
 if TYPE_CHECKING:
+    from mergekit_vl.datasets.base import ImageSource
     from mergekit_vl.models.inputs import MergeInputs
 
 
@@ -29,7 +30,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
     to within one image, and each block counts equally. `block` is how many images the backbone encodes at once.
     """
     tower, backbone = model.adapter, model.backbone
-    made = backbone.with_weights({name: tensor.clone() for name, tensor in tower.weights.items()})  # type: ignore[attr-defined]
+    made = model.paths[0].backbone.with_weights({})  # a copy
     norms = [m for m in made.image.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     tasks = {id(task): task for task in inputs.data}.values()
     images = [(task.train.source, int(row)) for task in tasks for row in task.train.rows]
@@ -43,7 +44,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
     for number in range(blocks):
         block = images[number::blocks]
 
-        def view(i: int, block=block) -> torch.Tensor:
+        def view(i: int, block: list[tuple[ImageSource, int]] = block) -> torch.Tensor:
             source, row = block[i]
             return eval_view(source.load(row), path)
 

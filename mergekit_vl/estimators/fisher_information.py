@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.datasets.base import Split
-    from mergekit_vl.models.adapter import Network
+    from mergekit_vl.models.adapter import Adapter, Network
     from mergekit_vl.models.inputs import MergeInputs, TaskData
     from mergekit_vl.models.model import Classes, Single
 
@@ -68,11 +68,11 @@ def predictors(
     """
     networks = model.adapter.networks(model.backbone, [classes for classes, _ in tasks], training=False)
 
-    def of_features(network: Network, images: Split) -> Predict:
+    def of_features(network: Network[Adapter], images: Split) -> Predict:
         x = network.prepare(inputs.features.features(model.paths[0], images))
         return lambda weights, rows: network(weights, x[rows])
 
-    def of_images(network: Network, images: Split) -> Predict:
+    def of_images(network: Network[Adapter], images: Split) -> Predict:
         from mergekit_vl.models.views import eval_view, prefetched
 
         path = ImageEncoder(model.backbone)

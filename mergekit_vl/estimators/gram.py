@@ -7,7 +7,7 @@ patch embeddings and other kernels as wide as their stride), which are linear ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +72,16 @@ class Grams:
 
 class _Seen(TorchDispatchMode):
     def __init__(self, grams: Grams) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.grams = grams
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         if func is aten.addmm.default:
             self.grams.observe(args[1], args[2])
@@ -89,11 +95,22 @@ class _Seen(TorchDispatchMode):
             self._convolution(*args)
         return out
 
-    def _convolution(self, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> None:
+    def _convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> None:
         kernel = list(weight.shape[2:])
         if weight.ndim != 4 or groups != 1 or transposed or any(padding) or (kernel != [1, 1] and kernel != stride):
             return
-        patches = torch.nn.functional.unfold(x, kernel, stride=stride)  # [B, in h w, L]
+        patches = torch.nn.functional.unfold(x, tuple(kernel), stride=tuple(stride))  # [B, in h w, L]
         self.grams.observe(patches.mT, weight.flatten(1).T)
 
 

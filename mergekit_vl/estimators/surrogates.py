@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mergekit_vl.errors import Unsuitable
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -28,13 +29,15 @@ def mean_one(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor / mean for name, tensor in fisher.items()}
 
 
-def squared(w: Tensor, w1: Tensor, fisher: Tensor | None = None) -> Tensor:
+def squared(
+    w: Float[Tensor, "*shape"], w1: Float[Tensor, "*shape"], fisher: Float[Tensor, "*shape"] | None = None
+) -> Float[Tensor, "*shape"]:
     """(w - w1)^2 element by element, weighted by the Fisher where there is one."""
     difference = (w - w1).square()
     return difference if fisher is None else fisher * difference
 
 
-def cosine(w: Tensor, w1: Tensor) -> Tensor:
+def cosine(w: Float[Tensor, "*rows D"], w1: Float[Tensor, "*rows D"]) -> Float[Tensor, ""]:
     """Mean over rows of 1 - cos."""
     import torch.nn.functional as F
 

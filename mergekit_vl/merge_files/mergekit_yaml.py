@@ -34,8 +34,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "sce": ("select_topk", "int8_mask"),
 }
 """The parameters of each method that are understood, of a model or of all."""
-NEED_BASE = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs")
-NEED_BASE += ("breadcrumbs_ties", "model_stock", "sce")
+NEED_BASE = (
+    *("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs"),
+    *("breadcrumbs_ties", "model_stock", "sce"),
+)
 MEAN_BY_DEFAULT = ("ties", "della")
 
 

@@ -92,9 +92,10 @@ def _adapter(opened: AlignedCheckpoints) -> dict[str, Any]:
     return adapters[0]
 
 
-def option_values(method: Any) -> dict[str, Any]:
+def option_values(method: options.Options) -> dict[str, Any]:
     """A method's options as a recipe writes them."""
-    return json.loads(json.dumps(options.values(method)))
+    found: dict[str, Any] = json.loads(json.dumps(options.values(method)))
+    return found
 
 
 def model_card(opened: AlignedCheckpoints, metadata: Mapping[str, Any]) -> str:

@@ -11,13 +11,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.merging.coefficients import Coefficient, check_filters, value_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 CHUNK_SIZE = 1 << 17
 """Elements of a chunk where nothing asks for fewer: 512 KiB of float32, which stays in a core's cache."""
@@ -26,8 +29,12 @@ BLOCK = 1 << 13
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
-"""`run(function, jobs)` gives the results in the order of the jobs, computed by several threads."""
+
+
+class Run(Protocol):
+    """`run(function, jobs)` gives the results in the order of the jobs, computed by several threads; those that are None are left out."""
+
+    def __call__(self, function: Callable[[Job], Result | None], jobs: Iterable[Job], /) -> list[Result]: ...
 
 
 class Source(Protocol):
@@ -202,11 +209,11 @@ class Chunk:
     def size(self) -> int:
         return self.stop - self.start
 
-    def read(self, source: Source) -> Array:
+    def read(self, source: Source) -> Float[Array, " n"]:
         return source.read(self.tensor.name, self.start, self.stop, self.tensor.wide)
 
     @cached_property
-    def base(self) -> Array:
+    def base(self) -> Float[Array, " n"]:
         """The base's values; read once, not to be overwritten."""
         assert self.models.base is not None
         return self.read(self.models.base)
@@ -229,7 +236,7 @@ class Chunk:
     def _of(self, sources: tuple[Source, ...]) -> PerModel:
         return PerModel(len(sources), lambda i: self.read(sources[i]))
 
-    def _task_vector(self, i: int) -> Array:
+    def _task_vector(self, i: int) -> Float[Array, " n"]:
         values = self.read(self.models.tuned[i])
         values -= self.base
         return values

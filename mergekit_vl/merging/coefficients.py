@@ -22,7 +22,7 @@ from mergekit_vl.errors import Unsuitable, UserError
 Coefficient = float | tuple[float, ...] | dict[str, float | tuple[float, ...]]
 
 
-def coefficient(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
+def coefficient(default: object, help: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
     """An option that is a coefficient within low..high at every tensor, or None."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 

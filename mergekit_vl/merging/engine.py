@@ -10,14 +10,13 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
-from mergekit_vl.merging.chunks import Chunk, Models, Run
-from mergekit_vl.merging.method import ClosedForm, MethodInfo
+from mergekit_vl.merging.chunks import Chunk, Job, Models, Result, Run
+from mergekit_vl.merging.method import ClosedForm, MethodInfo, as_closed_form
 from mergekit_vl.registry.calls import calling, is_plugins, named
 from mergekit_vl.reporter import SILENT, Reporter
 
@@ -26,8 +25,7 @@ BATCH_NORM = re.compile(r"(^|\.)running_(mean|var)$")
 
 def checked(method: ClosedForm, models: Models) -> MethodInfo:
     """What the method is for these models; raises UserError for one that is no closed form, or whose options do not fit the models."""
-    if not isinstance(method, ClosedForm):
-        raise Failed("is no closed form", where=named(method), hint="write @closed_form(...) above its class")
+    as_closed_form(method)
     with calling(method, "describe"):
         info = method.describe(len(models.tuned))
     if not isinstance(info, MethodInfo):
@@ -51,7 +49,7 @@ def apply(method: ClosedForm, models: Models, write: Callable[[Chunk, Array], No
         run(lambda chunk: write(chunk, _merged(method, chunk, stats)), chunks)
 
 
-def _merged(method: ClosedForm, chunk: Chunk, stats: Any) -> Array:
+def _merged(method: ClosedForm, chunk: Chunk, stats: object) -> Array:
     """What the method makes of a chunk; raises UserError unless it is finite floats, one for each element."""
     what, shape = f"merge_chunk of {chunk.tensor.name}", chunk.tensor.shape
     where = f"{named(method)}: {what}"
@@ -67,13 +65,14 @@ def _merged(method: ClosedForm, chunk: Chunk, stats: Any) -> Array:
     return _finite(chunk, merged, where if is_plugins(method) else "")
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
+def one_blas_thread() -> AbstractContextManager[object]:
     """One thread for each of numpy's matrix products and SVDs: last bits would depend on their number, and several workers, each with a
     team of threads of its own, would fight for the cores.
     """
     from threadpoolctl import threadpool_limits
 
-    return threadpool_limits(1, user_api="blas")
+    limits: AbstractContextManager[object] = threadpool_limits(1, user_api="blas")
+    return limits
 
 
 def _mean(chunk: Chunk) -> Array:
@@ -107,9 +106,9 @@ def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
     """
     done = 0
 
-    def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
+    def run(function: Callable[[Job], Result | None], jobs: Iterable[Job], /) -> list[Result]:
         queue = enumerate(jobs)
-        results: dict[int, Any] = {}
+        results: dict[int, Result] = {}
         errors: list[BaseException] = []
         lock = threading.Lock()
 
@@ -118,9 +117,10 @@ def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
             with np.errstate(all="ignore"):
                 while not errors:
                     with lock:
-                        i, job = next(queue, (None, None))
-                    if i is None:
+                        numbered = next(queue, None)
+                    if numbered is None:
                         return
+                    i, job = numbered
                     try:
                         result = function(job)
                     except BaseException as error:

@@ -10,12 +10,13 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
 from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
 from mergekit_vl.options import check_effect, key_of
+from mergekit_vl.registry.calls import named
 
 Chunks = Literal["accumulating", "elementwise", "rows", "tensor"]
 
@@ -49,7 +50,7 @@ class MethodInfo:
     """Whether the base has a weight there too."""
     by_task: bool = False
     """Whether it makes a model for each task and was told none (`strategies.in_memory.merge_by_task`)."""
-    alone: Mapping[str, Any] | str = dataclasses.field(default_factory=dict, hash=False)
+    alone: Mapping[str, object] | str = dataclasses.field(default_factory=dict, hash=False)
     """Options with which one model, once or several times, gives itself back; or the reason why none do (`testing` holds it to that)."""
 
     def __post_init__(self) -> None:
@@ -65,6 +66,8 @@ class MethodInfo:
 @runtime_checkable
 class ClosedForm(Protocol):
     """A frozen dataclass whose fields are its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def info(self) -> MethodInfo:
@@ -103,10 +106,16 @@ MEMBERS = {
 """What is called, and how. A class brings `merge_chunk`; the others it may leave to `closed_form`."""
 
 
+def is_frozen_dataclass(cls: type) -> bool:
+    """Whether the class is a dataclass whose instances cannot be changed."""
+    parameters = inspect.getattr_static(cls, "__dataclass_params__", None)
+    return dataclasses.is_dataclass(cls) and bool(parameters.frozen)
+
+
 def check_class(cls: type) -> None:
     """Raise Failed for a class that is no closed form: class, member, what was expected."""
     where = cls.__qualname__
-    if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    if not is_frozen_dataclass(cls):
         raise Failed("is no frozen dataclass", where=where, hint="write @dataclass(frozen=True) below @closed_form")
     for name, parameters in MEMBERS.items():
         member, call = inspect.getattr_static(cls, name, None), f"{name}({', '.join(parameters)})"
@@ -121,6 +130,13 @@ def check_class(cls: type) -> None:
         except TypeError:
             told = f"{name}{inspect.signature(member)} cannot be called as {call}"
             raise Failed(told, where=where, hint=f"define {call[:-1].replace('(', '(self, ')})") from None
+
+
+def as_closed_form(method: object) -> ClosedForm:
+    """The method itself; raises Failed for what `closed_form` has not made."""
+    if not isinstance(method, ClosedForm):
+        raise Failed("is no closed form", where=named(method), hint="write @closed_form(...) above its class")
+    return method
 
 
 def info_of(cls: type) -> MethodInfo | None:
@@ -138,7 +154,7 @@ def check_usual(method: ClosedForm, models: Models) -> None:
     """Raise UserError for too few or too many models, a missing base, and options that are not the models' (`coefficient`, `per_model`)."""
     info = method.describe(len(models.tuned))
     models.check_count(info.where, at_least=info.at_least, at_most=info.at_most, base=info.needs_base)
-    fields = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(method)}
     for name, field in fields.items():
         value, key = vars(method)[name], key_of(field)
         if "range" in field.metadata and value is not None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
 from mergekit_vl.merging.chunks import BLOCK, Chunk, Models, Run, Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Vector = Callable[[Chunk, int], Array]
 """The values of model i that are surveyed in a chunk, for instance its task vector."""
@@ -29,7 +32,7 @@ def delta(chunk: Chunk, i: int) -> Array:
     return chunk.task_vectors[i]
 
 
-def magnitude(values: Array) -> Array:
+def magnitude(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """|x| in float32: the order in which elements are trimmed."""
     return np.abs(values.astype(np.float32, copy=False))
 
@@ -154,7 +157,7 @@ def products(
         return tensor.name, total
 
     segments = [(tensor, start) for tensor in models.tensors for start in range(0, tensor.size, SEGMENT)]
-    grams: dict[str, Any] = {}
+    grams: dict[str, Array] = {}
     for name, part in run(job, segments):
         grams[name] = grams[name] + part if name in grams else part
     return {name: upper + np.triu(upper, 1).T for name, upper in grams.items()}

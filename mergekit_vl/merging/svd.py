@@ -11,15 +11,19 @@ rounding, not bit by bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Failed
 from mergekit_vl.merging.chunks import Chunk, Models, Tensor
-from mergekit_vl.merging.coefficients import check_filters, matches
+from mergekit_vl.merging.coefficients import Coefficient, check_filters, matches
+from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.task_vectors import weighted_sum
+
+if TYPE_CHECKING:
+    import torch
 
 Matrix = Any
 """A numpy array or a torch tensor."""
@@ -33,14 +37,23 @@ def is_matrix(tensor: Tensor, averaged: Sequence[str]) -> bool:
     return len(tensor.shape) == 2 and not any(matches(tensor.name, key) for key in averaged)
 
 
-def whole_matrix(method: Any, tensor: Tensor, n: int) -> bool:
+class LeavesOut(Protocol):
+    """A closed form with an option that says which matrices are averaged all the same."""
+
+    @property
+    def info(self) -> MethodInfo: ...
+    @property
+    def averaged(self) -> tuple[str, ...]: ...
+
+
+def whole_matrix(method: LeavesOut, tensor: Tensor, n: int) -> bool:
     """The `whole` of a method whose option `averaged` leaves matrices out."""
     return is_matrix(tensor, method.averaged)
 
 
-def check_averaged(method: Any, models: Models) -> None:
+def check_averaged(method: LeavesOut, models: Models) -> None:
     """Raise UserError for a filter of `averaged` that covers no tensor, except the default's: not every model has a text tower."""
-    given = {key: 0.0 for key in method.averaged if key not in AVERAGED}
+    given: Coefficient = {key: 0.0 for key in method.averaged if key not in AVERAGED}
     check_filters(given, [t.name for t in models.tensors], where=f"{method.info.where}: averaged")
 
 
@@ -55,9 +68,8 @@ def add_matrix(chunk: Chunk, matrix: Matrix, scale: float) -> Array:
     matrix *= scale
     matrix += placed(chunk, chunk.base)
     wide = chunk.tensor.wide
-    if not isinstance(matrix, np.ndarray):
-        matrix = matrix.to(dtype=_torch_dtype(wide)).cpu().numpy()
-    return matrix.reshape(-1).astype(wide, copy=False)
+    merged: Array = matrix if isinstance(matrix, np.ndarray) else matrix.to(dtype=_torch_dtype(wide)).cpu().numpy()
+    return merged.reshape(-1).astype(wide, copy=False)
 
 
 def placed(chunk: Chunk, values: Array) -> Matrix:
@@ -125,7 +137,7 @@ def orthogonal(chunk: Chunk, matrix: Matrix) -> Matrix:
     return p @ qt
 
 
-def _torch_dtype(kind: np.dtype) -> Any:
+def _torch_dtype(kind: np.dtype) -> torch.dtype:
     import torch
 
     return {"f4": torch.float32, "f8": torch.float64}[kind.str[1:]]

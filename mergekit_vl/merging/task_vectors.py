@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,18 +13,21 @@ from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import unknown
 from mergekit_vl.merging.chunks import Chunk, Models
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, UInt
+
 DRAWS = 8
 """32-bit draws in one step of the counter of Philox 4x64; chunks start at multiples of it."""
 
 
-def add_to_base(chunk: Chunk, merged: Array, scale: float) -> Array:
+def add_to_base(chunk: Chunk, merged: Float[Array, " n"], scale: float) -> Float[Array, " n"]:
     """base + scale * merged."""
     merged *= merged.dtype.type(scale)
     merged += chunk.base
     return merged
 
 
-def weighted(vector: Array, weight: float) -> Array:
+def weighted(vector: Float[Array, "*shape"], weight: float) -> Float[Array, "*shape"]:
     return vector if weight == 1 else vector * vector.dtype.type(weight)
 
 
@@ -64,12 +68,12 @@ def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, 
     return total
 
 
-def sign(values: Array) -> Array:
+def sign(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """-1, 0 or 1. numpy's own takes ten times as long on signs that no processor can foresee; NaN has none here."""
     return np.subtract(values > 0, values < 0, dtype=values.dtype)
 
 
-def draw(chunk: Chunk, model: int) -> Array:
+def draw(chunk: Chunk, model: int) -> UInt[Array, " n"]:
     """A uniform 32-bit number for each element of the chunk, from (seed, tensor's name, model, position) and nothing else.
 
     Philox 4x64 (Salmon et al. 2011), keyed by a hash of the first three, its counter at the position: any chunk of any tensor is
@@ -83,7 +87,7 @@ def draw(chunk: Chunk, model: int) -> Array:
     return words.astype("<u8", copy=False).view("<u4")[rest : rest + chunk.size]
 
 
-def keep_at_random(chunk: Chunk, model: int, density: float) -> Array:
+def keep_at_random(chunk: Chunk, model: int, density: float) -> Bool[Array, " n"]:
     """True where an element is kept: with probability `density`, to within 2^-33."""
     if density >= 1:
         return np.ones(chunk.size, bool)

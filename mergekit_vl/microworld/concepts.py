@@ -60,7 +60,7 @@ _GLYPHS = {
 }
 
 GLYPHS: dict[str, tuple[tuple[str, str], ...]] = {
-    group: tuple(tuple(entry.strip().split(" ", 1)) for entry in text.replace("\n", "").split("|"))  # type: ignore[misc]
+    group: tuple((emoji, name) for emoji, _, name in (entry.strip().partition(" ") for entry in text.split("|")))
     for group, text in _GLYPHS.items()
 }
 """Group -> ((emoji, class name), ...)."""

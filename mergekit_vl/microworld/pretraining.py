@@ -109,7 +109,16 @@ def sample_batch(
     return images, captions
 
 
-def _caption(noun, style, background, colour, texture, scale, offset, rng) -> str:
+def _caption(
+    noun: str,
+    style: int,
+    background: int,
+    colour: int,
+    texture: int,
+    scale: float,
+    offset: np.ndarray,
+    rng: np.random.Generator,
+) -> str:
     heads = STYLE_WORDS[style]
     head = heads[rng.integers(len(heads))]
     if rng.random() < 0.15 and abs(scale - 0.75) > 0.15:

@@ -106,7 +106,7 @@ class MicroTask:
         return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy(), labels
 
 
-def _task(group: str, shift: str, strength: float, **more) -> MicroTask:
+def _task(group: str, shift: str, strength: float, **more: int) -> MicroTask:
     if shift == "texture":  # the strength is the share of images that are painted
         return MicroTask(f"{group}_{shift}", group, (), swap=strength, **more)
     return MicroTask(f"{group}_{shift}", group, ((shift, strength),), **more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,11 @@ class Line(Protocol):
         ...
 
 
-class Network(Protocol):
+A = TypeVar("A")
+"""A class of adapters."""
+
+
+class Network(Protocol[A]):
     """Logits of some classes as a differentiable function of an adapter's tensors."""
 
     @property
@@ -140,11 +144,11 @@ class Network(Protocol):
         """The diagonal Fisher information at the adapter's own values, in closed form; None unless `About.exact_fisher`."""
         ...
 
-    def line(self, first: Adapter, second: Adapter, space: Literal["weights", "classifiers"]) -> Line:
+    def line(self, first: A, second: A, space: Literal["weights", "classifiers"]) -> Line:
         """From these weights to `second`, with `first` as w1. `space` is heeded by adapters that make texts."""
         ...
 
-    def adapter(self, tensors: Tensors) -> Adapter:
+    def adapter(self, tensors: Tensors) -> A:
         """The adapter with these weights and statistics."""
         ...
 
@@ -162,11 +166,11 @@ class Adapter(Protocol):
     @property
     def tensors(self) -> Tensors: ...
     def with_tensors(self, tensors: Tensors) -> Self: ...
-    def untuned(self, backbone: Backbone) -> Adapter:
+    def untuned(self, backbone: Backbone) -> Self:
         """The point in this adapter's space that fine-tuning started from."""
         ...
 
-    def aligned(self, others: Sequence[Adapter]) -> Sequence[Adapter]:
+    def aligned(self, others: Sequence[Self]) -> Sequence[Self]:
         """Adapters of this space, itself the first of them, with the same classes in one order; raises Unsuitable where there is none."""
         ...
 
@@ -174,7 +178,7 @@ class Adapter(Protocol):
 
     def image_encoder(self, backbone: Backbone) -> ImageEncoder: ...
     def bind(self, backbone: Backbone, classes: Classes) -> Head: ...
-    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> Sequence[Network]:
+    def networks(self, backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> Sequence[Network[Self]]:
         """A network for each set of classes, all of the same weights; `training` says in which mode. Raises Unsuitable where nothing is tuned."""
         ...
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.models.choices import Choice
@@ -46,7 +47,9 @@ class ByDistance:
 
         return head
 
-    def mix(self, first: Tensor, second: Tensor, distances: Tensor) -> Tensor:
+    def mix(
+        self, first: Float[Tensor, "B K"], second: Float[Tensor, "B K"], distances: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B K"]:
         """Of the members' logits [B, K] and the distances [B]."""
         import torch
         import torch.nn.functional as F
@@ -68,7 +71,7 @@ class ByDistance:
         return sum(m.forwards for m in self.members)
 
 
-def kth_distance(features: Tensor, near: Tensor, k: int) -> Tensor:
+def kth_distance(features: Float[Tensor, "B D"], near: Float[Tensor, "N D"], k: int) -> Float[Tensor, " B"]:
     """Of raw features [B, D], once normalised, to the k-th nearest row of `near` [N, D]: [B]."""
     import torch
     import torch.nn.functional as F

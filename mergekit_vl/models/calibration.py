@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 COLDEST, HOTTEST = 0.1, 100.0
 """Bounds of a temperature: where every image is right, the likelihood grows without end as it falls."""
 
 
-def temperature(logits: Tensor, labels: Tensor) -> float:
+def temperature(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> float:
     """The T with the least mean of -log softmax(logits / T)[label], which is convex in 1 / T; logits [B, K], labels [B]."""
     import torch
     import torch.nn.functional as F

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 SPLITS = {
     "train": "training images",
@@ -22,7 +21,7 @@ SHOWN = 2
 class Choice:
     """Values by what was chosen, plain data; a strategy or a tuner hands it on with its model."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     split: str = "val"
     """One of `SPLITS`."""
     learnt: bool = False
@@ -33,14 +32,14 @@ class Choice:
 class Chosen:
     """A value that was chosen, and in how many cells."""
 
-    value: Any
+    value: object
     split: str
     cells: int
 
 
-def counted(cells: Sequence[Mapping[str, tuple[Any, str]]]) -> dict[str, tuple[Chosen, ...]]:
+def counted(cells: Sequence[Mapping[str, tuple[object, str]]]) -> dict[str, tuple[Chosen, ...]]:
     """What was chosen for one row of a table, by what: its values in the cells, given with their splits, the most frequent first."""
-    found: dict[str, dict[str, list[tuple[Any, str]]]] = {}
+    found: dict[str, dict[str, list[tuple[object, str]]]] = {}
     for cell in cells:
         for what, (value, split) in cell.items():
             found.setdefault(what, {}).setdefault(json.dumps([value, split]), []).append((value, split))
@@ -61,7 +60,7 @@ def told(chosen: Mapping[str, Sequence[Chosen]], *, most: int | None = None) -> 
     return "; ".join(parts)
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """A value as a line shows it."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(text, value))}]"

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.datasets.base import Template
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Classes:
     """Class names with the templates a zero-shot classifier reads them in (`{}` or `{c}` stands for the name)."""
 
     names: tuple[str, ...]
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[Template, ...] = ("a photo of a {}.",)
 
     def texts(self) -> list[list[str]]:
         """One list of K texts per template."""
@@ -34,7 +36,7 @@ class Classes:
         return Classes(tuple(self.names[i] for i in indices), self.templates)
 
 
-def _fill(template: str, name: str) -> str:
+def _fill(template: Template, name: str) -> str:
     if callable(template):
         return template(name)
     if "{}" not in template and "{c}" not in template:
@@ -52,13 +54,13 @@ class ImageEncoder:
     def key(self) -> str:
         return self.backbone.key
 
-    def encode(self, images: Tensor, block: int | None = None) -> Tensor:
+    def encode(self, images: Float[Tensor, "B 3 H W"], block: int | None = None) -> Float[Tensor, "B D"]:
         """Normalised-by-the-backbone images [B, 3, H, W] to raw features [B, D]."""
         return self.backbone.encode_image(images, block)
 
 
 class Head(Protocol):
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, features: Mapping[str, Tensor]) -> Float[Tensor, "B K"]:
         """Features [B, D] by image-path key to log-probabilities or logits [B, K]."""
         ...
 
@@ -75,13 +77,13 @@ class CosineHead:
     scale: Tensor
     bias: Tensor
 
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, features: Mapping[str, Tensor]) -> Float[Tensor, "B K"]:
         import torch.nn.functional as F
 
         return self.scale * F.normalize(features[self.key], dim=-1) @ self.text.T + self.bias
 
 
-def cosine_head(backbone: Backbone, text: Tensor) -> CosineHead:
+def cosine_head(backbone: Backbone, text: Float[Tensor, "K D"]) -> CosineHead:
     import torch.nn.functional as F
 
     return CosineHead(backbone.key, F.normalize(text, dim=-1), backbone.scale, backbone.bias)
@@ -96,7 +98,7 @@ class AffineHead:
     bias: Tensor  # [K]
     normalise: bool
 
-    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, features: Mapping[str, Tensor]) -> Float[Tensor, "B K"]:
         import torch.nn.functional as F
 
         x = features[self.key]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mergekit_vl.models.model import image_encoders
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from mergekit_vl.datasets.base import Split
@@ -47,11 +48,13 @@ class Evaluation(NamedTuple):
 def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> Evaluation:
     """Score a model on a split against `classes`."""
     logits, labels, seconds = logits_of(model, classes, split, store)
-    digest = hashlib.sha256(memoryview(logits.contiguous().numpy())).hexdigest()[:16]
+    digest = hashlib.sha256(logits.contiguous().numpy().data).hexdigest()[:16]
     return Evaluation(score(logits, labels), seconds / max(len(split), 1), logits.argmax(-1) == labels, digest)
 
 
-def logits_of(model: Model, classes: Classes, split: Split, store: FeatureStore) -> tuple[Tensor, Tensor, float]:
+def logits_of(
+    model: Model, classes: Classes, split: Split, store: FeatureStore
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, " B"], float]:
     """Logits [B, K] of the images of a split and their labels [B], on the CPU; and the seconds from features to logits."""
     import torch
 
@@ -69,7 +72,7 @@ def quality(scores: Scores) -> tuple[float, float]:
     return scores.acc1, -scores.nll
 
 
-def score(logits: Tensor, labels: Tensor) -> Scores:
+def score(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Scores:
     """Scores of logits or log-probabilities [B, K] against labels [B]."""
     n, k = logits.shape
     log_p = logits.double().log_softmax(-1)
@@ -90,7 +93,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
-def calibration_error(confidence: Tensor, right: Tensor) -> float:
+def calibration_error(confidence: Float[Tensor, " B"], right: Bool[Tensor, " B"]) -> float:
     """Expected calibration error over 15 bins of equal width (Guo et al. 2017, eq. 3)."""
     bins = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS)
     total = 0.0

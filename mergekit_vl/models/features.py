@@ -20,6 +20,8 @@ from mergekit_vl.registry import sources
 from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from mergekit_vl.datasets.base import Augment, Split
     from mergekit_vl.models.classifier import ImageEncoder
 
@@ -49,7 +51,7 @@ class FeatureStore:
     splits: dict[str, dict[str, Split]] = field(default_factory=dict)
     """By source and key, the splits that were asked for: one may be part of another."""
 
-    def features(self, path: ImageEncoder, split: Split) -> Tensor:
+    def features(self, path: ImageEncoder, split: Split) -> Float[Tensor, "N D"]:
         """Test-time features [N, D] of the split's rows."""
         if (found := self._find(path, split, "test")) is not None:
             return found
@@ -59,15 +61,20 @@ class FeatureStore:
 
         return self._made(path, [self._shards(path, split, "test")], load, "features")[0]
 
-    def views(self, path: ImageEncoder, split: Split, *, epochs: int, seed: int, augment: Augment) -> Tensor:
+    def views(
+        self, path: ImageEncoder, split: Split, *, epochs: int, seed: int, augment: Augment
+    ) -> Float[Tensor, "epochs N D"]:
         """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).
 
         Stored by epoch, so that a longer run continues a shorter one. Exact in distribution: the training step sees a
         fresh view of every image in every epoch, as it would without the bank.
         """
         transforms = [f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}" for epoch in range(epochs)]
-        out = [self._find(path, split, transform) for transform in transforms]
-        missing = [epoch for epoch in range(epochs) if out[epoch] is None]
+        out: dict[int, Tensor] = {}
+        for epoch, transform in enumerate(transforms):
+            if (found := self._find(path, split, transform)) is not None:
+                out[epoch] = found
+        missing = [epoch for epoch in range(epochs) if epoch not in out]
 
         def load(number: int, row: int) -> Tensor:
             image, epoch = int(split.rows[row]), missing[number]
@@ -76,7 +83,7 @@ class FeatureStore:
         shards = [self._shards(path, split, transforms[epoch]) for epoch in missing]
         for epoch, made in zip(missing, self._made(path, shards, load, "augmented views")):
             out[epoch] = made
-        return torch.stack(out)  # type: ignore[arg-type]
+        return torch.stack([out[epoch] for epoch in range(epochs)])
 
     def temporary(self) -> FeatureStore:
         """A store that keeps nothing, for models that are looked at once: the towers of single epochs."""

@@ -26,6 +26,14 @@ class TaskData:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Images on which something is chosen, with their class names."""
+
+    classes: Classes
+    val: Split
+
+
+@dataclass(frozen=True)
 class MergeInputs:
     """`base` is the model before fine-tuning (zero-shot; class means where there is no text tower); `tuned` the fine-tuned ones in recipe order, base never among them; `data` aligned with `tuned`."""
 
@@ -51,22 +59,24 @@ class MergeInputs:
         """Of the tuned models: their labels, or tuned.0 and so on."""
         return self.labels or tuple(f"tuned.{i}" for i in range(len(self.tuned)))
 
-    def validated(self, where: str, hint: str) -> TaskData:
+    def validated(self, where: str, hint: str) -> Validation:
         """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
         tasks = {id(task) for task in self.data}
         if len(tasks) != 1:
             raise Unsuitable(
                 f"nothing can be chosen on validation images of {len(tasks)} tasks at once", where=where, hint=hint
             )
-        if self.data[0].val is None or not len(self.data[0].val):
+        val = self.data[0].val
+        if val is None or not len(val):
             raise Unsuitable(
                 "there are no validation images", where=where, hint=f"give the dataset a val split, or {hint}"
             )
-        return self.data[0]
+        return Validation(self.data[0].classes, val)
 
-    def to_choose_on(self, where: str, hint: str) -> tuple[TaskData, ...]:
+    def to_choose_on(self, where: str, hint: str) -> tuple[Validation, ...]:
         """The tasks with validation images on which a single model is chosen; raises Unsuitable where one has none."""
         tasks = self.everywhere or tuple({id(task): task for task in self.data}.values())
-        if not tasks or any(task.val is None or not len(task.val) for task in tasks):
+        found = tuple(Validation(task.classes, task.val) for task in tasks if task.val is not None and len(task.val))
+        if not found or len(found) < len(tasks):
             raise Unsuitable("there are no validation images", where=where, hint=hint)
-        return tasks
+        return found

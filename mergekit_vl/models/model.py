@@ -17,6 +17,7 @@ from mergekit_vl.models.classifier import ImageEncoder as ImageEncoder
 from mergekit_vl.models.classifier import cosine_head
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.backbones.backbone import Backbone
@@ -81,7 +82,7 @@ class Single:
     def paths(self) -> tuple[ImageEncoder, ...]:
         return (self.adapter.image_encoder(self.backbone),)
 
-    def text_features(self, classes: Classes) -> Tensor:
+    def text_features(self, classes: Classes) -> Float[Tensor, "K D"]:
         """Raw text features [K, D]; raises UserError for a model that has none."""
         if not self.makes_texts:
             raise Unsuitable(
@@ -123,9 +124,11 @@ class Mixture:
     def paths(self) -> tuple[ImageEncoder, ...]:
         return self.members[0].paths
 
-    def text_features(self, classes: Classes) -> Tensor:
-        total = sum(w * m.text_features(classes) for w, m in zip(self.weights, self.members))
-        return total  # type: ignore[return-value]
+    def text_features(self, classes: Classes) -> Float[Tensor, "K D"]:
+        import torch
+
+        features = (w * m.text_features(classes) for w, m in zip(self.weights, self.members))
+        return sum(features, torch.zeros(()))
 
     def bind(self, classes: Classes) -> Head:
         return cosine_head(self.members[0].backbone, self.text_features(classes))
@@ -162,7 +165,7 @@ class Ensemble:
 
         return head
 
-    def mix(self, logits: Tensor) -> Tensor:
+    def mix(self, logits: Float[Tensor, "N B K"]) -> Float[Tensor, "B K"]:
         """Of the members' logits [N, B, K]: [B, K]."""
         import torch
 

@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -94,5 +93,5 @@ class Shards:
             out[start : start + len(rows)] = rows
         return out
 
-    def _told(self, start: int) -> dict[str, Any]:
+    def _told(self, start: int) -> dict[str, str | int]:
         return {"key": self.key, "start": start, "rows": self.rows(start), "of": self.n, "dtype": "float32"}

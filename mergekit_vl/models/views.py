@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from mergekit_vl.backbones.vision import CROP_MODES
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from PIL.Image import Image
 
+    from mergekit_vl.backbones.backbone import Preprocess
     from mergekit_vl.datasets.base import Augment
     from mergekit_vl.models.classifier import ImageEncoder
 
@@ -36,7 +38,7 @@ def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Ten
             yield torch.stack([each.result() for each in batch])
 
 
-def eval_view(image: Image, path: ImageEncoder) -> Tensor:
+def eval_view(image: Image, path: ImageEncoder) -> Float[Tensor, "3 H W"]:
     """The model's own transform of test images, [3, H, W]: timm's where the settings have a crop_pct, else open_clip's."""
     return _transform(json.dumps(path.backbone.preprocess, sort_keys=True))(image)
 
@@ -44,13 +46,13 @@ def eval_view(image: Image, path: ImageEncoder) -> Tensor:
 @lru_cache(64)
 def _transform(settings: str) -> Callable[[Image], Tensor]:
     """Built by the library whose model it is."""
-    given = json.loads(settings)
+    given: Preprocess = json.loads(settings)
     size, mode = _size(given), given.get("resize_mode", "shortest")
     interpolation = given.get("interpolation", "bicubic")
     if "crop_pct" in given:
         import timm
 
-        return timm.data.create_transform(
+        made: Callable[[Image], Tensor] = timm.data.create_transform(
             (3, *size),
             interpolation=interpolation,
             mean=tuple(given["mean"]),
@@ -58,9 +60,10 @@ def _transform(settings: str) -> Callable[[Image], Tensor]:
             crop_pct=given["crop_pct"],
             crop_mode=CROP_MODES[mode],
         )
+        return made
     from open_clip.transform import image_transform
 
-    return image_transform(
+    made = image_transform(
         size if size[0] != size[1] else size[0],
         is_train=False,
         mean=given["mean"],
@@ -69,9 +72,10 @@ def _transform(settings: str) -> Callable[[Image], Tensor]:
         interpolation=interpolation,
         fill_color=given.get("fill_color", 0),
     )
+    return made
 
 
-def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequence[int]) -> Tensor:
+def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequence[int]) -> Float[Tensor, "3 H W"]:
     """One augmented view: torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries, then the largest centre within the ratios), with
     draws that depend on `seed` alone, whatever thread makes it.
     """
@@ -98,10 +102,14 @@ def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequ
     image = T.resized_crop(image, top, left, h, w, list(_size(settings)), interpolation)
     if augment.flip and draw.random() < 0.5:
         image = T.hflip(image)
-    return T.normalize(T.to_tensor(image), settings["mean"], settings["std"])
+    view: Tensor = T.normalize(T.to_tensor(image), settings["mean"], settings["std"])
+    return view
 
 
-def _size(settings: dict[str, Any]) -> tuple[int, int]:
+def _size(settings: Preprocess) -> tuple[int, int]:
     """Height and width."""
     size = settings["image_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

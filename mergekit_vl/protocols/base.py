@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload, runtime_checkable
+
+from mergekit_vl.options import Options
 
 if TYPE_CHECKING:
+    from mergekit_vl.checkpoints.dtypes import Array
     from mergekit_vl.datasets.base import Dataset, Split
     from mergekit_vl.models.inputs import TaskData
     from mergekit_vl.models.model import Classes
+
+V = TypeVar("V", float, "Array")
+"""An accuracy, or an array of them."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,20 @@ class Metric:
     normalised: bool = False
     """Also report accuracies divided by those of the model that was tuned on the column's own task."""
 
-    def column(self, name: str, accuracies: Mapping[str, Any]) -> Any:
+    @overload
+    def column(self, name: str, accuracies: Mapping[str, float]) -> float: ...
+    @overload
+    def column(self, name: str, accuracies: Mapping[str, Array]) -> Array: ...
+    def column(self, name: str, accuracies: Mapping[str, float] | Mapping[str, Array]) -> float | Array:
         """Of one column, from accuracies (numbers or arrays) by test."""
         tests = self.columns[name]
         return sum(accuracies[test] for test in tests) / len(tests)
 
-    def score(self, columns: Sequence[Any]) -> Any:
+    @overload
+    def score(self, columns: Sequence[float]) -> float: ...
+    @overload
+    def score(self, columns: Sequence[Array]) -> Array: ...
+    def score(self, columns: Sequence[float | Array]) -> float | Array:
         """The headline of the columns' values, in their order; numbers or arrays of them. A harmonic mean with a zero is zero."""
         import numpy as np
 
@@ -36,10 +50,10 @@ class Metric:
             return sum(columns) / len(columns)
         values = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
         with np.errstate(divide="ignore"):
-            mean = len(values) / (1 / values).sum(0)
+            mean: Array = len(values) / (1 / values).sum(0)
         return mean if mean.ndim else float(mean)
 
-    def of(self, accuracies: Mapping[str, Any]) -> Any:
+    def of(self, accuracies: Mapping[str, V]) -> V:
         return self.score([self.column(name, accuracies) for name in self.columns])
 
 
@@ -57,7 +71,7 @@ class Task:
     """What a reader of its table must know."""
 
 
-class EvaluationProtocol(Protocol):
+class EvaluationProtocol(Options, Protocol):
     """A frozen dataclass whose fields are its options."""
 
     def task(self, dataset: Dataset, seed: int) -> Task:

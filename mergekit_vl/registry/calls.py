@@ -11,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mergekit_vl.errors import Failed, UserError
 from mergekit_vl.system import interrupts
@@ -30,19 +29,19 @@ def owner(module: str) -> str | None:
     return None if top == PACKAGE else top
 
 
-def is_plugins(target: Any) -> bool:
+def is_plugins(target: object) -> bool:
     """Whether an object is of a plugin's class."""
     return owner(type(target).__module__) is not None
 
 
-def named(target: Any) -> str:
+def named(target: object) -> str:
     """An object's class in messages, with its plugin."""
     name = owner(type(target).__module__)
     return f"plugin {name}: {type(target).__qualname__}" if name else type(target).__qualname__
 
 
 @contextlib.contextmanager
-def calling(target: Any, what: str) -> Iterator[None]:
+def calling(target: object, what: str) -> Iterator[None]:
     """While a method of `target` runs: what a plugin's raises is a Failed that names it; of ours, memory that ends alone."""
     try:
         yield
@@ -81,7 +80,7 @@ def blamed(error: BaseException, modules: dict[str, str]) -> str | None:
     return found
 
 
-def to_stderr() -> contextlib.AbstractContextManager[Any]:
+def to_stderr() -> contextlib.AbstractContextManager[object]:
     """While plugins are at work, what they print goes where it does not mix with our output."""
     return contextlib.redirect_stdout(sys.stderr)
 

@@ -10,9 +10,9 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 PROTOCOLS = {
     "backbones": ("mergekit_vl.backbones.base:BackboneOptions", "HasBase"),
@@ -28,6 +28,10 @@ PROTOCOLS = {
 """By kind: the protocol that a class must fit, then those of the same module whose members it may have."""
 ABOUT = "mergekit_vl.models.adapter:About"
 """What an adapter declares; one that makes texts must fit `TextAdapter`."""
+
+
+Method: TypeAlias = "types.FunctionType | classmethod[Any, Any, Any]"
+"""A member of a protocol that is called."""
 
 
 def faults(target: object, kind: str) -> tuple[str, ...]:
@@ -88,11 +92,12 @@ def _fields(cls: type) -> set[str]:
     return {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}
 
 
-def _method_fits(cls: type, name: str, member: Any, own: Any) -> Iterator[str]:
+def _method_fits(cls: type, name: str, member: Method, own: object) -> Iterator[str]:
     """Whether it takes what the protocol's method is called with: its parameters, by position unless they have to be named."""
     wanted = list(inspect.signature(_function(member)).parameters.values())[1:]
     named = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
-    if not callable(_function(own)):
+    called = own.__func__ if isinstance(own, (classmethod, staticmethod)) else own
+    if not callable(called):
         yield f"{cls.__qualname__}.{name} is {own!r}: {_told(name, member)} was expected"
         return
     bound = isinstance(own, (types.FunctionType, classmethod))  # a static method, or another callable, gets no self
@@ -100,7 +105,7 @@ def _method_fits(cls: type, name: str, member: Any, own: Any) -> Iterator[str]:
         yield f"{cls.__qualname__}.{name} is a method of instances: the class method {_told(name, member)} was expected"
         return
     try:
-        signature = inspect.signature(_function(own))
+        signature = inspect.signature(called)
     except (ValueError, TypeError):  # a callable that does not tell
         return
     try:
@@ -109,11 +114,14 @@ def _method_fits(cls: type, name: str, member: Any, own: Any) -> Iterator[str]:
         yield f"{cls.__qualname__}.{name}{signature} cannot be called so: {_told(name, member)} was expected"
 
 
-def _value_fits(cls: type, name: str, member: property, own: Any) -> Iterator[str]:
+def _value_fits(cls: type, name: str, member: property, own: object) -> Iterator[str]:
     """Whether a plain value is of the type that the protocol's property gives; what instances make is not asked for."""
-    if inspect.isdatadescriptor(own) or (inspect.ismethoddescriptor(own) and not isinstance(own, staticmethod)):
+    if isinstance(own, staticmethod):
+        value: object = own.__func__
+    elif inspect.isdatadescriptor(own) or inspect.ismethoddescriptor(own):
         return
-    value = own.__func__ if isinstance(own, staticmethod) else own
+    else:
+        value = own
     try:
         hint = typing.get_type_hints(member.fget)["return"]
     except NameError:  # a type that is imported for type checkers alone
@@ -123,14 +131,14 @@ def _value_fits(cls: type, name: str, member: property, own: Any) -> Iterator[st
         yield f"{cls.__qualname__}.{name} is {value!r}: {_told(name, member)} was expected"
 
 
-def _function(member: Any) -> Any:
-    return member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+def _function(member: Method) -> Callable[..., object]:
+    return member.__func__ if isinstance(member, classmethod) else member
 
 
-def _told(name: str, member: Any) -> str:
+def _told(name: str, member: Method | property) -> str:
     """A protocol's member as messages write it: `merge(inputs: MergeInputs) -> Model`, `trains: bool`."""
     if isinstance(member, property):
-        return f"{name}: {inspect.signature(member.fget).return_annotation}"
+        return f"{name}: {member.fget.__annotations__['return'] if member.fget else ''}"
     signature = inspect.signature(_function(member))
     parameters = list(signature.parameters.values())[1:]
     return f"{name}{str(signature.replace(parameters=parameters)).replace(chr(39), '')}"

@@ -6,10 +6,12 @@ Each `register_*` hook is called with a function `register(name, target, summary
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
+
+if TYPE_CHECKING:
+    import typer
 
 PROJECT = "mergekit_vl"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -17,7 +19,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class Register(Protocol):
-    def __call__(self, name: str, target: type | Callable[..., Any] | str, summary: str = "") -> None: ...
+    def __call__(self, name: str, target: type | str, summary: str = "") -> None: ...
 
 
 @hookspec
@@ -51,5 +53,5 @@ def register_protocols(register: Register) -> None:
 
 
 @hookspec
-def register_commands(app: Any) -> None:
+def register_commands(app: typer.Typer) -> None:
     """Add commands to the Typer application."""

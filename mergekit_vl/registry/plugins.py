@@ -9,16 +9,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.registry import contracts, hookspecs
 from mergekit_vl.registry.calls import FILE_MODULE, to_stderr, within
+
+if TYPE_CHECKING:
+    import typer
+    from typer.models import CommandInfo
 
 DEFAULT_PLUGINS = ("mergekit_vl.registry.builtin_plugins",)
 ENTRY_POINT_GROUP = "mergekit_vl"
@@ -31,15 +36,16 @@ PATIENCE = "MERGEKIT_VL_PLUGIN_SECONDS"
 class Entry:
     kind: str
     name: str
-    target: Any
+    target: object
+    """A class, or where there is one: `"module:Class"`."""
     summary: str
     owner: str
 
-    def resolve(self) -> Any:
+    def resolve(self) -> type[Any]:
         """The registered class, imported and checked now if it was given as `"module:Class"`."""
-        if not isinstance(self.target, str):
+        if isinstance(self.target, type):
             return self.target
-        found = self._imported()
+        found: type[Any] = self._imported(str(self.target))
         if faults := contracts.faults(found, self.kind):
             raise UserError(f"{self.told}: {'; '.join(faults)}", where=f"plugin {self.owner}")
         return found
@@ -65,17 +71,15 @@ class Entry:
         if faults:
             raise UserError(f"{self.told}: {'; '.join(faults)}")
 
-    def _imported(self) -> Any:
-        module, _, attribute = self.target.partition(":")
+    def _imported(self, target: str) -> Any:
+        module, _, attribute = target.partition(":")
         try:
             with to_stderr():
                 return getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as error:
             if self.owner in DEFAULT_PLUGINS and not isinstance(error, (ImportError, AttributeError)):
                 raise
-            raise UserError(
-                f"{self.name} ({self.target}) of plugin {self.owner} cannot be imported: {error}"
-            ) from error
+            raise UserError(f"{self.name} ({target}) of plugin {self.owner} cannot be imported: {error}") from error
 
 
 @dataclass
@@ -90,16 +94,16 @@ class Registry:
             raise unknown(singular(kind), name, self.entries[kind], where=where)
         return self.entries[kind][name]
 
-    def adapter(self, name: str) -> Any:
+    def adapter(self, name: str) -> type[Any]:
         """The class of a registered adapter."""
         return self.find("adapters", name).resolve()
 
-    def adapters(self) -> Iterator[Any]:
+    def adapters(self) -> Iterator[type[Any]]:
         """The classes of all adapters: those of plugins, then ours, each in the order of registration."""
         for entry in sorted(self.entries["adapters"].values(), key=lambda entry: entry.owner in DEFAULT_PLUGINS):
             yield entry.resolve()
 
-    def add_commands(self, app: Any) -> None:
+    def add_commands(self, app: typer.Typer) -> None:
         """Let plugins add commands to the Typer application; one that raises is named in `failures`."""
         for owner, plugin in self.manager.list_name_plugin():
             taken = {command_name(c): c for c in app.registered_commands}
@@ -126,8 +130,8 @@ def singular(kind: str) -> str:
     return kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1]
 
 
-def command_name(command: Any) -> str:
-    return command.name or command.callback.__name__.replace("_", "-")
+def command_name(command: CommandInfo) -> str:
+    return command.name or getattr(command.callback, "__name__", "").replace("_", "-")
 
 
 @lru_cache(maxsize=1)
@@ -146,7 +150,7 @@ def load_plugins(directory: Path | None = None) -> Registry:
     manager.add_hookspecs(hookspecs)
     registry = Registry(manager)
     for name in DEFAULT_PLUGINS:
-        _admit(registry, name, lambda name=name: importlib.import_module(name), builtin=True)
+        _admit(registry, name, partial(importlib.import_module, name), builtin=True)
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
         _admit(registry, point.name, point.load)
     directory = directory or (Path(found) if (found := os.environ.get("MERGEKIT_VL_PLUGINS")) else None)
@@ -156,11 +160,11 @@ def load_plugins(directory: Path | None = None) -> Registry:
                 "no such plugins directory", where=str(directory), hint="give an existing folder to --plugins-dir"
             )
         for path in sorted(directory.glob("*.py")):
-            _admit(registry, path.stem, lambda path=path: _import_file(path))
+            _admit(registry, path.stem, partial(_import_file, path))
     return registry
 
 
-def _import_file(path: Path) -> Any:
+def _import_file(path: Path) -> ModuleType:
     name = f"{FILE_MODULE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -174,7 +178,7 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: bool = False) -> None:
+def _admit(registry: Registry, owner: str, load: Callable[[], object], *, builtin: bool = False) -> None:
     """Load one plugin and call its hooks; all of its names come in, or none."""
     manager = registry.manager
     staged: list[Entry] = []
@@ -186,7 +190,7 @@ def _admit(registry: Registry, owner: str, load: Callable[[], Any], *, builtin: 
             manager.check_pending()
             for kind in KINDS:
 
-                def register(name: str, target: Any, summary: str = "", kind: str = kind) -> None:
+                def register(name: str, target: object, summary: str = "", kind: str = kind) -> None:
                     staged.append(Entry(kind, name, target, summary, owner))
 
                 others = [p for p in manager.get_plugins() if p is not plugin]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.backbones.vision import CROP_MODES
@@ -14,7 +14,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.models.model import Single
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -52,9 +52,10 @@ def export(model: Model, folder: Path) -> None:
         if "model_cfg" in backbone.config:
             save_file(stored.separate(tensors), partial / OPEN_CLIP, metadata={"format": "pt"})
             _write(partial / "open_clip_config.json", _open_clip_config(backbone))
-            tokenizer = getattr(backbone.text.tokenizer, "tokenizer", None)  # type: ignore[union-attr]
-            if hasattr(tokenizer, "save_pretrained"):
-                tokenizer.save_pretrained(partial)
+            tokenizer = getattr(backbone.require_text().tokenizer, "tokenizer", None)
+            save_pretrained: Callable[[Path], object] | None = getattr(tokenizer, "save_pretrained", None)
+            if save_pretrained is not None:
+                save_pretrained(partial)
         else:
             tensors = {**tensors, **_classifier(whole)}
             save_file(stored.separate(tensors), partial / TIMM, metadata={"format": "pt"})
@@ -70,13 +71,13 @@ def export(model: Model, folder: Path) -> None:
         whole.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
 
 
-def _write(file: Path, value: Mapping[str, Any]) -> None:
+def _write(file: Path, value: Mapping[str, object]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _open_clip_config(backbone: Backbone) -> dict[str, Any]:
+def _open_clip_config(backbone: Backbone) -> dict[str, object]:
     keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-    preprocess = {key: backbone.preprocess[key] for key in keys if key in backbone.preprocess}
+    preprocess = {key: value for key, value in backbone.preprocess.items() if key in keys}
     return {"model_cfg": backbone.config["model_cfg"], "preprocess_cfg": preprocess}
 
 
@@ -92,7 +93,7 @@ def _classifier(whole: Whole) -> dict[str, Tensor]:
     return {f"{names[0]}.weight": head.weight, f"{names[0]}.bias": head.bias}
 
 
-def _timm_config(whole: Whole) -> dict[str, Any]:
+def _timm_config(whole: Whole) -> dict[str, object]:
     """As timm's own `save_for_hf` writes it, so that `create_model("local-dir:FOLDER")` reads it too."""
     backbone, head = whole.backbone, whole.head
     settings = backbone.preprocess

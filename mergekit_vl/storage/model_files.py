@@ -18,9 +18,10 @@ from mergekit_vl.system.regular_files import read_json
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.models.adapter import Adapter
     from mergekit_vl.models.model import Model
 
-    AdapterClass = Callable[[str], Any]
+    AdapterClass = Callable[[str], type[Adapter]]
     """A registered adapter's class by its name."""
 
 NEAR = "features of images"
@@ -49,7 +50,7 @@ def save(model: Model, folder: Path, name: str) -> None:
     for i, member in enumerate(model.members):
         save(member, folder, f"{name}.{i}")
     if isinstance(model, Mixture):
-        facts: dict[str, Any] = {"kind": "mixture", "weights": model.weights}
+        facts: dict[str, object] = {"kind": "mixture", "weights": model.weights}
     elif isinstance(model, Ensemble):
         facts = {"kind": "ensemble", "weights": model.weights, "of": model.of, "temperatures": model.temperatures}
     elif isinstance(model, ByTask):
@@ -73,17 +74,20 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     if facts["kind"] == "zero_shot":
         return Single(backbone, ZeroShot())
     n = 2 if facts["kind"] == "by_distance" else len(facts["tasks" if facts["kind"] == "by_task" else "weights"])
-    members: Any = tuple(load(folder, f"{name}.{i}", backbone, adapter) for i in range(n))
-    if None in members:
+    found = [load(folder, f"{name}.{i}", backbone, adapter) for i in range(n)]
+    members = tuple(member for member in found if member is not None)
+    if len(members) < n:
         raise UserError("a member is missing", where=str(told), hint="run it again with --force")
     if facts["kind"] == "mixture":
-        return Mixture(members, tuple(facts["weights"]))
+        singles = tuple(member for member in members if isinstance(member, Single))
+        return Mixture(singles, tuple(facts["weights"]))
     if facts["kind"] == "ensemble":
         return Ensemble(members, tuple(facts["weights"]), facts["of"], tuple(facts["temperatures"]))
     if facts["kind"] == "by_task":
         return ByTask(members, tuple(Classes(tuple(names), tuple(templates)) for names, templates in facts["tasks"]))
     near = stored.read(folder / f"{name}.near.safetensors", NEAR, backbone.device)[0]["near"]
-    return ByDistance(members, near, facts["k"], facts["a"], facts["b"], tuple(facts["temperatures"]))
+    first, second = members
+    return ByDistance((first, second), near, facts["k"], facts["a"], facts["b"], tuple(facts["temperatures"]))
 
 
 FACTS = {
@@ -96,7 +100,7 @@ FACTS = {
 """Of each kind that `save` writes, what is a list of numbers, one a member."""
 
 
-def _checked(facts: Any) -> dict[str, Any]:
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts as `save` writes them; raises ValueError, KeyError or TypeError for others."""
     kind = facts["kind"]
     for key in FACTS[kind]:
@@ -124,7 +128,7 @@ def forget(folder: Path, name: str) -> None:
         (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
-def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Any:
+def load_adapter(file: Path, backbone: Backbone, adapter: AdapterClass) -> Adapter:
     """One of our adapters, by what its metadata says it is."""
     checkpoint = open_checkpoint(str(file))
     name = stored.facts(checkpoint).get("adapter")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.checkpoints.reader import open_checkpoint
@@ -12,11 +12,12 @@ from mergekit_vl.models.model import Single
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.models.adapter import Adapter
     from mergekit_vl.models.inputs import MergeInputs
     from mergekit_vl.registry.plugins import Registry
 
 
-def load_tuned(path: Path, backbone: Backbone, registry: Registry, *, init: str | None = None) -> Any:
+def load_tuned(path: Path, backbone: Backbone, registry: Registry, *, init: str | None = None) -> Adapter:
     """What a run wrote, by the adapter that its file tells; another file by the first adapter that recognises its tensors.
 
     `init` are the words that tuning started from, for adapters that start from words. Raises UserError for a file that is missing,
@@ -25,6 +26,7 @@ def load_tuned(path: Path, backbone: Backbone, registry: Registry, *, init: str 
     checkpoint = open_checkpoint(str(path))
     names, told = list(checkpoint.tensors), stored.facts(checkpoint).get("adapter")
     checkpoint.close()
+    found: Adapter
     if told is not None:
         found = registry.adapter(told).load(path, device=backbone.device)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.checkpoints.torch_io import check_finite
@@ -13,22 +13,24 @@ from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.options import check, option
-from mergekit_vl.strategies.in_memory import as_model, endpoints
+from mergekit_vl.strategies.in_memory import as_model, endpoints, merge_adapters
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.ties import Ties
 from mergekit_vl.system.memory import out_of_memory
 from mergekit_vl.tuners.sgd import check_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import torch
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.datasets.base import Split
     from mergekit_vl.models.model import Classes
 
-    Tensors = dict[str, Tensor]
+    Tensors = Mapping[str, Tensor]
 
 WHERE = "strategy adamerging"
 KEPT_EVERY = 20
@@ -96,28 +98,27 @@ class AdaMerging:
         zero_shot, tuned = endpoints(inputs)
         alone = replace(inputs, batch_norm="mean")  # of task vectors no statistics are needed
         if self.trim is None:
-            start = TaskArithmetic(self.start).merge(inputs)
+            start = merge_adapters(TaskArithmetic(self.start), inputs)
         else:
             ties = Ties(density=self.trim, mean=False)
-            start = replace(ties, scale=self.start).merge(inputs)
+            start = merge_adapters(replace(ties, scale=self.start), inputs)
             n = len(tuned)
-            tuned = [
-                replace(ties, weights=tuple(float(i == j) for j in range(n))).merge(alone)  # type: ignore[misc]
-                for i in range(n)
-            ]
+            apart = (replace(ties, weights=tuple(float(i == j) for j in range(n))) for i in range(n))
+            tuned = tuple(merge_adapters(each, alone) for each in apart)
         base = zero_shot.adapter.tensors
-        return start, [{name: t[name] - base[name] for name in base} for t in (m.adapter.tensors for m in tuned)]  # type: ignore[return-value]
+        return start, [{name: t[name] - base[name] for name in base} for t in (m.adapter.tensors for m in tuned)]
 
     def _tasks(self, inputs: MergeInputs) -> list[tuple[Classes, Split]]:
         tasks = {id(task): task for task in inputs.data}.values()
-        found = [(task.classes, task.train if self.images == "train" else task.val) for task in tasks]
-        if not found or not all(images for _, images in found):
+        given = [(task.classes, task.train if self.images == "train" else task.val) for task in tasks]
+        found = [(classes, images) for classes, images in given if images]
+        if not found or len(found) < len(given):
             raise Unsuitable(
                 f"there are no {self.images} images",
                 where=WHERE,
                 hint="set images=train" if self.images == "validation" else "give a dataset with images to train on",
             )
-        return found  # type: ignore[return-value]
+        return found
 
     def _learn(
         self,
@@ -170,7 +171,7 @@ class AdaMerging:
         return raw.detach().expand(-1, len(base))
 
 
-def restore(file: Path | None, raw: Tensor, optimizer: Any) -> int:
+def restore(file: Path | None, raw: Tensor, optimizer: torch.optim.Optimizer) -> int:
     """The steps that were done before a kill, their coefficients and Adam's state put in place; 0 where nothing was kept."""
     import torch
 
@@ -183,7 +184,7 @@ def restore(file: Path | None, raw: Tensor, optimizer: Any) -> int:
     return facts["done"]
 
 
-def combine(base: Tensors, vectors: Sequence[Tensors], lambdas: Tensor) -> Tensors:
+def combine(base: Tensors, vectors: Sequence[Tensors], lambdas: Float[Tensor, "models tensors"]) -> Tensors:
     """base + sum_i lambda_i * vector_i, tensor by tensor; lambdas [models, tensors]."""
     return {
         name: tensor + sum(lambdas[i, j] * vector[name] for i, vector in enumerate(vectors))
@@ -191,7 +192,7 @@ def combine(base: Tensors, vectors: Sequence[Tensors], lambdas: Tensor) -> Tenso
     }
 
 
-def entropy(logits: Tensor) -> Tensor:
+def entropy(logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
     """Of softmax(logits [B, K]): [B]."""
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs).sum(-1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from mergekit_vl.options import Options
+
 if TYPE_CHECKING:
     from mergekit_vl.models.inputs import MergeInputs
     from mergekit_vl.models.model import Model
 
 
-class Strategy(Protocol):
+class Strategy(Options, Protocol):
     """A frozen dataclass whose fields are its options."""
 
     def merge(self, inputs: MergeInputs) -> Model: ...
@@ -47,15 +49,17 @@ class TrainsOn(Protocol):
         ...
 
 
-def trains(strategy: Strategy | type[Strategy]) -> bool:
+def trains(strategy: object) -> bool:
+    """Whether a strategy, or its class, has a training loop."""
     return isinstance(strategy, Trains) and strategy.trains
 
 
-def grid_of(strategy: type[Strategy], models: int) -> Mapping[str, Sequence[Any]]:
-    """For this many tuned models."""
+def grid_of(strategy: object, models: int) -> Mapping[str, Sequence[Any]]:
+    """What a strategy, or its class, has tried for this many tuned models."""
     if not isinstance(strategy, HasGrid):
         return {}
-    return strategy.grid(models) if callable(strategy.grid) else strategy.grid
+    grid = strategy.grid
+    return grid(models) if callable(grid) else grid
 
 
 def controls_of(strategy: Strategy) -> tuple[tuple[str, Strategy], ...]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model, value_at
 from mergekit_vl.merging.prepass import delta, magnitude, tensor_ranks
-from mergekit_vl.strategies.sparse import Drop, each_density, sparse, summed
+from mergekit_vl.strategies.sparse import Drop, Sparse, each_density, sparse, summed
 
 
-def check_tails(where: str, method: Any, models: Models) -> None:
+class Masks(Sparse, Protocol):
+    @property
+    def gamma(self) -> float: ...
+
+
+Bounds = dict[str, list[list[float]]]
+"""By tensor and model, the smallest and the largest magnitude that stay; none where nothing does."""
+
+
+def check_tails(where: str, method: Masks, models: Models) -> None:
     for density in each_density(method, models):
         for tensor in models.tensors:
             if value_at(density, tensor.name, tensor.depth) + method.gamma > 1:
@@ -21,8 +30,7 @@ def check_tails(where: str, method: Any, models: Models) -> None:
                 raise UserError(told, where=where, hint="lower one of them")
 
 
-def tails(method: Any, models: Models, run: Run, chunk_size: int) -> dict[str, Any]:
-    """By tensor and model, the smallest and the largest magnitude that stay; none where nothing does."""
+def tails(method: Masks, models: Models, run: Run, chunk_size: int) -> Bounds:
     densities = each_density(method, models)
 
     def positions(tensor: Tensor, i: int) -> list[int]:
@@ -33,7 +41,7 @@ def tails(method: Any, models: Models, run: Run, chunk_size: int) -> dict[str, A
     return tensor_ranks(models, delta, positions, run, chunk_size)
 
 
-def masked(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
+def masked(method: Masks, chunk: Chunk, i: int, stats: Bounds) -> Array:
     """The task vector of model i between the bounds of its magnitudes."""
     vector, bounds = chunk.task_vectors[i], stats[chunk.tensor.name][i]
     size = magnitude(vector)
@@ -62,5 +70,5 @@ class Breadcrumbs:
 
     grid = {"density": (0.14, 0.3, 0.6), "scale": (0.3, 0.6, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Bounds) -> Array:
         return summed(self, chunk, TAILS.vectors(self, chunk, stats))

@@ -4,13 +4,13 @@ arXiv 2306.01708, sections 3.2 and 3.3)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.options import option
-from mergekit_vl.strategies.breadcrumbs import TAILS
+from mergekit_vl.strategies.breadcrumbs import TAILS, Bounds
 from mergekit_vl.strategies.sparse import elected, sparse
 
 
@@ -32,5 +32,5 @@ class BreadcrumbsTies:
 
     grid = {"density": (0.14, 0.3, 0.6), "scale": (0.3, 0.6, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Bounds) -> Array:
         return elected(self, chunk, TAILS.vectors(self, chunk, stats))

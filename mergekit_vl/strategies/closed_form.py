@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mergekit_vl.errors import unknown
 from mergekit_vl.merging.chunks import Models, Run, Tensor
-from mergekit_vl.merging.method import MethodInfo, check_class, check_usual
+from mergekit_vl.merging.method import ClosedForm, MethodInfo, check_class, check_usual
 from mergekit_vl.strategies.in_memory import merge_adapters
 
 Cls = TypeVar("Cls", bound=type)
@@ -30,29 +30,27 @@ def closed_form(name: str, **traits: Any) -> Callable[[Cls], Cls]:
         check_class(cls)
         own = vars(cls).get("check")
 
-        def check(self: Any, models: Models) -> None:
+        def check(self: ClosedForm, models: Models) -> None:
             check_usual(self, models)
             if own is not None:
                 own(self, models)
 
-        cls.info, cls.check = info, check  # type: ignore[attr-defined]
-        for usual in (describe, whole, prepass):
-            if usual.__name__ not in vars(cls):
-                setattr(cls, usual.__name__, usual)
-        if "merge" not in vars(cls):
-            cls.merge = merge_adapters  # type: ignore[attr-defined]
+        usual = {"describe": describe, "whole": whole, "prepass": prepass, "merge": merge_adapters} | vars(cls)
+        given = {name: usual[name] for name in ("describe", "whole", "prepass", "merge")}
+        for name, member in {**given, "info": info, "check": check}.items():
+            setattr(cls, name, member)
         return cls
 
     return of
 
 
-def describe(self: Any, n: int) -> MethodInfo:
+def describe(self: ClosedForm, n: int) -> MethodInfo:
     return self.info
 
 
-def whole(self: Any, tensor: Tensor, n: int) -> bool:
+def whole(self: ClosedForm, tensor: Tensor, n: int) -> bool:
     return True
 
 
-def prepass(self: Any, models: Models, run: Run, chunk_size: int) -> Any:
+def prepass(self: ClosedForm, models: Models, run: Run, chunk_size: int) -> None:
     return None

@@ -5,7 +5,7 @@ arXiv 2405.07813: TALL-masks, and the consensus of them).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from mergekit_vl.merging.chunks import Chunk, Models, Run
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing, weighted_sum
-from mergekit_vl.options import check_effect, option
+from mergekit_vl.options import Options, check_effect, option
 from mergekit_vl.strategies.closed_form import closed_form
-from mergekit_vl.strategies.ties import TRIM, Ties
+from mergekit_vl.strategies.ties import TRIM, Thresholds, Ties
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 Vector = Literal["sum", "ties"]
 
@@ -55,10 +58,10 @@ class Consensus:
                 f"k={self.k} of {len(models.tuned)} tasks", where=self.info.where, hint="from 0 to their number"
             )
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Thresholds | None:
         return trim_thresholds(self, models, run, chunk_size)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Thresholds | None) -> Array:
         vectors = list(chunk.task_vectors)
         merged = multi_task_vector(self, chunk, vectors, stats)
         users = np.zeros(chunk.size, np.int32)
@@ -68,14 +71,19 @@ class Consensus:
         return add_to_base(chunk, merged, chunk.at(self.scale))
 
 
-class Masks(Protocol):
+class Masks(Options, Protocol):
     """The options that methods on TALL-masks share."""
 
-    lambda_: Coefficient
-    lambdas: tuple[Coefficient, ...]
-    vector: Vector
-    density: float
-    scale: Coefficient
+    @property
+    def lambda_(self) -> Coefficient: ...
+    @property
+    def lambdas(self) -> tuple[Coefficient, ...]: ...
+    @property
+    def vector(self) -> Vector: ...
+    @property
+    def density(self) -> float: ...
+    @property
+    def scale(self) -> Coefficient: ...
 
 
 def check_masks(where: str, method: Masks) -> None:
@@ -92,22 +100,25 @@ def passes(method: Masks) -> int:
     return 2 if method.vector == "ties" else 0
 
 
-def trim_thresholds(method: Masks, models: Models, run: Run, chunk_size: int) -> Any:
+def trim_thresholds(method: Masks, models: Models, run: Run, chunk_size: int) -> Thresholds | None:
     """With vector=ties, the smallest magnitude of each task vector that is kept."""
     return TRIM.prepass(Ties(method.density), models, run, chunk_size) if method.vector == "ties" else None
 
 
-def multi_task_vector(method: Masks, chunk: Chunk, vectors: list[Array], stats: Any) -> Array:
+def multi_task_vector(method: Masks, chunk: Chunk, vectors: list[Array], stats: Thresholds | None) -> Array:
     """Of the task vectors, which stay as they are; `stats` are `trim_thresholds`."""
-    if method.vector == "ties":
+    if stats is not None:
         return agreeing(
             list(TRIM.vectors(Ties(method.density), chunk, stats)), (1.0,) * len(vectors), elect="raw", mean=False
         )
     return weighted_sum((vector.copy() for vector in vectors), (1.0,) * len(vectors))
 
 
-def uses(method: Masks, chunk: Chunk, i: int, vector: Array, merged: Array) -> Array:
+def uses(
+    method: Masks, chunk: Chunk, i: int, vector: Float[Array, " n"], merged: Float[Array, " n"]
+) -> Bool[Array, " n"]:
     """The TALL-mask of task i: where its vector counts in the multi-task vector."""
     rest = np.abs(merged - vector)
     rest *= rest.dtype.type(chunk.at(each_lambda(method, chunk.models)[i]))
-    return np.abs(vector) >= rest
+    mask: Array = np.abs(vector) >= rest
+    return mask

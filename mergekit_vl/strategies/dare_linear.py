@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.merging.task_vectors import keep_at_random
 from mergekit_vl.options import option
-from mergekit_vl.strategies.sparse import Drop, density_at, l1_ratios, sparse, summed
+from mergekit_vl.strategies.sparse import Drop, Ratios, Rescales, density_at, l1_ratios, sparse, summed
 
 Rescale = Literal["density", "l1", "none"]
 
 
-def dropped(method: Any, chunk: Chunk, i: int) -> Array:
+def dropped(method: Rescales, chunk: Chunk, i: int) -> Array:
     """The task vector of model i without the elements that its draws drop."""
     vector = chunk.task_vectors[i]
     vector *= keep_at_random(chunk, i, density_at(method, chunk, i))
     return vector
 
 
-def dare(method: Any, chunk: Chunk, i: int, ratios: Any) -> Array:
+def dare(method: Rescales, chunk: Chunk, i: int, ratios: Ratios | None) -> Array:
     """The same, rescaled."""
     vector, density = dropped(method, chunk, i), density_at(method, chunk, i)
     if method.rescale == "density" and 0 < density < 1:
         vector *= vector.dtype.type(1 / density)
-    elif method.rescale == "l1":
+    elif ratios is not None:
         vector *= vector.dtype.type(ratios[chunk.tensor.name][i])
     return vector
 
 
-def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
+def ratios(method: Rescales, models: Models, run: Run, chunk_size: int) -> Ratios | None:
     return l1_ratios(method, models, dropped, "elementwise", run, chunk_size)
 
 
@@ -56,5 +56,5 @@ class DareLinear:
 
     grid = {"density": (0.1, 0.3, 0.5), "scale": (0.2, 0.4, 0.7)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Ratios | None) -> Array:
         return summed(self, chunk, AT_RANDOM.vectors(self, chunk, stats))

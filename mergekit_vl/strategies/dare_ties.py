@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.options import option
 from mergekit_vl.strategies.dare_linear import AT_RANDOM, Rescale
-from mergekit_vl.strategies.sparse import elected, sparse
+from mergekit_vl.strategies.sparse import Ratios, elected, sparse
 
 
 @sparse("dare_ties", AT_RANDOM, alone={"density": 1.0})
@@ -32,5 +32,5 @@ class DareTies:
 
     grid = {"density": (0.1, 0.3, 0.5), "scale": (0.3, 0.6, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Ratios | None) -> Array:
         return elected(self, chunk, AT_RANDOM.vectors(self, chunk, stats))

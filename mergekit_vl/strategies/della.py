@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -14,12 +14,26 @@ from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.merging.prepass import magnitude
 from mergekit_vl.merging.task_vectors import draw
 from mergekit_vl.options import option
-from mergekit_vl.strategies.sparse import Drop, density_at, each_density, elected, l1_ratios, sparse
+from mergekit_vl.strategies.sparse import (
+    Drop,
+    Ratios,
+    Rescales,
+    density_at,
+    each_density,
+    elected,
+    l1_ratios,
+    sparse,
+)
 
 Rescale = Literal["probability", "l1", "none"]
 
 
-def check_window(where: str, method: Any, models: Models) -> None:
+class MagPrunes(Rescales, Protocol):
+    @property
+    def epsilon(self) -> float: ...
+
+
+def check_window(where: str, method: MagPrunes, models: Models) -> None:
     """Raise UserError unless every probability of the window lies in 0..1."""
     half = method.epsilon / 2
     for density in each_density(method, models):
@@ -29,7 +43,7 @@ def check_window(where: str, method: Any, models: Models) -> None:
                 raise UserError(told, where=where, hint="lower epsilon")
 
 
-def thinned(method: Any, chunk: Chunk, i: int) -> tuple[Array, Array]:
+def thinned(method: MagPrunes, chunk: Chunk, i: int) -> tuple[Array, Array]:
     """The task vector of model i in a chunk of whole rows without what MagPrune drops, and the probability with which each element was kept."""
     vector = chunk.task_vectors[i]
     n = chunk.tensor.row
@@ -47,17 +61,17 @@ def thinned(method: Any, chunk: Chunk, i: int) -> tuple[Array, Array]:
     return vector, keep
 
 
-def magprune(method: Any, chunk: Chunk, i: int, ratios: Any) -> Array:
+def magprune(method: MagPrunes, chunk: Chunk, i: int, ratios: Ratios | None) -> Array:
     """The same, rescaled."""
     vector, keep = thinned(method, chunk, i)
     if method.rescale == "probability":
         vector /= np.where(keep > 0, keep, 1)
-    elif method.rescale == "l1":
+    elif ratios is not None:
         vector *= vector.dtype.type(ratios[chunk.tensor.name][i])
     return vector
 
 
-def ratios(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
+def ratios(method: MagPrunes, models: Models, run: Run, chunk_size: int) -> Ratios | None:
     return l1_ratios(method, models, lambda *chunk: thinned(*chunk)[0], "rows", run, chunk_size)
 
 
@@ -87,5 +101,5 @@ class Della:
 
     grid = {"density": (0.3, 0.5, 0.7), "scale": (0.3, 0.6, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Ratios | None) -> Array:
         return elected(self, chunk, MAGPRUNE.vectors(self, chunk, stats))

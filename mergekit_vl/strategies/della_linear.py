@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model
 from mergekit_vl.options import option
 from mergekit_vl.strategies.della import MAGPRUNE, Rescale
-from mergekit_vl.strategies.sparse import sparse, summed
+from mergekit_vl.strategies.sparse import Ratios, sparse, summed
 
 
 @sparse("della_linear", MAGPRUNE, alone={"density": 1.0, "epsilon": 0.0, "scale": 1.0})
@@ -30,5 +29,5 @@ class DellaLinear:
 
     grid = {"density": (0.3, 0.5, 0.7), "scale": (0.2, 0.4, 0.7)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Ratios | None) -> Array:
         return summed(self, chunk, MAGPRUNE.vectors(self, chunk, stats))

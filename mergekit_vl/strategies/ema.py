@@ -4,7 +4,6 @@ arXiv 1703.01780, section 2)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
@@ -26,7 +25,7 @@ class Ema:
 
     grid = {"decay": (0.3, 0.5, 0.7, 0.8, 0.95, 0.99)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         decay = chunk.at(self.decay)
         models = iter(chunk.tuned)
         average = next(models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mergekit_vl.merging.task_vectors import add_to_base, chosen_task, sign, wei
 from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import merge_by_task
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @closed_form("emr", needs_base=True)
@@ -47,7 +50,7 @@ class Emr:
 
     merge = merge_by_task
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> tuple[int, float] | None:
         """The rescaler of the task, with its number; none without a task."""
         t = chosen_task(self.info.where, self.task, models)
         if t is None:
@@ -63,7 +66,7 @@ class Emr:
         own, ours = np.sum(each, 0) if each else (0.0, 0.0)
         return t, float(own / ours) if ours else 1.0
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: tuple[int, float] | None) -> Array:
         vectors = list(chunk.task_vectors)
         merged = unified(vectors)
         if stats is None:
@@ -78,9 +81,11 @@ def unified(vectors: list[Array]) -> Array:
     largest = np.zeros_like(elected)
     for vector in vectors:
         np.maximum(largest, vector * elected, out=largest)
-    return np.multiply(largest, elected, out=largest)
+    largest *= elected
+    return largest
 
 
-def masked(vector: Array, task: Array) -> Array:
+def masked(vector: Float[Array, " n"], task: Float[Array, " n"]) -> Float[Array, " n"]:
     """The elements that have the sign of the task's."""
-    return vector * (sign(vector) == sign(task))
+    kept: Array = vector * (sign(vector) == sign(task))
+    return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.models.calibration import temperature
@@ -36,7 +36,7 @@ class OutputEnsemble:
     calibrated: bool = option(False, "a temperature per model, fitted on validation images")
 
     @staticmethod
-    def grid(models: int) -> dict[str, Sequence[Any]]:
+    def grid(models: int) -> dict[str, Sequence[object]]:
         """Shares of zero-shot, the tuned models sharing the rest."""
         weights = [(share, *((1 - share) / models,) * models) for share in (0.3, 0.5, 0.7, 0.9)]
         return {"average": ("probabilities", "logits"), "weights": weights}
@@ -73,7 +73,7 @@ class OutputEnsemble:
         import torch
 
         task = inputs.validated(WHERE, "give the weights and set calibrated=false")
-        given = [logits_of(member, task.classes, task.val, inputs.features) for member in members]  # type: ignore[arg-type]
+        given = [logits_of(member, task.classes, task.val, inputs.features) for member in members]
         logits, labels = torch.stack([logits for logits, _, _ in given]), given[0][1]
         temperatures = tuple(temperature(z, labels) for z in logits) if self.calibrated else ()
         ensembles = (Ensemble(members, weights, self.average, temperatures) for weights in candidates)

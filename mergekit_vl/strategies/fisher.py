@@ -68,7 +68,7 @@ class Fisher:
             )
         if min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"weights {weights}", where=WHERE, hint="use weights >= 0 with a positive sum")
-        fishers = []
+        fishers: list[Tensors] = []
         if self.base:
             tasks = {id(task): task for task in inputs.data}.values()
             each = [fisher_information.of_model(zero_shot, task, inputs, self.images) for task in tasks]
@@ -99,7 +99,8 @@ class Fisher:
         for name, like in thetas[0].items():
             ones = torch.ones_like(like, dtype=torch.float64)
             shares = [w * (f[name].double().clamp_min(least) if name in f else ones) for w, f in zip(weights, fishers)]
-            top = sum(share * theta[name].double() for share, theta in zip(shares, thetas))
-            mean = top / sum(shares)  # type: ignore[operator]
+            nothing = torch.zeros((), dtype=torch.float64)
+            top = sum((share * theta[name].double() for share, theta in zip(shares, thetas)), nothing)
+            mean = top / sum(shares, nothing)
             merged[name] = cast(mean, like.dtype, name=name, where=WHERE).to(like)
         return merged

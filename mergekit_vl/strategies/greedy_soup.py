@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Model
+from mergekit_vl.models.model import Model, Single
 from mergekit_vl.strategies.in_memory import merge_adapters
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 
@@ -26,11 +26,11 @@ class GreedySoup:
     def merge(self, inputs: MergeInputs) -> Model:
         tasks = inputs.to_choose_on(WHERE, "give the dataset a val split")
 
-        def soup(models: Sequence[Model]) -> Model:
+        def soup(models: Sequence[Model]) -> Single:
             return merge_adapters(UniformSoup(), replace(inputs, tuned=tuple(models)))
 
         def accuracy(model: Model) -> float:
-            scores = [evaluate(model, task.classes, task.val, inputs.features)[0].acc1 for task in tasks]  # type: ignore[arg-type]
+            scores = [evaluate(model, task.classes, task.val, inputs.features)[0].acc1 for task in tasks]
             return sum(scores) / len(scores)
 
         alone = [accuracy(model) for model in inputs.tuned]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.merging.chunks import CHUNK_SIZE, Arrays, Chunk, Models, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, depths
 from mergekit_vl.merging.engine import BATCH_NORM, SERIAL, apply, workers
-from mergekit_vl.merging.method import ClosedForm
-from mergekit_vl.options import option
+from mergekit_vl.merging.method import as_closed_form
+from mergekit_vl.options import Options, option
 from mergekit_vl.system.memory import threads_available
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def check_numbers(where: str, given: Sequence[Coefficient], what: str) -> tuple[
     return numbers
 
 
-def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
-    """The `merge` of every closed-form strategy: its chunks, written into arrays."""
+def merge_adapters(method: object, inputs: MergeInputs) -> Single:
+    """The `merge` of every closed-form strategy: its chunks, written into arrays. Raises Failed for what is no closed form."""
+    closed = as_closed_form(method)
     base, tuned = endpoints(inputs)
     models = [{name: _array(t) for name, t in m.adapter.tensors.items()} for m in (base, *tuned)]
     deep = depths(models[0])
@@ -99,14 +100,21 @@ def merge_adapters(method: ClosedForm, inputs: MergeInputs) -> Model:
     labels = tuple(f"tuned.{i}" for i in range(len(tuned)))
     sources = [Arrays(m) for m in models]
     given = Models(sources[0], tuple(sources[1:]), tensors, labels, inputs.seed, device=inputs.device)
-    svds = inputs.device == "cpu" and method.describe(len(tuned)).svds  # small chunks are not worth a team of threads
-    apply(method, given, write, workers(min(MATRICES, threads_available())) if svds else SERIAL, CHUNK_SIZE)
+    svds = inputs.device == "cpu" and closed.describe(len(tuned)).svds  # small chunks are not worth a team of threads
+    apply(closed, given, write, workers(min(MATRICES, threads_available())) if svds else SERIAL, CHUNK_SIZE)
     narrowing.check("use smaller weights, or models in {dtype}")
     merged = {name: _tensor(*out[name], like=tensor) for name, tensor in base.adapter.tensors.items()}
     return as_model(base, merged, inputs)
 
 
-def merge_by_task(method: Any, inputs: MergeInputs) -> Model:
+class ForTask(Options, Protocol):
+    """A closed form for one task."""
+
+    @property
+    def task(self) -> str | int | None: ...
+
+
+def merge_by_task(method: ForTask, inputs: MergeInputs) -> Model:
     """The `merge` of a closed form that makes a model for each task: all of them, bound late, or that of its option `task`."""
     from mergekit_vl.models.by_task import ByTask, check_tasks
 
@@ -139,23 +147,23 @@ def endpoints(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
     """The zero-shot point in the space of the tuned models, and the tuned models; checked to be of one space and shape."""
     from mergekit_vl.models.model import Single
 
-    tuned = inputs.tuned
-    if not tuned:
+    if not inputs.tuned:
         raise Unsuitable("there is no fine-tuned model to merge", hint="name at least one under `tuned`")
-    for model in tuned:
+    given: list[Single] = []
+    for model in inputs.tuned:
         if not isinstance(model, Single):
             raise Unsuitable(
                 f"a {type(model).__name__.lower()} has no tensors of its own to merge", hint="merge its members"
             )
-    spaces = [m.adapter.space for m in tuned]  # type: ignore[attr-defined]
+        given.append(model)
+    spaces = [m.adapter.space for m in given]
     if len(set(spaces)) > 1:
         raise Unsuitable(
             f"models of different spaces cannot be merged: {', '.join(spaces)}",
             hint="merge with space=classifiers, or ensemble them",
         )
-    first = tuned[0]
-    aligned = first.adapter.aligned([m.adapter for m in tuned])
-    tuned = tuple(m if a is m.adapter else Single(m.backbone, a) for m, a in zip(tuned, aligned))
+    aligned = given[0].adapter.aligned([m.adapter for m in given])
+    tuned = tuple(m if a is m.adapter else Single(m.backbone, a) for m, a in zip(given, aligned))
     first = tuned[0]
     start = first.adapter.untuned(first.backbone)
     check_aligned(
@@ -179,7 +187,8 @@ def as_model(like: Model, tensors: Tensors, inputs: MergeInputs | None = None) -
     if like.adapter.about.reads != "images" or not any(BATCH_NORM.search(name) for name in tensors):
         return model
     for member in (like, *inputs.tuned):
-        if all(tensors[name].equal(tensor) for name, tensor in member.adapter.tensors.items()):  # type: ignore[attr-defined]
+        own = member.adapter.tensors if isinstance(member, Single) else {}
+        if own and all(tensors[name].equal(tensor) for name, tensor in own.items()):
             return model
     from mergekit_vl.estimators.batch_norm import estimated
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
@@ -40,7 +39,7 @@ class IsoC:
 
     whole, check = whole_matrix, check_averaged
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         scale = chunk.at(self.scale)
         if not is_matrix(chunk.tensor, self.averaged):
             return add_mean(chunk, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
@@ -50,7 +50,7 @@ class IsoCTS:
     def describe(self, n: int) -> MethodInfo:
         return replace(self.info, svds=n + 3)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         scale = chunk.at(self.scale)
         if not is_matrix(chunk.tensor, self.averaged):
             return add_mean(chunk, scale)

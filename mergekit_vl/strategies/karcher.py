@@ -4,7 +4,7 @@ models: mergekit's `karcher`)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 WHERE = "strategy karcher"
 
@@ -40,16 +43,18 @@ class Karcher:
             if min(w := models.weight_at(self.weights, tensor, len(models.tuned))) < 0 or not sum(w):
                 raise UserError(f"weights {w} are not a mean", where=WHERE, hint="weights >= 0 with a positive sum")
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, list[float]]:
         grams = products(models, lambda chunk: chunk.tuned, run, chunk_size)
         weights = {t.name: np.array(models.weight_at(self.weights, t, len(models.tuned))) for t in models.tensors}
         return {name: karcher_coefficients(g, weights[name], self.steps, self.tolerance) for name, g in grams.items()}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: dict[str, list[float]]) -> Array:
         return weighted_sum(chunk.tuned, stats[chunk.tensor.name])
 
 
-def karcher_coefficients(gram: Array, weights: Array, steps: int, tolerance: float) -> list[float]:
+def karcher_coefficients(
+    gram: Float[Array, "N N"], weights: Float[Array, " N"], steps: int, tolerance: float
+) -> list[float]:
     """The factor of each vector in the scaled Karcher mean; vectors of length zero take no part in the direction."""
     norms = np.sqrt(np.diag(gram))
     weights = weights / weights.sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
@@ -65,6 +64,6 @@ class Linear:
             )
         return tuple(w / total for w in weights)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         weights = chunk.weights(self.weights, len(chunk.members))
         return weighted_sum(chunk.members, self._normalised(weights))

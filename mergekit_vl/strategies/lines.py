@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Tensor
@@ -32,7 +32,7 @@ class Lines:
 
     grid = {"alpha": (0.1, 0.3, 0.5), "beta": (0.2, 0.5, 0.8)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         n = len(chunk.tuned)
         factor = self.factor(chunk.tensor, n) / (n if self.combine == "mean" else 1)
         return weighted_sum(chunk.members, (1 - n * factor, *(factor,) * n))

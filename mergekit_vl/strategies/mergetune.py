@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mergekit_vl.models.adapter import About, Line, Network
+    from mergekit_vl.models.adapter import About, Adapter, Line, Network
 
 WHERE = "strategy mergetune"
 
@@ -145,7 +145,7 @@ class MergeTune:
     @property
     def used(self) -> Settings:
         """The values of `settings`, and what was given in their places."""
-        given = {
+        given: dict[str, Any] = {
             "lambda_": self.lambda_,
             "beta": self.beta,
             "tau": self.tau,
@@ -206,7 +206,7 @@ class MergeTune:
         return Single(start.backbone, training.adapter())
 
     def objective(
-        self, network: Network, x: Tensor | None, zero_shot: Single, tuned: Single, inputs: MergeInputs
+        self, network: Network[Adapter], x: Tensor | None, zero_shot: Single, tuned: Single, inputs: MergeInputs
     ) -> Objective:
         """L(w) for this network; x [E, N, ...] are the prepared inputs that a Fisher in closed form is of."""
         import torch
@@ -227,7 +227,7 @@ class MergeTune:
         used, unit = self.used, line.unit(weighted=fisher is not None)
         return Objective(line, used.lambda_, used.beta, alphas, self.n_alpha, surrogate, fisher, unit)
 
-    def _seen(self, network: Network, x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
+    def _seen(self, network: Network[Adapter], x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
         """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""
         if not zero_shot.adapter.about.fresh_views:
             return x.flatten(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @closed_form("model_stock", needs_base=True, at_least=2)
@@ -37,24 +40,24 @@ class ModelStock:
             return replace(self.info, chunks="rows")
         return replace(self.info, chunks="accumulating", passes=1)
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, float] | None:
         if self.along == "row":
             return None
         grams = products(models, lambda chunk: chunk.task_vectors, run, chunk_size)
         return {name: float(ratio(gram)) for name, gram in grams.items()}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: dict[str, float] | None) -> Array:
         n = len(chunk.tuned)
-        if self.along == "tensor":
+        if stats is not None:
             t = stats[chunk.tensor.name]
             return weighted_sum(chunk.members, (1 - t, *(t / n,) * n))
         deltas = np.array(list(chunk.task_vectors), np.float64).reshape(n, -1, chunk.tensor.row)
         rows = ratio(np.einsum("irk,jrk->ijr", deltas, deltas))[:, None]
-        merged = (rows * deltas.mean(0)).reshape(-1) + chunk.base
+        merged: Array = (rows * deltas.mean(0)).reshape(-1) + chunk.base
         return merged.astype(chunk.tensor.wide, copy=False)
 
 
-def ratio(gram: Array) -> Array:
+def ratio(gram: Float[Array, "N N *rows"]) -> Float[Array, "*rows"]:
     """t from the products [N, N, ...] of the task vectors."""
     n = len(gram)
     norms = np.sqrt(np.array([gram[i, i] for i in range(n)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import add_to_base, weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 WHERE = "strategy multislerp"
 
@@ -47,10 +50,10 @@ class MultiSlerp:
     def _vectors(self, chunk: Chunk) -> PerModel:
         return chunk.task_vectors if self.task_vectors else chunk.tuned
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, Array]:
         return products(models, self._vectors, run, chunk_size)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: dict[str, Array]) -> Array:
         weights = np.array(chunk.weights(self.weights))
         if self.normalise:
             weights /= weights.sum()
@@ -58,7 +61,7 @@ class MultiSlerp:
         return add_to_base(chunk, merged, 1.0) if self.task_vectors else merged
 
 
-def coefficients(gram: Array, weights: Array, name: str) -> list[float]:
+def coefficients(gram: Float[Array, "N N"], weights: Float[Array, " N"], name: str) -> list[float]:
     """The factor of each vector."""
     norms = np.sqrt(np.diag(gram))
     unit = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0)

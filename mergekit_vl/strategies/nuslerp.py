@@ -6,7 +6,7 @@ A method of mergekit (2024), without a paper; the arc is Shoemake's, see `slerp`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.slerp import slerp_coefficients, slerp_rows
+
+CHUNKS: dict[str, Chunks] = {"tensor": "accumulating", "last": "rows", "first": "tensor"}
+"""By `along`."""
 
 
 @closed_form("nuslerp", at_least=2, at_most=2)
@@ -38,10 +41,9 @@ class NuSlerp:
     info: ClassVar[MethodInfo]
 
     def describe(self, n: int) -> MethodInfo:
-        chunks: Chunks = {"tensor": "accumulating", "last": "rows", "first": "tensor"}[self.along]  # type: ignore[assignment]
         return replace(
             self.info,
-            chunks=chunks,
+            chunks=CHUNKS[self.along],
             passes=int(self.along == "tensor"),
             needs_base=self.task_vectors,
             ignores_base=not self.task_vectors,
@@ -53,14 +55,14 @@ class NuSlerp:
     def _ends(self, chunk: Chunk) -> list[Array]:
         return list(chunk.task_vectors if self.task_vectors else chunk.tuned)
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, Array] | None:
         return products(models, self._ends, run, chunk_size) if self.along == "tensor" else None
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: dict[str, Array] | None) -> Array:
         first, second = chunk.weights(self.weights)
         t = second / (first + second)
         a, b = self._ends(chunk)
-        if self.along == "tensor":
+        if stats is not None:
             merged = weighted_sum((a, b), slerp_coefficients(stats[chunk.tensor.name], t))
         else:
             merged = self._by_vector(chunk, a, b, t).astype(chunk.tensor.wide)
@@ -74,5 +76,5 @@ class NuSlerp:
             return slerp_rows(a, b, t)
         if self.along == "last":
             return slerp_rows(a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1]), t).reshape(-1)
-        turned = [np.moveaxis(x.reshape(shape), 0, -1) for x in (a, b)]
-        return np.moveaxis(slerp_rows(*turned, t), -1, 0).reshape(-1)
+        a, b = (np.moveaxis(x.reshape(shape), 0, -1) for x in (a, b))
+        return np.moveaxis(slerp_rows(a, b, t), -1, 0).reshape(-1)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from mergekit_vl.merging.prepass import Vector, delta, model_ranks
 from mergekit_vl.merging.task_vectors import add_to_base, sign, weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Bounds = tuple[float, float]
 
@@ -47,14 +50,14 @@ class Pcb:
 
     grid = {"density": (0.1, 0.2, 0.5), "scale": (0.6, 1.0, 1.4)}
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> tuple[list[Bounds], list[Bounds]]:
         """Per model: the magnitudes that its task vector is clipped to, and the balances that become 0 and 1."""
         n, size = len(models.tuned), sum(t.size for t in models.tensors if not t.tied_to)
         if not size:
             return [(0.0, 0.0)] * n, [(np.inf, np.inf)] * n
         low = min(int(self.clip * size), size - 1)
         high = max(low, size - 1 - ceil(self.clip * size))
-        clips = [tuple(found) for found in model_ranks(models, delta, [[low, high]] * n, run, chunk_size)]
+        clips = [(least, most) for least, most in model_ranks(models, delta, [[low, high]] * n, run, chunk_size)]
         last = _Last()  # a model's balances need all models: those of a thread's chunk are computed once
 
         def balance(chunk: Chunk, i: int) -> Array:
@@ -66,9 +69,9 @@ class Pcb:
         dropped = int((1 - self.density) * size)
         if dropped >= size:
             return clips, [(np.inf, np.inf)] * n
-        return clips, signed_ranks(models, balance, [dropped, size - 1], size, run, chunk_size)
+        return clips, signed_ranks(models, balance, (dropped, size - 1), size, run, chunk_size)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: tuple[list[Bounds], list[Bounds]]) -> Array:
         clips, bounds = stats
         vectors = list(chunk.task_vectors)
         shares = [place(b, *bound) for b, bound in zip(self._balances(vectors, clips), bounds)]
@@ -98,21 +101,22 @@ class _Last(threading.local):
     balances: list[Array] = []
 
 
-def place(values: Array, low: float, high: float) -> Array:
+def place(values: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """0 at `low` and below, 1 at `high` and above, a straight line between; 0 for what is not positive where they coincide."""
     if not low < high:
         return ((values >= high) & (values > 0)).astype(values.dtype)
-    return (np.clip(values, low, high) - low) / (high - low)
+    placed: Array = (np.clip(values, low, high) - low) / (high - low)
+    return placed
 
 
 def signed_ranks(
-    models: Models, vector: Vector, ranks: list[int], size: int, run: Run, chunk_size: int
+    models: Models, vector: Vector, ranks: tuple[int, int], size: int, run: Run, chunk_size: int
 ) -> list[Bounds]:
-    """For each model, the values (not magnitudes) at the ascending positions `ranks` of `size` elements; exact."""
+    """For each model, the values (not magnitudes) at two ascending positions of `size` elements; exact."""
     n = len(models.tuned)
     above = model_ranks(models, lambda chunk, i: np.maximum(vector(chunk, i), 0), [ranks] * n, run, chunk_size)
     if all(value > 0 for found in above for value in found):
-        return [tuple(found) for found in above]
+        return [(low, high) for low, high in above]
     mirrored = [size - 1 - rank for rank in ranks]
     below = model_ranks(models, lambda chunk, i: np.maximum(-vector(chunk, i), 0), [mirrored] * n, run, chunk_size)
-    return [tuple(a - b for a, b in zip(*found)) for found in zip(above, below)]
+    return [(a[0] - b[0], a[1] - b[1]) for a, b in zip(above, below)]

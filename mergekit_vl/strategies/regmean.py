@@ -14,6 +14,7 @@ from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import as_model, endpoints
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mergekit_vl.estimators.gram import Gram
@@ -88,7 +89,8 @@ class RegMean:
         from mergekit_vl.estimators import gram
 
         if model.adapter.about.reads == "features":
-            found, features = {}, inputs.features.features(model.paths[0], task.train)
+            found: dict[str, Gram] = {}
+            features = inputs.features.features(model.paths[0], task.train)
         else:
             rows = some(inputs, len(task.train), self.images).tolist()
             found, features = gram.of_tower(model, task.train, rows, inputs.reporter)
@@ -97,15 +99,16 @@ class RegMean:
         return {name: each for name, each in found.items() if name in model.adapter.tensors}
 
 
-def shrink(gram: Tensor, alpha: float) -> Tensor:
+def shrink(gram: Float[Tensor, "d d"], alpha: float) -> Float[Tensor, "d d"]:
     """Off-diagonal elements times alpha."""
     return alpha * gram + (1 - alpha) * gram.diagonal().diag()
 
 
-def solve(gram: Tensor, right: Tensor) -> Tensor:
+def solve(gram: Float[Tensor, "d d"], right: Float[Tensor, "d o"]) -> Float[Tensor, "d o"]:
     """(gram + ridge)^-1 right."""
     import torch
 
     gram = gram.double()
     ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-30)
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), right.double())
+    solved: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), right.double())
+    return solved

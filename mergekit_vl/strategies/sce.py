@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from mergekit_vl.merging.prepass import absolute_sums, magnitude, tensor_ranks
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+Selected = dict[str, tuple[float, tuple[float, ...]]]
+"""By tensor name: the smallest variance that is selected, and the coefficient of each model."""
 
 
 @closed_form("sce", needs_base=True, at_least=2)
@@ -52,7 +55,7 @@ class Sce:
         if not self.equal_below >= 0:
             raise UserError(f"equal_below={self.equal_below:g}", where=self.info.where, hint="a number from 0")
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Selected:
         """By tensor name: the smallest variance that is selected, and the coefficient of each model."""
         n = len(models.tuned)
 
@@ -84,7 +87,7 @@ class Sce:
             return [np.square(vector, dtype=np.float64) for vector in vectors]
 
         sums = absolute_sums(models, squares, run, chunk_size)
-        stats = {}
+        stats: Selected = {}
         for tensor in models.tensors:
             if tensor.size:
                 total = sums[tensor.name].sum()
@@ -93,7 +96,7 @@ class Sce:
                 stats[tensor.name] = thresholds[tensor.name], tuple(map(float, shares))
         return stats
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Selected) -> Array:
         threshold, coefficients = stats[chunk.tensor.name]
         vectors = list(chunk.task_vectors)
         if self.merged == "selected":
@@ -112,7 +115,8 @@ def variance(vectors: list[Array]) -> Array:
         vector -= mean
         squares += np.square(vector, out=vector)
     squares /= n
-    return np.nan_to_num(magnitude(squares), copy=False, nan=0.0)
+    found: Array = np.nan_to_num(magnitude(squares), copy=False, nan=0.0)
+    return found
 
 
 def selected(vectors: list[Array], threshold: float) -> list[Array]:

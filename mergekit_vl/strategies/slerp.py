@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FLAT = 1e-7
 """Angles in radians (and distances from pi) below which the straight line is taken: it is the same to 1e-14, or undetermined."""
@@ -48,10 +51,10 @@ class Slerp:
         if not 0 <= self.line_above <= 1:
             raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", hint="it lies in 0 .. 1")
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, Array]:
         return products(models, _ends, run, chunk_size)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: dict[str, Array]) -> Array:
         coefficients = slerp_coefficients(stats[chunk.tensor.name], chunk.at(self.t), self.line_above)
         return weighted_sum(_ends(chunk), coefficients)
 
@@ -60,7 +63,7 @@ def _ends(chunk: Chunk) -> list[Array]:
     return list(chunk.tuned if len(chunk.tuned) == 2 else chunk.members)
 
 
-def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[float, float]:
+def slerp_coefficients(gram: Float[Array, "2 2"], t: float, line_above: float = 1.0) -> tuple[float, float]:
     """The factors of the two vectors whose products are `gram`."""
     norms = math.sqrt(gram[0, 0] * gram[1, 1])
     cosine = min(1.0, max(-1.0, gram[0, 1] / norms)) if norms > 0 else 1.0
@@ -72,7 +75,7 @@ def slerp_coefficients(gram: Array, t: float, line_above: float = 1.0) -> tuple[
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def slerp_rows(a: Array, b: Array, t: float) -> Array:
+def slerp_rows(a: Float[Array, "*rows d"], b: Float[Array, "*rows d"], t: float) -> Float[Array, "*rows d"]:
     """Along the last axis, each vector by its own angle; in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
@@ -82,4 +85,5 @@ def slerp_rows(a: Array, b: Array, t: float) -> Array:
     sine = np.where(line, 1, np.sin(angle))
     first = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
     second = np.where(line, t, np.sin(t * angle) / sine)
-    return first[..., None] * a + second[..., None] * b
+    turned: Array = first[..., None] * a + second[..., None] * b
+    return turned

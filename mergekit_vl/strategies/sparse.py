@@ -16,59 +16,86 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, PerModel, Run
 from mergekit_vl.merging.coefficients import Coefficient
-from mergekit_vl.merging.method import Chunks, MethodInfo
+from mergekit_vl.merging.method import Chunks, ClosedForm, MethodInfo
 from mergekit_vl.merging.prepass import absolute_sums
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing, weighted_sum
 from mergekit_vl.strategies.closed_form import closed_form
 
 Cls = TypeVar("Cls", bound=type)
+Ratios = dict[str, Array]
+"""By tensor name, a factor for each model."""
 
 
 class Sparse(Protocol):
     """The options that all of the family have."""
 
-    density: Coefficient
-    densities: tuple[Coefficient, ...]
-    weights: tuple[Coefficient, ...]
-    scale: Coefficient
+    @property
+    def density(self) -> Coefficient: ...
+    @property
+    def densities(self) -> tuple[Coefficient, ...]: ...
+    @property
+    def weights(self) -> tuple[Coefficient, ...]: ...
+    @property
+    def scale(self) -> Coefficient: ...
+
+
+class Elects(Sparse, Protocol):
+    """The options that those which elect signs have."""
+
+    @property
+    def elect(self) -> Literal["raw", "weighted"]: ...
+    @property
+    def mean(self) -> bool: ...
+
+
+class Rescales(Sparse, Protocol):
+    """The option of those that rescale what is left."""
+
+    @property
+    def rescale(self) -> str: ...
+
+
+Method = TypeVar("Method", bound=Sparse)
+Stats = TypeVar("Stats")
+Rescaling = TypeVar("Rescaling", bound=Rescales)
 
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(Generic[Method, Stats]):
     """What is dropped of a task vector, and what becomes of the rest. `method` is the strategy, whose options its functions read."""
 
-    vector: Callable[[Any, Chunk, int, Any], Array]
+    vector: Callable[[Method, Chunk, int, Stats], Array]
     """(method, chunk, i, stats): the sparse task vector of model i."""
-    prepass: Callable[[Any, Models, Run, int], Any] = lambda method, models, run, chunk_size: None
+    prepass: Callable[[Method, Models, Run, int], Stats]
     """(method, models, run, chunk_size): its `stats`, what must be known of all tensors first."""
-    passes: Callable[[Any], int] = lambda method: 0
+    passes: Callable[[Method], int]
     """Over the files, for `prepass`."""
-    check: Callable[[str, Any, Models], None] = lambda where, method, models: None
+    check: Callable[[str, Method, Models], None] = lambda where, method, models: None
     """(where, method, models): raises UserError for options that make no sense together."""
     chunks: Chunks = "elementwise"
 
-    def vectors(self, method: Sparse, chunk: Chunk, stats: Any) -> PerModel:
+    def vectors(self, method: Method, chunk: Chunk, stats: Stats) -> PerModel:
         """The sparse task vectors of a chunk."""
         return PerModel(len(chunk.tuned), lambda i: self.vector(method, chunk, i, stats))
 
 
-def sparse(name: str, drop: Drop, **traits: Any) -> Callable[[Cls], Cls]:
+def sparse(name: str, drop: Drop[Any, Any], **traits: Any) -> Callable[[Cls], Cls]:
     """`closed_form` for a method of the family: its passes and checks are those of what it drops; `traits` are `closed_form`'s."""
 
-    def describe(self: Any, n: int) -> MethodInfo:
+    def describe(self: ClosedForm, n: int) -> MethodInfo:
         return dataclasses.replace(self.info, passes=drop.passes(self))
 
-    def check(self: Any, models: Models) -> None:
+    def check(self: ClosedForm, models: Models) -> None:
         drop.check(self.info.where, self, models)
 
-    def prepass(self: Any, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self: ClosedForm, models: Models, run: Run, chunk_size: int) -> object:
         return drop.prepass(self, models, run, chunk_size)
 
     def of(cls: Cls) -> Cls:
@@ -84,7 +111,7 @@ def summed(method: Sparse, chunk: Chunk, vectors: Iterable[Array]) -> Array:
     return add_to_base(chunk, weighted_sum(vectors, chunk.weights(method.weights)), chunk.at(method.scale))
 
 
-def elected(method: Any, chunk: Chunk, vectors: Iterable[Array]) -> Array:
+def elected(method: Elects, chunk: Chunk, vectors: Iterable[Array]) -> Array:
     """base + scale * the disjoint mean (or sum) over the models of the elected sign: TIES."""
     merged = agreeing(list(vectors), chunk.weights(method.weights), elect=method.elect, mean=method.mean)
     return add_to_base(chunk, merged, chunk.at(method.scale))
@@ -101,8 +128,13 @@ def density_at(method: Sparse, chunk: Chunk, i: int) -> float:
 
 
 def l1_ratios(
-    method: Any, models: Models, dropped: Callable[[Any, Chunk, int], Array], chunks: Chunks, run: Run, chunk_size: int
-) -> dict[str, Array] | None:
+    method: Rescaling,
+    models: Models,
+    dropped: Callable[[Rescaling, Chunk, int], Array],
+    chunks: Chunks,
+    run: Run,
+    chunk_size: int,
+) -> Ratios | None:
     """By tensor name, for each model, the factor that gives what is left of its task vector the L1 norm of the whole; None unless rescale=l1."""
     if method.rescale != "l1":
         return None

@@ -5,7 +5,7 @@ arXiv 2405.07813): the model of a task, from the multi-task vector and one bit p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk, Models, Run
@@ -16,6 +16,7 @@ from mergekit_vl.options import check_effect, option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.consensus import Vector, check_masks, multi_task_vector, passes, trim_thresholds, uses
 from mergekit_vl.strategies.in_memory import merge_by_task
+from mergekit_vl.strategies.ties import Thresholds
 
 
 @closed_form("tall_mask", needs_base=True, at_least=2, alone={"scale": 0.5})
@@ -49,10 +50,10 @@ class TallMask:
 
     merge = merge_by_task
 
-    def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
+    def prepass(self, models: Models, run: Run, chunk_size: int) -> Thresholds | None:
         return trim_thresholds(self, models, run, chunk_size)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Thresholds | None) -> Array:
         vectors = list(chunk.task_vectors)
         merged = multi_task_vector(self, chunk, vectors, stats)
         t = chosen_task(self.info.where, self.task, chunk.models)

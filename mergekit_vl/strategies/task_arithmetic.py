@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
@@ -26,6 +25,6 @@ class TaskArithmetic:
 
     grid = {"scale": (0.1, 0.2, 0.3, 0.5, 0.6, 0.8, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         scales = chunk.weights(self.scales or (self.scale,) * len(chunk.tuned))
         return weighted_sum(chunk.members, (1 - sum(scales), *scales))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -13,10 +13,19 @@ from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, per_model, value_at
 from mergekit_vl.merging.prepass import delta, magnitude, model_ranks, tensor_ranks
 from mergekit_vl.options import option
-from mergekit_vl.strategies.sparse import Drop, each_density, elected, sparse
+from mergekit_vl.strategies.sparse import Drop, Sparse, each_density, elected, sparse
 
 
-def check_trim(where: str, method: Any, models: Models) -> None:
+class Trims(Sparse, Protocol):
+    @property
+    def trim(self) -> Literal["model", "tensor"]: ...
+
+
+Thresholds = list[float] | dict[str, list[float]]
+"""Per model, or by tensor and model."""
+
+
+def check_trim(where: str, method: Trims, models: Models) -> None:
     if method.trim == "model" and not all(isinstance(density, float) for density in each_density(method, models)):
         raise UserError("one density for the whole model", where=where, hint="give a number, or set trim=tensor")
 
@@ -26,25 +35,25 @@ def smallest_kept(size: int, density: float) -> list[int]:
     return [size - max(1, int(density * size))] if density > 0 and size else []
 
 
-def thresholds(method: Any, models: Models, run: Run, chunk_size: int) -> Any:
-    """The smallest magnitude that is kept: per model, or by tensor and model."""
+def thresholds(method: Trims, models: Models, run: Run, chunk_size: int) -> Thresholds:
+    """The smallest magnitude that is kept."""
     densities = each_density(method, models)
     if method.trim == "model":
         size = sum(t.size for t in models.tensors if not t.tied_to)
-        found = model_ranks(models, delta, [smallest_kept(size, float(d)) for d in densities], run, chunk_size)  # type: ignore[arg-type]
-        return [ranks[0] if ranks else np.inf for ranks in found]
+        positions = [smallest_kept(size, value_at(density, "", 0.0)) for density in densities]  # numbers: `check_trim`
+        return [ranks[0] if ranks else np.inf for ranks in model_ranks(models, delta, positions, run, chunk_size)]
 
-    def positions(tensor: Tensor, i: int) -> list[int]:
+    def position(tensor: Tensor, i: int) -> list[int]:
         return smallest_kept(tensor.size, value_at(densities[i], tensor.name, tensor.depth))
 
-    by_tensor = tensor_ranks(models, delta, positions, run, chunk_size)
+    by_tensor = tensor_ranks(models, delta, position, run, chunk_size)
     return {name: [ranks[0] if ranks else np.inf for ranks in found] for name, found in by_tensor.items()}
 
 
-def trimmed(method: Any, chunk: Chunk, i: int, stats: Any) -> Array:
+def trimmed(method: Trims, chunk: Chunk, i: int, stats: Thresholds) -> Array:
     """The task vector of model i without the elements that are smaller than its threshold."""
     vector = chunk.task_vectors[i]
-    vector *= magnitude(vector) >= (stats if method.trim == "model" else stats[chunk.tensor.name])[i]
+    vector *= magnitude(vector) >= (stats[chunk.tensor.name] if isinstance(stats, dict) else stats)[i]
     return vector
 
 
@@ -73,5 +82,5 @@ class Ties:
 
     grid = {"density": (0.1, 0.2, 0.5), "scale": (0.3, 0.6, 1.0)}
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: Thresholds) -> Array:
         return elected(self, chunk, TRIM.vectors(self, chunk, stats))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
@@ -12,6 +12,7 @@ from mergekit_vl.merging.coefficients import Coefficient, coefficient
 from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.svd import (
     AVERAGED,
+    Matrix,
     add_matrix,
     add_mean,
     check_averaged,
@@ -69,20 +70,21 @@ class TsvM:
             return 0
         return min(tensor.shape) // n if self.rank is None else int(min(tensor.shape) * self.rank)
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         n, scale = len(chunk.tuned), chunk.at(self.scale)
         kept = self._kept(chunk.tensor, n)
         if not kept:
             return add_mean(chunk, scale)
-        left, values, right = [], [], []
-        for i in range(n):
-            u, s, vt = svd(chunk, task_matrix(chunk, i))
-            xp = namespace(u)
-            left.append(xp.asarray(u[:, :kept], copy=True))
-            values.append(s[:kept])
-            right.append(xp.asarray(vt[:kept], copy=True))
-            del u, vt
+        left, values, right = (list(each) for each in zip(*(first_vectors(chunk, i, kept) for i in range(n))))
+        xp = namespace(left[0])
         u = orthogonal(chunk, xp.concatenate(left, 1))
         del left
         u *= xp.concatenate(values)
         return add_matrix(chunk, u @ orthogonal(chunk, xp.concatenate(right)), scale)
+
+
+def first_vectors(chunk: Chunk, i: int, kept: int) -> tuple[Matrix, Matrix, Matrix]:
+    """The first singular vectors and values of task matrix i: copies, since views would keep all of them."""
+    u, s, vt = svd(chunk, task_matrix(chunk, i))
+    xp = namespace(u)
+    return xp.asarray(u[:, :kept], copy=True), s[:kept], xp.asarray(vt[:kept], copy=True)

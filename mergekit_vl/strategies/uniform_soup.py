@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.merging.chunks import Chunk
@@ -16,6 +15,6 @@ from mergekit_vl.strategies.closed_form import closed_form
 class UniformSoup:
     """The plain mean of the fine-tuned models; the base is not an ingredient (`linear` makes it one)."""
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         n = len(chunk.tuned)
         return weighted_sum(chunk.tuned, (1 / n,) * n)

@@ -72,9 +72,9 @@ class Vrf:
         if self.a is not None and self.b is not None and not self.calibrated:
             return ByDistance(members, near, k, self.a, self.b)
         task = inputs.validated(WHERE, "give a and b and set calibrated=false")
-        (first, labels, _), (second, _, _) = (logits_of(m, task.classes, task.val, inputs.features) for m in members)  # type: ignore[arg-type]
+        (first, labels, _), (second, _, _) = (logits_of(m, task.classes, task.val, inputs.features) for m in members)
         temperatures = (temperature(first, labels), temperature(second, labels)) if self.calibrated else (1.0, 1.0)
-        distances = kth_distance(inputs.features.features(members[1].paths[0], task.val), near, k)  # type: ignore[arg-type]
+        distances = kth_distance(inputs.features.features(members[1].paths[0], task.val), near, k)
         spread = float(distances.double().std(correction=0)) or 1.0
         deciles = torch.quantile(distances.double(), torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()
         models = (

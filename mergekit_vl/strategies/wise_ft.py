@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import Unsuitable, UserError
@@ -12,7 +12,7 @@ from mergekit_vl.merging.coefficients import Coefficient
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Mixture, Model
+from mergekit_vl.models.model import Mixture, Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import (
@@ -50,8 +50,9 @@ class WiseFT:
         models.check_coefficient(WHERE, self._alpha(), "alpha")
 
     def merge(self, inputs: MergeInputs) -> Model:
-        if self.alpha == "validation":
-            return self._chosen(inputs)
+        return self._chosen(inputs) if self.alpha == "validation" else self._at_alpha(inputs)
+
+    def _at_alpha(self, inputs: MergeInputs) -> Single | Mixture:
         if self.space == "weights":
             return merge_adapters(self, inputs)
         _, tuned = endpoints(inputs)
@@ -68,11 +69,11 @@ class WiseFT:
         once = about.reads == "images"  # a tower an alpha: its features are looked at once
         store = inputs.features.temporary() if once else inputs.features
 
-        def made(alpha: float) -> Model:
-            return replace(replace(self, alpha=alpha).merge(inputs), choice=Choice({"alpha": alpha}))  # type: ignore[type-var]
+        def made(alpha: float) -> Single | Mixture:
+            return replace(replace(self, alpha=alpha)._at_alpha(inputs), choice=Choice({"alpha": alpha}))
 
         def mean(model: Model) -> tuple[float, ...]:
-            found = [quality(evaluate(model, task.classes, task.val, store).scores) for task in tasks]  # type: ignore[arg-type]
+            found = [quality(evaluate(model, task.classes, task.val, store).scores) for task in tasks]
             return tuple(sum(values) / len(tasks) for values in zip(*found))
 
         return max(map(made, ALPHAS), key=mean)
@@ -84,6 +85,6 @@ class WiseFT:
             )
         return self.alpha
 
-    def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
+    def merge_chunk(self, chunk: Chunk, stats: object) -> Array:
         alpha = chunk.at(self._alpha())
         return weighted_sum(chunk.members, (1 - alpha, alpha))

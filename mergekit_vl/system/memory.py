@@ -44,7 +44,8 @@ class Peak:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device, self.bytes = device, None
+        self.device = device
+        self.bytes: int | None = None
 
     def __enter__(self) -> Peak:
         if self.device.startswith("cuda"):

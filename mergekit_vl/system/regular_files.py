@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mergekit_vl.errors import UserError
 
@@ -35,15 +35,16 @@ def user_path(given: str) -> Path:
         raise UserError("a path holds no NUL character", where=given, hint="correct the path")
     try:
         path = Path(given).expanduser()
-        os.lstat(path)
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UserError("longer than a path can be", where=given, hint="correct the path") from None
+        return path
     except RuntimeError:
         raise UserError("whose home folder is it?", where=given, hint="write the path without ~") from None
     except UnicodeEncodeError:
         raise UserError("a path of half characters", where=given, hint="correct the path") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise UserError("longer than a path can be", where=given, hint="correct the path") from None
-    return path
 
 
 def check_utf8(name: str, *, where: str) -> None:
@@ -94,7 +95,7 @@ def parse_json(raw: bytes | str, *, where: str, what: str = "not JSON", hint: st
     """JSON from elsewhere. Raises UserError for what is none, is not UTF-8, names a key twice, or holds NaN, a number of thousands of
     digits, half a character, more than MOST_JSON_VALUES values, or one too deep within others."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) < len(pairs):
             names = [name for name, _ in pairs]
@@ -122,8 +123,8 @@ def parse_json(raw: bytes | str, *, where: str, what: str = "not JSON", hint: st
     return found
 
 
-def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
-    """Raise UserError with the first key that is not as the typed dictionary `shape` has it."""
+def check_shape(found: object, shape: type[T], *, what: str, where: str) -> T:
+    """`found` itself, of the typed dictionary `shape`; raises UserError with the first key that is not as that has it."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -132,6 +133,7 @@ def check_shape(found: Any, shape: type, *, what: str, where: str) -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{what}: {key}: {first['msg']}", where=where, hint="copy the file again") from None
+    return cast("T", found)
 
 
 def read_json(path: Path, shape: Callable[[Any], T]) -> T:

@@ -19,5 +19,6 @@ def make_reproducible(device: str) -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find faults, and costs a pass each time
+    # it helps to find faults, and costs a pass each time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch's types lack it
     torch.backends.mha.set_fastpath_enabled(False)  # its bits depend on grad mode

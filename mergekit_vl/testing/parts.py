@@ -68,9 +68,7 @@ def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: Any) 
     check_documented(promises, cls)
     with promises("contract"):
         require(not (faults := contracts.faults(cls, "datasets")), "; ".join(faults))
-        require(
-            (named := named_by(cls)) is None or named in {f for f in cls.__dataclass_fields__}, f"has no option {named}"
-        )
+        require((named := named_by(cls)) is None or named in cls.__dataclass_fields__, f"has no option {named}")
     data: Any = None
     with promises("loads"):
         options = quick(options, given, {}) if isinstance(options, type) else options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mergekit_vl.registry.plugins import Entry, registry
@@ -9,7 +10,7 @@ from mergekit_vl.testing.parts import check_backbone, check_dataset, check_proto
 from mergekit_vl.testing.promises import Broken, Violation, quick
 from mergekit_vl.testing.trained import LITTLE, check_adapter, check_strategy, check_tuner
 
-BY_KIND = {
+BY_KIND: dict[str, Callable[[Any], object]] = {
     "backbones": check_backbone,
     "tuners": check_tuner,
     "strategies": check_strategy,

@@ -119,7 +119,8 @@ def check_tuner(tuner: Tuner | type[Tuner], **given: Any) -> Single:
         with promises("same seed, same bytes"):
             require(bits(cast("Tuner", tuner).tune(world.inputs())) == bits(made), "a second tuning gives other logits")
     promises.settle()
-    return made
+    single: Single = made  # else settling has raised
+    return single
 
 
 def check_strategy(strategy: Strategy | type[Strategy], **given: Any) -> None:
@@ -222,7 +223,7 @@ def logits(model: Model, classes: Classes) -> Tensor:
     """[6, K] of the task's validation images."""
     from mergekit_vl.models.evaluate import logits_of
 
-    return logits_of(model, classes, world.task().val, world.store())[0]  # type: ignore[arg-type]
+    return logits_of(model, classes, world.dataset().val, world.store())[0]
 
 
 def bits(model: Model) -> bytes:

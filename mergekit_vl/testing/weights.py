@@ -96,7 +96,7 @@ class Drawn:
         self.seed = seed
 
     def read(self, name: str, start: int, stop: int, wide: np.dtype) -> Array:
-        return np.random.default_rng((self.seed, start)).standard_normal(stop - start, dtype=wide)  # type: ignore[arg-type]
+        return np.random.default_rng((self.seed, start)).standard_normal(stop - start, dtype=wide)
 
 
 def held(method: ClosedForm, n: int, shape: tuple[int, ...], chunk_size: int = MOST, wide: Any = np.float32) -> int:
@@ -128,7 +128,7 @@ def count(method: ClosedForm, info: MethodInfo, *, least: int = 2, base: bool = 
             method.check(Models(source, (Drawn(1),) * n, (), _labels(n)))
         except UserError:
             continue
-        return n
+        return int(n)
     require(False, f"{info.where} takes no number of models from 1 to 8")
     raise AssertionError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
@@ -94,15 +94,18 @@ class AdamWStep:
             ) from None
 
 
-class AdamWTraining:
+A = TypeVar("A", bound="Adapter")
+
+
+class AdamWTraining(Generic[A]):
     """A network that is trained, its optimiser, the best epoch so far, and all of them as a file."""
 
-    def __init__(self, backbone: Backbone, network: Network, schedule: AdamWSchedule) -> None:
+    def __init__(self, backbone: Backbone, network: Network[A], schedule: AdamWSchedule) -> None:
         self.backbone, self.network, self.schedule = backbone, network, schedule
         parameters = list(network.weights.values())
         self.optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
         self.best: dict[str, Tensor] = {}
-        self.facts: dict[str, Any] = {"adapter": "training", "epoch": 0, "best": -1.0, "best_epoch": 0}
+        self.facts: stored.Facts = {"adapter": "training", "epoch": 0, "best": -1.0, "best_epoch": 0}
 
     def steps(self, inputs: MergeInputs, augment: Augment, *, what: str) -> Iterator[AdamWStep]:
         """On the first task of `inputs`. A text tower stays as it is. Raises UserError if a loss is not finite, and where memory ends."""
@@ -156,7 +159,7 @@ class AdamWTraining:
             self.facts |= {"best": accuracy, "best_epoch": epoch + 1}
             self.best = {name: tensor.detach().clone() for name, tensor in self._now().items()}
 
-    def chosen(self) -> Adapter:
+    def chosen(self) -> A:
         """That of the best epoch on validation images where they chose, else of the last."""
         adapter = self.network.adapter(self.best or self._now())
         return adapter.with_chosen({"epoch": self.facts["best_epoch"]}) if self.best else adapter

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mergekit_vl.options import Options
+
 if TYPE_CHECKING:
     from mergekit_vl.models.inputs import MergeInputs
     from mergekit_vl.models.model import Single
 
 
-class Tuner(Protocol):
+class Tuner(Options, Protocol):
     """A frozen dataclass whose fields are its options; `inputs.tuned` is empty and `inputs.data` holds the one task."""
 
     def tune(self, inputs: MergeInputs) -> Single: ...

@@ -74,5 +74,5 @@ class Full:
             backbone.require_text()
             return Tower(weights)
         if self.head == "linear_probe":
-            return Tower(weights, LinearProbe(unseen=self.unseen).tune(inputs).adapter)  # type: ignore[arg-type]
+            return Tower(weights, LinearProbe(unseen=self.unseen).fitted(inputs))
         return Tower(weights, start_head(backbone, inputs, self.head, self.unseen))

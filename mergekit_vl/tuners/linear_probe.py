@@ -16,6 +16,7 @@ from mergekit_vl.tuners.head import Init, start_head
 from mergekit_vl.tuners.sgd import Schedule, cross_entropy, sgd
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -52,6 +53,9 @@ class LinearProbe:
         check(self, where="tuner linear_probe", l2=(l2, "0 or more"), views=(views, "0 or more"))
 
     def tune(self, inputs: MergeInputs) -> Single:
+        return Single(inputs.base.backbone, self.fitted(inputs))
+
+    def fitted(self, inputs: MergeInputs) -> LinearHead:
         import torch
 
         backbone, data = inputs.base.backbone, inputs.data[0]
@@ -63,18 +67,18 @@ class LinearProbe:
         else:
             views = inputs.features.features(path, data.train)[None]
         labels = torch.from_numpy(data.train.labels)
-        has_val = data.val is not None and len(data.val) > 0
-        grid = GRID if self.l2 is None and has_val else (NO_VALIDATION if self.l2 is None else self.l2,)
+        if self.l2 is not None or data.val is None or not len(data.val):
+            head = self._fit(start, start, NO_VALIDATION if self.l2 is None else self.l2, views, labels, inputs)
+            inputs.reporter.progress(1, 1, "linear_probe")
+            return head
         best, score, head = start, -1.0, start
-        for i, l2 in enumerate(grid):
+        for i, l2 in enumerate(GRID):
             head = self._fit(head if self.solver == "lbfgs" else start, start, l2, views, labels, inputs)
-            inputs.reporter.progress(i + 1, len(grid), "linear_probe")
-            if len(grid) == 1:
-                return Single(backbone, head)
-            accuracy = evaluate(Single(backbone, head), data.classes, data.val, inputs.features)[0].acc1  # type: ignore[arg-type]
+            inputs.reporter.progress(i + 1, len(GRID), "linear_probe")
+            accuracy = evaluate(Single(backbone, head), data.classes, data.val, inputs.features)[0].acc1
             if accuracy > score:
                 best, score = replace(head, chosen={"l2": l2}), accuracy
-        return Single(backbone, best)
+        return best
 
     def _fit(
         self, warm: LinearHead, start: LinearHead, l2: float, views: Tensor, labels: Tensor, inputs: MergeInputs
@@ -95,7 +99,13 @@ class LinearProbe:
         return network.adapter(leaves)
 
 
-def lbfgs(warm: Tensor, w0: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:
+def lbfgs(
+    warm: Float[Tensor, "K D1"],
+    w0: Float[Tensor, "K D1"],
+    x: Float[Tensor, "N D1"],
+    labels: Int[Tensor, " N"],
+    l2: float,
+) -> Float[Tensor, "K D1"]:
     """argmin_w CE(x w^T, labels) + l2 / 2 * mean |x|^2 * |w - w0|^2, in float64, from `warm`; all [K, D + 1]."""
     import torch
     import torch.nn.functional as F

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergekit_vl.errors import Failed
-from mergekit_vl.options import check
+from mergekit_vl.options import Options, check
 
 if TYPE_CHECKING:
     import torch
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from mergekit_vl.models.inputs import MergeInputs
@@ -58,7 +59,7 @@ class Schedule:
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(epoch - 1, 0) / self.epochs))
 
 
-class Positive(Protocol):
+class Positive(Options, Protocol):
     """What every schedule has."""
 
     @property
@@ -151,7 +152,7 @@ def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "
         )
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Float[Tensor, "*S B K"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     """Of logits [..., B, K] and labels [B]: the mean over images and leading dimensions."""
     import torch.nn.functional as F
 

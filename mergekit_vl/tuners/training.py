@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Training:
     """Iterate it once: each item is a step whose block says what is minimised. Then `adapter()` is what was trained."""
 
-    network: Network
+    network: Network[Adapter]
     x: Tensor | None
     """Prepared inputs [E, N, ...] where features are read; None where images are, which are loaded as they are needed."""
     steps: Iterator[Step | AdamWStep]

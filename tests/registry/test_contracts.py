@@ -165,7 +165,7 @@ RESIDUAL = (Path(__file__).parent.parent / "adapters" / "plug" / "text_residual.
          "save(path: Path, *, backbone: str) -> None was expected"),
         ("def networks(self, backbone, classes, *, training)", "def networks(self, backbone, classes)",
          "TextResidual.networks(self, backbone, classes) cannot be called so: "
-         "networks(backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> Sequence[Network] was expected"),
+         "networks(backbone: Backbone, classes: Sequence[Classes], *, training: bool) -> Sequence[Network[Self]] was expected"),
         ("    @classmethod\n    def load(cls,", "    def load(self,", "TextResidual.load is a method of instances: the class method "
          "load(path: Path, *, device: str = cpu) -> Self was expected"),
         ("    chosen = {}", "    chosen = {}\n\n    @classmethod\n    def recognises(cls): ...", "TextResidual.recognises(cls) cannot be called so: "

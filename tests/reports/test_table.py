@@ -84,7 +84,7 @@ def test_markdown():
 def test_html():
     page = str(render.html(TABLE, sortable=True))
     assert "<th>minus &lt;base&gt;</th>" in page and "class=sortable" in page
-    assert '<td class="" data-value="50.0">50.0 <span class=range>47.0 to 53.0</span></td>' in page
+    assert '<td data-value="50.0">50.0 <span class=range>47.0 to 53.0</span></td>' in page
     assert '<tr class="merged main"><td>mine<span class=equal>= yours</span></td>' in page
     assert '<td class="best" data-value="75.0">75.0<span class=mark>^</span></td>' in page
     assert "+15.0<span class=mark>*</span> <span class=range>+10.0 to +20.0</span></td>" in page

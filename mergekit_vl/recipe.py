@@ -19,7 +19,7 @@ from mergekit_vl.system.regular_files import read_text, user_path
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from mergekit_vl.recipe_forms import NamedForm
+    from mergekit_vl.recipe_forms import NamedForm, StrategyForm
     from mergekit_vl.registry.plugins import Registry
 
 TYPED = "command line"
@@ -285,7 +285,7 @@ def parse(
     if not form.strategy and not every:
         raise UserError("strategy is an empty list", where=where, hint="name at least one")
 
-    def spec(form: NamedForm, place: str) -> Spec:
+    def spec(form: NamedForm | StrategyForm, place: str) -> Spec:
         return Spec(form.name, form.options, f"{where}: {place} {form.name}", form.label or form.name)
 
     tuned = tuple(

@@ -46,14 +46,15 @@ class StrategyForm(Form):
 class TunedForm(Form):
     """A tuned model: its tuner, or its checkpoint."""
 
-    tuner: NamedForm = None  # type: ignore[assignment]  # one of the two is there
+    tuner: NamedForm | None = None
     checkpoint: AsText | None = None
     init: AsText | None = None
     label: AsText | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TunedForm:
-        if (self.tuner is None) == (self.checkpoint is None) or (self.tuner and len(self.model_fields_set) > 1):
+        given = self.model_fields_set
+        if (self.tuner is None) == (self.checkpoint is None) or ("tuner" in given and len(given) > 1):
             raise ValueError("either a tuner or a checkpoint")
         return self
 

@@ -16,8 +16,8 @@ CELL_SECONDS, EPOCH_SECONDS = 5, 0.25
 
 
 def most_epochs(trained: Iterable[object]) -> int:
-    """Of tuners, checkpoints and strategies: the largest option `epochs`."""
-    return max((options.values(each).get("epochs", 0) for each in trained), default=0)
+    """Of tuners, checkpoints and strategies: the largest option `epochs`; 0 for one that has none or leaves it to its settings."""
+    return max((options.values(each).get("epochs") or 0 for each in trained), default=0)
 
 
 def described(made: Experiment) -> list[str]:

@@ -781,7 +781,7 @@ def test_an_svd_that_does_not_converge_says_what_to_do(monkeypatch):
 
 
 def test_the_methods_in_the_docs_work():
-    page = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
     names = {"dataclass": dataclass, "closed_form": closed_form, "np": np}
     names |= {"Coefficient": coefficients.Coefficient, "coefficient": coefficients.coefficient}
     for code in re.findall(r"```python\n(@closed_form.*?)```", page, re.S):

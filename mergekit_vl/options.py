@@ -106,5 +106,6 @@ def describe(cls: type) -> list[tuple[str, str, str, str]]:
     rows = []
     for field in dataclasses.fields(cls):
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-        rows.append((key_of(field), str(field.type), default, field.metadata.get("help", "")))
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        rows.append((key_of(field), kind, default, field.metadata.get("help", "")))
     return rows

@@ -25,9 +25,9 @@ test: $(READY)
 fuzz: $(READY)
 	MERGEKIT_VL_FUZZ=1 $(VENV)/bin/python -m pytest tests/fuzz
 
-# format, lint and layers
+# format, lint, types and layers
 lint: $(READY)
-	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest tests/test_layers.py
 
 clean:

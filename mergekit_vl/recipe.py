@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mergekit_vl import __version__, references, yaml_text
 from mergekit_vl.errors import UserError, unknown
@@ -49,7 +49,7 @@ class Spec:
     """Of a strategy: the label of an earlier one, or of a tuned model, that it merges with the base instead of all tuned ones."""
     grid: Mapping[str, Any] | None = None
     """Of a strategy: values of its options that `bench` tries, instead of the strategy's own grid."""
-    batch_norm: str = "images"
+    batch_norm: Literal["images", "mean"] = "images"
     """Of a strategy: where the running statistics of a merged tower come from, `images` or the `mean` over the models."""
 
 
@@ -216,7 +216,7 @@ def _config(plain: dict[str, Any], *, where: str) -> DictConfig:
 def _plain(config: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
 
 
 def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, hint: str) -> None:

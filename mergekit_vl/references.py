@@ -189,8 +189,15 @@ def _label(path: Any) -> str | None:
     """What a path is called whose last part is the environment's: by the variable's name instead of its value."""
     if not isinstance(path, str) or "${" not in path:
         return None
-    last = REFERENCE.sub(lambda found: "\0" + ENVIRONMENT.fullmatch(found[1])[1], path).rstrip("/").rpartition("/")[2]  # type: ignore[index]
+    last = REFERENCE.sub(lambda found: "\0" + _variable(found[1]), path).rstrip("/").rpartition("/")[2]
     return last.replace("\0", "") if "\0" in last else None
+
+
+def _variable(reference: str) -> str:
+    """The name of an environment variable in what refers to it."""
+    match = ENVIRONMENT.fullmatch(reference)
+    assert match is not None  # `expand` refuses others
+    return match[1]
 
 
 def _of_environment(found: re.Match[str], environment: Mapping[str, str | None], where: str) -> str:

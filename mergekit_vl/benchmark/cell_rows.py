@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mergekit_vl.benchmark.grid import Bench, Key
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.model import Model
+    from mergekit_vl.protocols.base import Task
     from mergekit_vl.recipe import Spec
     from mergekit_vl.reports.results import Row
     from mergekit_vl.strategies.base import Strategy
@@ -43,7 +44,7 @@ class CellRun:
     bench: Bench
     key: Key
     cell: Cell
-    chosen: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Strategy] = field(default_factory=dict)
     """The strategy with the options that were chosen, by label."""
     unselected: str | None = None
     """Why making the selection tasks failed."""
@@ -115,7 +116,7 @@ class CellRun:
             found.append((search.quality(scored), row.row, (inputs.base, *inputs.tuned)[i], row))
         _, name, model, row = max(found, key=lambda each: each[0])
         tried = tuple(Tried({"model": other}, score, -nll) for (score, nll), other, _, _ in found)
-        search_of = Searched(self._images(), self.bench.plan.split(), tried)
+        search_of = Searched(self._images(self.selection[0][0].task), self.bench.plan.split(), tried)
         return self._done(entry, model, row, {"model": name}, search=search_of)
 
     def _strategy(self, entry: Entry) -> Record:
@@ -143,10 +144,10 @@ class CellRun:
             return Default(given, reason=str(error))
         return Default(given, row.tests, row.score)
 
-    def _configurations(self, spec: Spec, cls: Any) -> list[tuple[dict[str, Any], Any]]:
+    def _configurations(self, spec: Spec, cls: type[Strategy]) -> list[tuple[dict[str, object], Strategy]]:
         return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
 
-    def _choose(self, spec: Spec, tries: list[tuple[dict[str, Any], Any]]) -> tuple[Any, Searched]:
+    def _choose(self, spec: Spec, tries: list[tuple[dict[str, object], Strategy]]) -> tuple[Strategy, Searched]:
         """The best strategy of `tries`, and how it was chosen on the selection tasks."""
         default = tries[0][1]
         if len(tries) == 1:
@@ -168,11 +169,11 @@ class CellRun:
         if best is None:
             how = "defaults: none of the configurations could be used on the selection task"
             return default, Searched(how, None, tuple(table))
-        return best[1], Searched(self._images(), self.bench.plan.split(), tuple(table))
+        return best[1], Searched(self._images(self.selection[0][0].task), self.bench.plan.split(), tuple(table))
 
-    def _images(self) -> str:
+    def _images(self, task: Task) -> str:
         """Of the first selection task."""
-        images = ", ".join(f"{len(split)} {name}" for name, _, split in self.selection[0][0].task.tests)  # type: ignore[union-attr]
+        images = ", ".join(f"{len(split)} {name}" for name, _, split in task.tests)
         return ("development tasks: " if self.bench.plan.search.by == "development" else "") + images
 
     def _scored(self, cell: Cell, spec: Spec, strategy: Strategy, inputs: MergeInputs) -> tuple[Model, Row]:
@@ -207,10 +208,11 @@ class CellRun:
             i = labels.index(spec.of)
             return dataclasses.replace(inputs, tuned=inputs.tuned[i : i + 1], data=inputs.data[i : i + 1])
         parent = next(entry for entry in self.bench.entries if entry.label == spec.of)
-        model, _ = self._scored(cell, parent.spec, self._choice(parent), inputs)  # type: ignore[arg-type]
+        assert parent.spec is not None, "what a row is made of is a strategy"
+        model, _ = self._scored(cell, parent.spec, self._choice(parent), inputs)
         return dataclasses.replace(inputs, tuned=(model,), data=inputs.data[:1])
 
-    def _choice(self, entry: Entry) -> Any:
+    def _choice(self, entry: Entry) -> Strategy:
         """The strategy of another row with the options that were chosen for it."""
         if entry.label not in self.chosen:
             record = self.bench.recorded(self.key, entry) or _fault(entry, "failed", "not made")
@@ -256,14 +258,15 @@ class CellRun:
         entry = min(merged, key=lambda e: (not isinstance(e.cls, HasControls), not trains(e.cls)), default=None)
         if entry is None or entry.spec is None:
             return
+        spec = entry.spec
         makers = ("mergekit_vl.experiments.landscape", *self.bench.makers(entry))
         found = self.bench.path(self.key, entry)
         if found is None or not self.cell.fresh(found.made_of, makers):
             self.bench.reporter.progress(0, 0, f"{self.key.name}: path")
-            made = dataclasses.replace(self._path(entry), made_of=self.cell.made_of(makers))
+            made = dataclasses.replace(self._path(entry, spec), made_of=self.cell.made_of(makers))
             write_json(self.bench.path_record(self.key, entry), made.to_json())
 
-    def _path(self, entry: Entry) -> CellPath:
+    def _path(self, entry: Entry, spec: Spec) -> CellPath:
         """The path by way of a row; without points where there is none."""
         nothing = CellPath(entry.label)
         inputs = self.anchors[1]
@@ -273,7 +276,7 @@ class CellRun:
             return nothing
         tests, size = self.cell.task.tests, 11 if towers else LINE_POINTS
         try:
-            model, _ = self._scored(self.cell, entry.spec, self._choice(entry), inputs)  # type: ignore[arg-type]
+            model, _ = self._scored(self.cell, spec, self._choice(entry), inputs)
             found = landscape.landscapes(inputs.base, inputs.tuned[0], model, inputs.features)
             points = [p for between in found for p in landscape.lines(between, tests, size, landscape.SEGMENTS)]
             plane = landscape.plane(found[0], tests, PLANE_POINTS) if found and not towers else None

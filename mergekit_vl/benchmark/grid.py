@@ -112,7 +112,7 @@ class Bench:
         file = self.out / "speed.json"
         if not file.exists():
             write_json(file, {"image_ms": self._measured(), "device": self.ready.device})
-        return json.loads(file.read_text())["image_ms"]
+        return float(json.loads(file.read_text())["image_ms"])
 
     def _measured(self) -> float:
         import torch

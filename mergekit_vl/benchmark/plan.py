@@ -20,7 +20,7 @@ from mergekit_vl.protocols.base import HasShots, shots_of
 from mergekit_vl.recipe import ALL, Recipe, Spec, TunedSpec, dataset_specs
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
-from mergekit_vl.strategies.base import TrainsOn, trains
+from mergekit_vl.strategies.base import TrainsOn, trains, trains_on
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.uniform_soup import UniformSoup
 from mergekit_vl.system.atomic_files import slug
@@ -160,10 +160,10 @@ def _development(how: Search, recipe: Recipe, registry: Registry) -> tuple[tuple
 def _trainer(strategies: Sequence[tuple[Spec, Any]], registry: Registry) -> tuple[str, type[TrainsOn]] | None:
     """The first strategy that can train a tuned model on: one of these, else any that is registered."""
     for spec, cls in strategies:
-        if isinstance(cls, TrainsOn):
-            return spec.name, cls  # type: ignore[return-value]
+        if trains_on(cls):
+            return spec.name, cls
     for name, entry in registry.entries["strategies"].items():
-        if isinstance(cls := entry.resolve(), TrainsOn):
+        if trains_on(cls := entry.resolve()):
             return name, cls
     return None
 
@@ -193,7 +193,7 @@ def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tu
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
-    more = {"label": spec.label} if spec.label != spec.name else {}
+    more: dict[str, object] = {"label": spec.label} if spec.label != spec.name else {}
     more |= {"of": spec.of} if spec.of is not None else {}
     more |= {"grid": spec.grid} if spec.grid is not None else {}
     more |= {"batch_norm": spec.batch_norm} if spec.batch_norm != "images" else {}
@@ -260,11 +260,11 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
             spec = Spec(strategy, given, "the row continued", name, of=label, grid={})
             entries.append(Entry(name, "control", (strategy, spec.options, label), spec, cls))
     entries.append(Entry(BEST, "control", (how,)))
-    average, cls = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
+    average, of = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
     spec = Spec(average, {}, "the row average", "average", grid={})
-    entries.append(Entry("average", "control", (average,), spec, cls))
+    entries.append(Entry("average", "control", (average,), spec, of))
     entries = [entry for entry in entries if entry.kind in ("zero-shot", "tuned") or entry.label not in by_label]
-    for spec, cls in plan.strategies:
+    for spec, kind in plan.strategies:
         chain, parent, parents = [], spec, []
         while True:
             chain.append(_plain(parent))
@@ -272,8 +272,8 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
                 break
             parent = by_label[parent.of]
             parents.append(classes[parent.label])
-        grid = configurations(cls, spec, len(tuned), plan.search) if isinstance(cls, type) else []
+        grid = configurations(kind, spec, len(tuned), plan.search) if isinstance(kind, type) else []
         tried = [given for given, _ in grid]
         definition = (chain, tried, how, plan.retunes())
-        entries.append(Entry(spec.label, "merged", definition, spec, cls, tuple(parents)))
+        entries.append(Entry(spec.label, "merged", definition, spec, kind, tuple(parents)))
     return entries

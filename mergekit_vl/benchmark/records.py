@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mergekit_vl.models.evaluate import Scores
 from mergekit_vl.protocols.base import Metric
 from mergekit_vl.reports.landscape_results import MeanPath
-from mergekit_vl.reports.results import IF_THERE, LEFT_OUT, CellResult, Kind, Paired, Row, SummaryRow, plain, read
+from mergekit_vl.reports.results import IF_THERE, LEFT_OUT, CellResult, Kind, Paired, Row, SummaryRow, fields_of, read
 
 Status = Literal["done", "inapplicable", "failed"]
 OF_ROW = ("tests", "score", "right", "digest", "parameters", "forwards", "chosen", "learnt", "chosen_on")
@@ -105,7 +105,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         row = {} if self.made is None else {key: value for key, value in self.made.to_json().items() if key in OF_ROW}
-        return plain(self) | row
+        return fields_of(self) | row
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Record:
@@ -173,7 +173,7 @@ class BenchRow:
         return self.summary.score
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self.summary) | plain(self)
+        return fields_of(self.summary) | fields_of(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchRow:
@@ -200,7 +200,7 @@ class BenchTable:
         return self.metric
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self) | {"rows": [row.to_json() for row in self.rows]}
+        return fields_of(self) | {"rows": [row.to_json() for row in self.rows]}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchTable:
@@ -307,7 +307,7 @@ class BenchReport:
         return bool(self.lost_cells) or any(each.status == "failed" for each in self.left_out)
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self) | {"tables": [table.to_json() for table in self.tables]}
+        return fields_of(self) | {"tables": [table.to_json() for table in self.tables]}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchReport:

@@ -30,6 +30,7 @@ from mergekit_vl.strategies.base import grid_of, trains
 if TYPE_CHECKING:
     from mergekit_vl.recipe import Spec
     from mergekit_vl.reports.results import Row
+    from mergekit_vl.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,16 @@ class Search:
         return min(self.budget, self.training_budget) if trains(strategy) else self.budget
 
 
-def configurations(cls: type, spec: Spec, models: int, search: Search) -> list[tuple[dict[str, Any], Any]]:
+def configurations(
+    cls: type[Strategy], spec: Spec, models: int, search: Search
+) -> list[tuple[dict[str, object], Strategy]]:
     """(options, strategy) of each configuration to try: the recipe's own first, then its grid's, thinned evenly to the budget.
 
     The grid is the recipe's (`grid:` of the strategy), or the class's. Combinations that the class refuses are left out.
     """
     first = options.build(cls, spec.options, where=spec.where)
     grid = grid_of(cls, models) if spec.grid is None else spec.grid
-    rest: list[tuple[dict[str, Any], Any]] = []
+    rest: list[tuple[dict[str, object], Strategy]] = []
     for values in itertools.product(*grid.values()):
         given = {**spec.options, **dict(zip(grid, values))}
         try:

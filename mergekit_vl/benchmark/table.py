@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from mergekit_vl.benchmark.records import (
     LeftOut,
     Reason,
     Record,
+    RowCost,
 )
 from mergekit_vl.models import choices
 from mergekit_vl.models.evaluate import Scores
@@ -103,7 +104,9 @@ def _row(
     anchor: str | None,
     rank: float,
 ) -> BenchRow:
-    mean = lambda key: _mean([key(record.cost) for record in records if record.cost is not None])  # noqa: E731
+    def mean(key: Callable[[RowCost], float | None]) -> float | None:
+        return _mean([key(record.cost) for record in records if record.cost is not None])
+
     return BenchRow(
         dataclasses.replace(of_row, ms_per_sample=mean(lambda cost: cost.ms_per_sample) or 0.0),
         equal=tuple(equal),
@@ -176,7 +179,7 @@ def left_out(bench: Bench, cells: Sequence[CellRecord]) -> tuple[LeftOut, ...]:
             reasons.setdefault(record.reason or "" if record else "not made", []).append(name)
         failed = any(record is None or record.status == "failed" for _, record in missing)
         told = tuple(Reason(reason, tuple(names)) for reason, names in reasons.items())
-        status = "failed" if failed else "inapplicable"
+        status: Literal["inapplicable", "failed"] = "failed" if failed else "inapplicable"
         out.append(LeftOut(entry.label, status, told, len(records) - len(missing), len(records)))
     return tuple(out)
 

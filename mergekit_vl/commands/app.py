@@ -81,8 +81,10 @@ def run(
     from mergekit_vl.experiments import experiment as experiments
     from mergekit_vl.reports import report
 
+    def build(plan: Recipe) -> experiments.Experiment:
+        return experiments.build(plan, registry())
+
     words = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
-    build = lambda plan: experiments.build(plan, registry())  # noqa: E731
     plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
     experiment = build(plan)
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
@@ -219,10 +221,12 @@ def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> No
 
     def build(plan: Recipe) -> Any:
         if plan.every:  # a bench
-            from mergekit_vl.benchmark import plan as module
-        else:
-            from mergekit_vl.experiments import experiment as module
-        return module.build(plan, registry())
+            from mergekit_vl.benchmark import plan as benches
+
+            return benches.build(plan, registry())
+        from mergekit_vl.experiments import experiment as experiments
+
+        return experiments.build(plan, registry())
 
     plan = load_recipe(recipe, overrides, allow_env=allow_env, check=build)
     experiment = build(plan)

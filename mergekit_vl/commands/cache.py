@@ -51,9 +51,9 @@ def cache(
     freed = _size(chosen)
     for file in chosen:
         file.unlink(missing_ok=True)
-    for inside in folder.glob("??"):
-        if not any(inside.iterdir()):
-            inside.rmdir()
+    for place in folder.glob("??"):
+        if not any(place.iterdir()):
+            place.rmdir()
     say(f"deleted {len(chosen)} files, {freed}, from {folder}")
 
 

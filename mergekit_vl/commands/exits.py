@@ -61,9 +61,10 @@ def _line(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, USAGE):
-        command = error.ctx.command_path if getattr(error, "ctx", None) else "mergekit-vl"
-        told = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        return f"{told} (see {command} --help)"
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "mergekit-vl"
+        message: Callable[[], str] = getattr(error, "format_message", error.__str__)
+        return f"{' '.join(message().split())} (see {command} --help)"
     if isinstance(error, OSError) and error.strerror:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return ": ".join([" and ".join(names), error.strerror] if names else [error.strerror])

@@ -134,7 +134,7 @@ def estimates(opened: AlignedCheckpoints) -> list[str]:
     from mergekit_vl.system.memory import threads_available
 
     plan, threads, passes = opened.plan, threads_available(), forecast.passes(opened)
-    form = opened.info.chunks
+    form: str = opened.info.chunks
     if form == "tensor":
         most = max((whole_arrays(opened.info, t) for t in forecast.matrices(opened)), default=0)
         form = f"{form}, at most {most} arrays of a matrix's size at a time"

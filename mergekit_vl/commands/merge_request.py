@@ -71,7 +71,9 @@ def ask(
     named = _name_models(section.models, base if base is not None else section.base, where=where)
     cls, info = closed_form(name, where=where)
     chosen, more = _own_options(given, name, where)
-    method = options.build(cls, _choose(cls, info, chosen, settings, named, where=where), where=f"strategy {name}")
+    method: ClosedForm = options.build(
+        cls, _choose(cls, info, chosen, settings, named, where=where), where=f"strategy {name}"
+    )
     plan = MergePlan(
         name,
         method,

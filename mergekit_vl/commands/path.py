@@ -11,7 +11,7 @@ from mergekit_vl.commands import arguments
 from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.recipe import load_recipe
+from mergekit_vl.recipe import Recipe, load_recipe
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
@@ -37,7 +37,9 @@ def path(
     from mergekit_vl.reports.landscape_page import barriers, document
     from mergekit_vl.system.atomic_files import write_json, write_text
 
-    build = lambda plan: experiments.build(plan, registry())  # noqa: E731
+    def build(plan: Recipe) -> experiments.Experiment:
+        return experiments.build(plan, registry())
+
     plan = load_recipe(recipe, overrides or [], allow_env=allow_env or (), check=build)
     made = build(plan)
     if made.joint:

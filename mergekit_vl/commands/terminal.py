@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
@@ -85,7 +85,7 @@ def drawn_table(table: Table, width: int) -> RichTable:
     )  # fmt: skip
     made.add_column(printable(table.corner), overflow="fold")
     for column, letters in zip(table.columns, widths):
-        justify = "right" if column.form else "left"
+        justify: Literal["left", "right"] = "right" if column.form else "left"
         made.add_column(printable(column.header), justify=justify, width=letters, overflow="fold")
     for row, cells in zip(table.rows, body):
         shown = [
@@ -101,6 +101,8 @@ def _fitted(table: Table, width: int) -> tuple[list[list[str]], list[int], tuple
 
     longest = max((cell_len(printable(row.name)) for row in table.rows), default=0)
     headers = [column.header for column in table.columns]
+    body: list[list[str]] = []
+    widths: list[int] = []
     for ranges in (True, False):
         body = [
             [text(cell, column, ranges=ranges) for column, cell in zip(table.columns, row.cells)] for row in table.rows

@@ -251,8 +251,8 @@ def _tune(tuner: Tuner | Single, inputs: MergeInputs) -> Single:
     return with_start(tuner, inputs) if isinstance(tuner, Single) else tuner.tune(inputs)
 
 
-def _digest(model: Model) -> str:
+def _digest(model: Single) -> str:
     digest = hashlib.sha256()
-    for tensor in model.adapter.tensors.values():  # type: ignore[attr-defined]
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+    for tensor in model.adapter.tensors.values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]

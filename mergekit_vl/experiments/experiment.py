@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergekit_vl import options
 from mergekit_vl.backbones.base import base_label
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mergekit_vl.datasets.base import Dataset, DatasetOptions
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import Model, Single
-    from mergekit_vl.protocols.base import EvaluationProtocol, Task
+    from mergekit_vl.protocols.base import EvaluationProtocol, JointProtocol, Task
     from mergekit_vl.reports.results import CellResult, PathPoint, Report, Row
     from mergekit_vl.strategies.base import Strategy
     from mergekit_vl.tuners.base import Tuner
@@ -129,7 +129,7 @@ class Experiment:
 def build(recipe: Recipe, registry: Registry, *, of_bench: bool = False) -> Experiment:
     """Resolve every name and check every option; reads no weights and imports no torch. A bench has its strategies elsewhere."""
 
-    def make(kind: str, spec) -> Any:
+    def make(kind: str, spec: Spec) -> Any:
         return options.build(registry.find(kind, spec.name, where=spec.where).resolve(), spec.options, where=spec.where)
 
     if recipe.every and not of_bench:
@@ -213,10 +213,11 @@ class Ready:
 
     def tasks(self, protocol: EvaluationProtocol, seeds: tuple[int, ...]) -> list[tuple[str, int, Task]]:
         """(dataset, seed, task) of each cell; raises UserError where a test needs a text tower that is not there."""
-        out = []
-        for dataset in [self.datasets] if self.experiment.joint else self.datasets:
-            name = " + ".join(d.name for d in dataset) if isinstance(dataset, tuple) else dataset.name
-            out += [(name, seed, protocol.task(dataset, seed)) for seed in seeds]
+        if self.experiment.joint:
+            name, together = " + ".join(dataset.name for dataset in self.datasets), cast("JointProtocol", protocol)
+            out = [(name, seed, together.task(self.datasets, seed)) for seed in seeds]
+        else:
+            out = [(each.name, seed, protocol.task(each, seed)) for each in self.datasets for seed in seeds]
         if self.experiment.joint or any(has_novel_classes(task) for _, _, task in out):
             self.backbone.require_text()
         return out
@@ -291,7 +292,8 @@ def run(
     began = time.time()
     ready = prepare(experiment, device=device, reporter=reporter)
     tasks = ready.tasks(experiment.protocol, experiment.recipe.seeds)
-    cells, first = [], None
+    cells: list[CellResult] = []
+    first: Model | None = None
     for number, (name, seed, task) in enumerate(tasks, 1):
         if len(tasks) > 1:
             reporter.progress(number - 1, len(tasks), ALL_CELLS)
@@ -300,8 +302,9 @@ def run(
         folder = out / "state" / cell_name(name, seed)
         cell = ready.cell(task, seed, folder, store, part, ready.everywhere(tasks, seed))
         main, facts = _run_cell(ready, cell, name, seed)
-        first = main if number == 1 else first
+        first = first or main
         cells.append(facts)
+    assert first is not None, "a run has a cell"
     reporter.progress(0, 0, "writing the report")
     return report.write(
         experiment.recipe,

@@ -15,7 +15,7 @@ CELL_SECONDS, EPOCH_SECONDS = 5, 0.25
 """Of a cell, and of an epoch in it: tasks of the microworld at 16 shots with prompts of the micro CLIP, on 2 cores."""
 
 
-def most_epochs(trained: Iterable[object]) -> int:
+def most_epochs(trained: Iterable[options.Options]) -> int:
     """Of tuners, checkpoints and strategies: the largest option `epochs`; 0 for one that has none or leaves it to its settings."""
     return max((options.values(each).get("epochs") or 0 for each in trained), default=0)
 

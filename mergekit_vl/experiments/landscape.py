@@ -117,7 +117,8 @@ def _combined(coefficients: Tensor, vectors: Tensor) -> Tensor:
     """[S, N] and [N, ...] -> [S, ...]; the coefficients 0 and 1 give the models themselves to the bit."""
     import torch
 
-    return torch.tensordot(coefficients.to(vectors), vectors, 1)
+    combined: Tensor = torch.tensordot(coefficients.to(vectors), vectors, 1)
+    return combined
 
 
 def _products(members: Mapping[str, Single]) -> Callable[[Tests], Tensor]:
@@ -190,10 +191,10 @@ def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
         if c.count_nonzero() == 1:
             return models[int(c.argmax())], store
         tensors = {
-            name: sum(float(x) * m.adapter.tensors[name] for x, m in zip(c, models))
+            name: sum((float(x) * m.adapter.tensors[name] for x, m in zip(c, models)), torch.zeros(()))
             for name in models[0].adapter.tensors
         }
-        return Single(models[0].backbone, models[0].adapter.with_tensors(tensors)), store.temporary()  # type: ignore[arg-type]
+        return Single(models[0].backbone, models[0].adapter.with_tensors(tensors)), store.temporary()
 
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
         out = []

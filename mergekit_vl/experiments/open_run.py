@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from mergekit_vl.system.regular_files import read_json, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.backbone import Backbone
+    from mergekit_vl.backbones.base import BackboneOptions
     from mergekit_vl.models.model import Model
     from mergekit_vl.registry.plugins import Registry
 
@@ -127,6 +128,6 @@ def _backbone(given: str, registry: Registry, device: str) -> Backbone:
     return _built(registry, name, {"arch": prefix + arch} | ({"pretrained": pretrained} if pretrained else {}), device)
 
 
-def _built(registry: Registry, name: str, given, device: str) -> Backbone:
-    cls = registry.find("backbones", name).resolve()
+def _built(registry: Registry, name: str, given: Mapping[str, object], device: str) -> Backbone:
+    cls: type[BackboneOptions] = registry.find("backbones", name).resolve()
     return options.build(cls, given, where=f"backbone {name}").build(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def probabilities(model: Model, classes: Classes, view: View, n: int, reporter: 
     features: dict[str, list[Tensor]] = {}
     for path in paths:
         features[path.key] = []
-        for batch in prefetched(lambda i, path=path: view(path, i), n, size):  # type: ignore[misc]
+        for batch in prefetched(partial(view, path), n, size):
             features[path.key].append(path.encode(batch, block=size))
             reporter.progress(sum(map(len, features[path.key])), n, "images")
     with torch.no_grad():

@@ -79,6 +79,12 @@ class EvaluationProtocol(Options, Protocol):
         ...
 
 
+class JointProtocol(Options, Protocol):
+    """One that says `joint = True`."""
+
+    def task(self, datasets: Sequence[Dataset], seed: int) -> Task: ...
+
+
 @runtime_checkable
 class IsJoint(Protocol):
     @property

@@ -33,7 +33,7 @@ def card(report: Report, backbone: Mapping[str, Any], gain: str, model: Model) -
 def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
     """How to use the model without this toolkit."""
     single = model if isinstance(model, Single) else None
-    usage, main = single and single.adapter.usage(single.backbone), in_code(main)
+    usage, main = single.adapter.usage(single.backbone) if single is not None else None, in_code(main)
     if usage is None:
         space = f" ({single.adapter.space})" if single else ""
         return [

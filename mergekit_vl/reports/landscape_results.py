@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_vl.reports.results import IF_THERE, PathPoint, plain, read
+from mergekit_vl.reports.results import IF_THERE, PathPoint, fields_of, read
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CellPath:
     made_of: Mapping[str, Any] | None = field(default=None, metadata=IF_THERE)
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self)
+        return fields_of(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> CellPath:
@@ -63,7 +63,7 @@ class MeanPath:
     """The cell that the plane is of."""
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self)
+        return fields_of(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> MeanPath:

@@ -11,6 +11,9 @@ import numpy as np
 from mergekit_vl.printable import shown
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from mergekit_vl.reports.results import MeanPoint, Report, SummaryRow
 
 
@@ -29,7 +32,7 @@ DRAWN = 40
 """Characters of a label in a plot."""
 
 
-def figure_of(rows: int, columns: int, width: float, height: float):
+def figure_of(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """A figure with its axes; width and height are those of a panel, in inches."""
     import matplotlib
 
@@ -45,7 +48,7 @@ def figure_of(rows: int, columns: int, width: float, height: float):
     return figure, axes
 
 
-def svg_of(figure) -> str:
+def svg_of(figure: Figure) -> str:
     """The figure as SVG to stand in a page, the same bytes every time; it is closed."""
     import matplotlib.pyplot as plt
 
@@ -55,7 +58,7 @@ def svg_of(figure) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
-def _draw(figure, out: io.StringIO | io.BytesIO, **how: Any) -> None:
+def _draw(figure: Figure, out: io.StringIO | io.BytesIO, **how: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the tables have the whole label
         figure.savefig(out, **how)
@@ -83,7 +86,7 @@ def _at(entry: SummaryRow | MeanPoint, column: str) -> float:
     return entry.columns[column].acc1
 
 
-def _plane(axis, report: Report) -> None:
+def _plane(axis: Axes, report: Report) -> None:
     """The first column against the last, with lines of equal headline; one bar a row where there are not two columns."""
     columns = columns_of(report)
     if len(columns) != 2:
@@ -93,7 +96,7 @@ def _plane(axis, report: Report) -> None:
     bases, novels = ([_at(r, k) for r in rows] for k in columns)
     xs = [min(bases) - 3, max(bases) + 5]
     ys = [min(novels) - 3, max(novels) + 3]
-    grid = np.meshgrid(np.linspace(*xs, 80), np.linspace(*ys, 80))
+    grid = np.meshgrid(np.linspace(xs[0], xs[1], 80), np.linspace(ys[0], ys[1], 80))
     levels = report.metric.score(grid)
     lines = axis.contour(*grid, levels, levels=8, colors="#d5d5d5", linewidths=0.8)
     axis.clabel(lines, fmt="HM %.0f" if report.metric.harmonic else "mean %.0f", fontsize=7)
@@ -125,16 +128,16 @@ def _plane(axis, report: Report) -> None:
     axis.set_title("What each method gains (right) and keeps (up)")
 
 
-def _bars(axis, report: Report) -> None:
+def _bars(axis: Axes, report: Report) -> None:
     rows = report.summary[::-1]
     scores = [r.score for r in rows]
     axis.barh(range(len(rows)), scores, color=[STYLES[r.kind][0] for r in rows], height=0.6)
     axis.set_yticks(range(len(rows)), [drawn(r.row) for r in rows])
     if len(columns_of(report)) == 1:
-        spans = [next(iter(r.columns.values())).interval for r in rows]
-        known = [i for i, span in enumerate(spans) if span is not None]
-        errors = [[abs(spans[i][end] - scores[i]) for i in known] for end in (0, 1)]
-        axis.errorbar([scores[i] for i in known], known, xerr=errors, fmt="none", ecolor="#333333", lw=1)
+        known = [(i, span) for i, r in enumerate(rows) if (span := next(iter(r.columns.values())).interval) is not None]
+        errors = [[abs(span[end] - scores[i]) for i, span in known] for end in (0, 1)]
+        places = [i for i, _ in known]
+        axis.errorbar([scores[i] for i in places], places, xerr=errors, fmt="none", ecolor="#333333", lw=1)
     for y, score in enumerate(scores):
         axis.text(score + 1, y + 0.32, f"{score:.1f}", va="center", fontsize=8)
     axis.set(xlabel=f"{drawn(report.metric.headline)} (%)", xlim=(0, 105))
@@ -145,7 +148,7 @@ def _bars(axis, report: Report) -> None:
 COLOURS = ("#d9534f", "#2f78c4", "#2a9d6f", "#8e5bb5", "#e69f00", "#555555")
 
 
-def _path(axis, report: Report) -> None:
+def _path(axis: Axes, report: Report) -> None:
     for test, colour in zip(columns_of(report), COLOURS):
         through = [(p.alpha, _at(p, test)) for p in along(report, "zero-shot -> merged")]
         through += [(1 + p.alpha, _at(p, test)) for p in along(report, "merged -> tuned")]

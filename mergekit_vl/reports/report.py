@@ -177,8 +177,14 @@ def _column(cells: Sequence[CellResult], rows: Sequence[Row], name: str) -> Colu
         return float(np.mean([cell.metric.column(name, row.accuracies(key)) for cell, row in zip(cells, rows)]))
 
     images = sum(row.tests[test].n for cell, row in zip(cells, rows) for test in cell.metric.columns[name])
-    others = {key: mean(key) for key in ("acc5", "mean_per_class_recall", "nll", "ece")}
-    return replace(_averaged(cells, name, [_measured(row) for row in rows]), n=images, **others)
+    return replace(
+        _averaged(cells, name, [_measured(row) for row in rows]),
+        n=images,
+        acc5=mean("acc5"),
+        mean_per_class_recall=mean("mean_per_class_recall"),
+        nll=mean("nll"),
+        ece=mean("ece"),
+    )
 
 
 def _normalised(cells: Sequence[CellResult], rows: Sequence[Row]) -> float:
@@ -295,7 +301,7 @@ def _mean_path(cells: Sequence[CellResult]) -> tuple[MeanPoint, ...]:
     return tuple(out)
 
 
-def to_yaml(plain) -> str:
+def to_yaml(plain: Mapping[str, object]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(plain), sort_keys=True, allow_unicode=True)

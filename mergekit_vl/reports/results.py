@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mergekit_vl.models.choices import Choice, Chosen
 from mergekit_vl.models.evaluate import Scores
+from mergekit_vl.options import Options
 from mergekit_vl.protocols.base import Metric
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Options)
 Kind = Literal["zero-shot", "tuned", "control", "merged"]
 LEFT_OUT = {"json": False}
 """Of a field that is not on disk."""
@@ -55,7 +56,7 @@ class Row:
         values = dict(choice.values) if choice is not None else {}
         learnt = choice is not None and choice.learnt
         told = {"chosen": {} if learnt else values, "learnt": values if learnt else {}}
-        return plain(self) | told | {"chosen_on": choice.split if choice is not None else None}
+        return fields_of(self) | told | {"chosen_on": choice.split if choice is not None else None}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Row:
@@ -110,7 +111,7 @@ class CellResult:
     path: tuple[PathPoint, ...] = field(default=(), metadata=LEFT_OUT)
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self) | {"rows": [row.to_json() for row in self.rows]}
+        return fields_of(self) | {"rows": [row.to_json() for row in self.rows]}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> CellResult:
@@ -223,7 +224,7 @@ class Report:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return plain(self) | {"cells": [cell.to_json() for cell in self.cells]}
+        return fields_of(self) | {"cells": [cell.to_json() for cell in self.cells]}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Report:
@@ -231,11 +232,16 @@ class Report:
         return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
 
 
-def plain(value: Any) -> Any:
+def fields_of(made: Options) -> dict[str, Any]:
+    """A dataclass as JSON holds it."""
+    fields = [(f.name, vars(made)[f.name], f.metadata.get("json", True)) for f in dataclasses.fields(made)]
+    return {name: plain(v) for name, v, told in fields if told is True or (told == "if there" and v is not None)}
+
+
+def plain(value: object) -> Any:
     """As JSON holds it."""
-    if dataclasses.is_dataclass(value):
-        fields = [(f.name, vars(value)[f.name], f.metadata.get("json", True)) for f in dataclasses.fields(value)]
-        return {name: plain(v) for name, v, told in fields if told is True or (told == "if there" and v is not None)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return fields_of(value)
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
@@ -243,11 +249,12 @@ def plain(value: Any) -> Any:
 
 def read(cls: type[T], found: Mapping[str, Any]) -> T:
     """Raises ValueError for what is not so; keys that are not known are passed over."""
-    return _reader(cls).validate_python(found)
+    made: T = _reader(cls).validate_python(found)
+    return made
 
 
 @cache
-def _reader(cls: type) -> TypeAdapter:
+def _reader(cls: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from mergekit_vl.options import Options
 
@@ -52,6 +52,11 @@ class TrainsOn(Protocol):
 def trains(strategy: object) -> bool:
     """Whether a strategy, or its class, has a training loop."""
     return isinstance(strategy, Trains) and strategy.trains
+
+
+def trains_on(cls: object) -> TypeGuard[type[TrainsOn]]:
+    """Whether a strategy's class can train a tuned model on."""
+    return isinstance(cls, type) and isinstance(cls, TrainsOn)
 
 
 def grid_of(strategy: object, models: int) -> Mapping[str, Sequence[Any]]:

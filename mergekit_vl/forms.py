@@ -53,7 +53,7 @@ class Form(BaseModel):
     """Of mappings whose unknown keys get the nearest one, by place; "" is the whole."""
 
 
-def read(form: type[F], given: Mapping[str, Any], *, where: str) -> F:
+def read(form: type[F], given: Mapping[str, object], *, where: str) -> F:
     """The form of plain data; raises UserError for the first fault, unknown keys before all others."""
     try:
         return form.model_validate(given)
@@ -63,7 +63,7 @@ def read(form: type[F], given: Mapping[str, Any], *, where: str) -> F:
         raise _error(form, given, (unknown_keys or faults)[0], where) from None
 
 
-def _error(form: type[Form], given: Any, fault: ErrorDetails, where: str) -> UserError:
+def _error(form: type[Form], given: object, fault: ErrorDetails, where: str) -> UserError:
     steps = list(fault["loc"])
     holder = ".".join(_pattern(steps[:-1]))
     if fault["type"] in ("extra_forbidden", "missing") and holder in form.KEYS:
@@ -79,7 +79,7 @@ def _error(form: type[Form], given: Any, fault: ErrorDetails, where: str) -> Use
     place, value = _place(given, steps), _value(given, steps)
     texts = {"place": place, "key": str(steps[-1]) if steps else "", "value": repr(value)}
     if told.within:
-        above = _value(given, steps[:-1])
+        above: Any = _value(given, steps[:-1])
         where = f"{where}: {_place(given, steps[:-1])} {above['name']}"
     return UserError(told.what.format_map(texts), where=where, hint=told.hint.format_map(texts))
 
@@ -88,7 +88,7 @@ def _pattern(steps: Sequence[str | int]) -> list[str]:
     return ["*" if isinstance(step, int) else step for step in steps]
 
 
-def _walk(given: Any, steps: Sequence[str | int]) -> tuple[list[str], Any]:
+def _walk(given: object, steps: Sequence[str | int]) -> tuple[list[str], object]:
     """The steps as the data has them, one value standing for a list of one, and what they lead to; None where nothing stands."""
     place = []
     for step in steps:
@@ -102,9 +102,9 @@ def _walk(given: Any, steps: Sequence[str | int]) -> tuple[list[str], Any]:
     return place, given
 
 
-def _place(given: Any, steps: Sequence[str | int]) -> str:
+def _place(given: object, steps: Sequence[str | int]) -> str:
     return ".".join(_walk(given, steps)[0])
 
 
-def _value(given: Any, steps: Sequence[str | int]) -> Any:
+def _value(given: object, steps: Sequence[str | int]) -> object:
     return _walk(given, steps)[1]

@@ -41,13 +41,13 @@ class Spec:
     """A registered name with its options."""
 
     name: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     where: str
     label: str
     """The name of its row in reports: `label` of the recipe, or the name."""
     of: str | None = None
     """Of a strategy: the label of an earlier one, or of a tuned model, that it merges with the base instead of all tuned ones."""
-    grid: Mapping[str, Any] | None = None
+    grid: Mapping[str, Sequence[object]] | None = None
     """Of a strategy: values of its options that `bench` tries, instead of the strategy's own grid."""
     batch_norm: Literal["images", "mean"] = "images"
     """Of a strategy: where the running statistics of a merged tower come from, `images` or the `mean` over the models."""
@@ -78,7 +78,7 @@ class Recipe:
     """Whether all other registered strategies come to these, for `bench`."""
     controls: bool
     seeds: tuple[int, ...]
-    search: Mapping[str, Any]
+    search: Mapping[str, object]
     """How `bench` chooses options; read by nothing else."""
     plain: Mapping[str, Any]
     """The recipe as nested dicts and lists, defaults included, as it is stored: with references to the environment."""
@@ -262,7 +262,7 @@ def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> R
     )
 
 
-def dataset_specs(given: Sequence[Mapping[str, Any]], *, where: str) -> tuple[Spec, ...]:
+def dataset_specs(given: Sequence[Mapping[str, object]], *, where: str) -> tuple[Spec, ...]:
     """Specs of datasets that stand elsewhere than under `dataset`."""
     from mergekit_vl import forms
     from mergekit_vl.recipe_forms import NamedForm
@@ -327,7 +327,7 @@ def _without_all(strategies: Any) -> tuple[Any, bool]:
     return named, len(named) < len(strategies)
 
 
-def _places(key: str, given: Any, items: Sequence[Any]) -> list[str]:
+def _places(key: str, given: object, items: Sequence[object]) -> list[str]:
     """Where each stands: "dataset" alone, or "dataset.0" in a list."""
     return [f"{key}.{i}" for i in range(len(items))] if isinstance(given, list) else [key]
 

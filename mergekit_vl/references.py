@@ -27,13 +27,13 @@ NAMED_BY = ("path", "checkpoint")
 Place = tuple[str | int, ...]
 
 
-def expand(tree: Any, *, where: str) -> Any:
+def expand(tree: object, *, where: str) -> Any:
     """A copy with the recipe's own values in place of `${key}`; `${oc.env:NAME}` stays. Raises UserError for any other `${`."""
     check_form(tree, where=where)
     return _Expansion(tree, where).of(tree, (), ())
 
 
-def fill(tree: Any, environment: Mapping[str, str | None], *, where: str) -> Any:
+def fill(tree: object, environment: Mapping[str, str | None], *, where: str) -> Any:
     """A copy with values in place of `${oc.env:NAME}`, for the names in `environment`, None where a variable is not set.
 
     Raises UserError for others, and where the value would stand in what is stored.
@@ -41,13 +41,13 @@ def fill(tree: Any, environment: Mapping[str, str | None], *, where: str) -> Any
     return _filled(tree, environment, (), where)
 
 
-def names(tree: Any) -> tuple[str, ...]:
+def names(tree: object) -> tuple[str, ...]:
     """The environment variables that are referred to, by the alphabet."""
     referred = [ENVIRONMENT.fullmatch(inner) for _, text in _texts(tree) for inner in REFERENCE.findall(text)]
     return tuple(sorted({match[1] for match in referred if match}))
 
 
-def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
+def hide(record: object, environment: Mapping[str, str | None]) -> object:
     """A record whose reasons, errors that may tell of a path, hold references in place of the environment's values."""
     if isinstance(record, list):
         return [hide(each, environment) for each in record]
@@ -61,7 +61,7 @@ def hide(record: Any, environment: Mapping[str, str | None]) -> Any:
     return out
 
 
-def check_form(tree: Any, *, where: str) -> None:
+def check_form(tree: object, *, where: str) -> None:
     """Raise UserError for a `${` without its `}`, for one within another, and for one of nothing."""
     for at, text in _texts(tree):
         here = f"{where}: {_told(at)}" if at else where
@@ -71,15 +71,15 @@ def check_form(tree: Any, *, where: str) -> None:
             raise UserError(f"{text!r} refers to nothing", where=here, hint="write ${key} or ${oc.env:NAME}")
 
 
-def check_none(tree: Any, *, where: str) -> None:
+def check_none(tree: object, *, where: str) -> None:
     """Raise UserError for a `${`: it is read in recipes alone."""
     for _, text in _texts(tree):
         raise UserError(f"{text} is read in recipes alone", where=where, hint="write the value")
 
 
-def _texts(tree: Any) -> Iterator[tuple[Place, str]]:
+def _texts(tree: object) -> Iterator[tuple[Place, str]]:
     """The texts with a `${`, and their places, in order."""
-    waiting: list[tuple[Place, Any]] = [((), tree)]
+    waiting: list[tuple[Place, object]] = [((), tree)]
     while waiting:
         at, value = waiting.pop()
         if isinstance(value, dict | list):
@@ -90,11 +90,11 @@ def _texts(tree: Any) -> Iterator[tuple[Place, str]]:
 
 
 class _Expansion:
-    def __init__(self, tree: Any, where: str) -> None:
+    def __init__(self, tree: object, where: str) -> None:
         self.tree, self.where = tree, where
         self.letters = self.values = 0
 
-    def of(self, value: Any, at: Place, through: tuple[Place, ...]) -> Any:
+    def of(self, value: object, at: Place, through: tuple[Place, ...]) -> object:
         """The value that stands at a place, reached through references that stand elsewhere."""
         self.values += 1
         self._bound(at)
@@ -104,7 +104,7 @@ class _Expansion:
             return [self.of(each, (*at, i), through) for i, each in enumerate(value)]
         if not isinstance(value, str):
             return value
-        parts: list[Any] = []
+        parts: list[object] = []
         end = 0
         for found in REFERENCE.finditer(value):
             parts += [value[end : found.start()], self._referred(found, at, through)]
@@ -120,7 +120,7 @@ class _Expansion:
         self._bound(at)
         return new
 
-    def _referred(self, found: re.Match[str], at: Place, through: tuple[Place, ...]) -> Any:
+    def _referred(self, found: re.Match[str], at: Place, through: tuple[Place, ...]) -> object:
         if ENVIRONMENT.fullmatch(found[1]):
             return found[0]
         if ":" in found[1]:
@@ -134,11 +134,11 @@ class _Expansion:
             raise self._refused(at, f"{found[0]} holds this very text", "write the value")
         return self.of(value, there, (*through, at))
 
-    def _find(self, key: str, at: Place) -> tuple[Place | None, Any]:
+    def _find(self, key: str, at: Place) -> tuple[Place | None, object]:
         """Where a key leads, and what is there; dots before it count the levels from here, the first being this one."""
         up = len(key) - len(key.lstrip("."))
         place: list[str | int] = list(at[: max(0, len(at) - up)]) if up else []
-        value = self.tree
+        value: Any = self.tree
         for step in place:
             value = value[step]
         for word in KEYS.findall(key):
@@ -163,7 +163,7 @@ def _told(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-def _filled(value: Any, environment: Mapping[str, str | None], at: Place, where: str) -> Any:
+def _filled(value: object, environment: Mapping[str, str | None], at: Place, where: str) -> object:
     if isinstance(value, dict):
         new = {key: _filled(each, environment, (*at, key), where) for key, each in value.items()}
         label = next((found for key in NAMED_BY if (found := _label(value.get(key)))), None)
@@ -185,7 +185,7 @@ def _filled(value: Any, environment: Mapping[str, str | None], at: Place, where:
     return REFERENCE.sub(lambda found: _of_environment(found, environment, here), value)
 
 
-def _label(path: Any) -> str | None:
+def _label(path: object) -> str | None:
     """What a path is called whose last part is the environment's: by the variable's name instead of its value."""
     if not isinstance(path, str) or "${" not in path:
         return None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergekit_vl.checkpoints.checkpoint import Checkpoint
+    from mergekit_vl.merge_files.provenance import Metadata
 
     StateDict: TypeAlias = Mapping[str, Tensor]
     Mergeable: TypeAlias = StateDict | nn.Module | str | Path
@@ -39,7 +40,7 @@ class MergedFolder:
     """What `merge` wrote."""
 
     folder: Path
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     """The resolved recipe, and the hashes of the inputs."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -51,7 +52,9 @@ class MergedFolder:
         return f"<{self.metadata['strategy']} of {of}: {self.folder}>"
 
 
-def check_models(models: Any, base: Any, strategy: str | ClosedForm, method_options: Mapping[str, Any]) -> list[str]:
+def check_models(
+    models: object, base: object, strategy: str | ClosedForm, method_options: Mapping[str, object]
+) -> list[str]:
     """What `merge` would do, from headers alone: a line each. Raises UserError for what cannot be merged."""
     from mergekit_vl.commands.merge import estimates
 
@@ -64,17 +67,17 @@ def check_models(models: Any, base: Any, strategy: str | ClosedForm, method_opti
 
 
 def _planned(
-    models: Any,
-    base: Any,
+    models: object,
+    base: object,
     strategy: str | ClosedForm,
-    method_options: Mapping[str, Any],
+    method_options: Mapping[str, object],
     *,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     keep: str | Sequence[str] = (),
     rebasin: bool = False,
     device: str = "auto",
-) -> tuple[MergePlan, list[Any]]:
+) -> tuple[MergePlan, list[object]]:
     """The plan, and the models that it merges; reads none of them."""
     given, labels = _labelled(models)
     base_label = "" if base is None else _label(base, "base")
@@ -178,7 +181,7 @@ def merge(
     return _like(everyone, {slot.name: as_tensor(merged[slot.name], slot.code) for slot in opened.slots})
 
 
-def _labelled(models: Any) -> tuple[list[Any], list[str]]:
+def _labelled(models: Any) -> tuple[list[object], list[str]]:
     """Models and their labels; one model may stand alone."""
     if isinstance(models, Mapping) and not _is_state_dict(models):
         return list(models.values()), [str(label) for label in models]
@@ -188,20 +191,20 @@ def _labelled(models: Any) -> tuple[list[Any], list[str]]:
     return given, [_label(model, f"model-{i}") for i, model in enumerate(given, 1)]
 
 
-def _is_state_dict(models: Mapping[str, Any]) -> bool:
+def _is_state_dict(models: Mapping[str, object]) -> bool:
     """Whether it is one model, and no mapping of labels to models."""
     return bool(models) and not any(
         isinstance(each, (Mapping, str, Path)) or _is_module(each) for each in models.values()
     )
 
 
-def _is_module(model: Any) -> bool:
+def _is_module(model: object) -> bool:
     from torch import nn
 
     return isinstance(model, nn.Module)
 
 
-def _label(model: Any, otherwise: str) -> str:
+def _label(model: object, otherwise: str) -> str:
     return label_of(str(model)) if isinstance(model, (str, Path)) else otherwise
 
 
@@ -217,7 +220,7 @@ def distinct(labels: Sequence[str]) -> list[str]:
 
 
 def _method(
-    strategy: str | ClosedForm, given: Mapping[str, Any], labels: Sequence[str], base_label: str
+    strategy: str | ClosedForm, given: Mapping[str, object], labels: Sequence[str], base_label: str
 ) -> tuple[ClosedForm, str]:
     """The method with its options, and the name that it is registered by."""
     if not isinstance(strategy, str):
@@ -239,7 +242,7 @@ def _method(
     return options.build(cls, chosen, where=f"strategy {strategy}"), strategy
 
 
-def _by_label(weights: Mapping[str, Any], info: MethodInfo, labels: Sequence[str], base_label: str) -> list[Any]:
+def _by_label(weights: Mapping[str, object], info: MethodInfo, labels: Sequence[str], base_label: str) -> list[object]:
     weighed = [*([base_label] if info.weighs_base and base_label else []), *labels]
     for label in weights:
         if label not in weighed:
@@ -255,16 +258,16 @@ def _device(method: ClosedForm, n: int, asked: str) -> str:
     return device_of(asked) if method.describe(n).svds else "cpu"
 
 
-def _place(model: Any, label: str) -> str:
+def _place(model: object, label: str) -> str:
     return str(model) if isinstance(model, (str, Path)) else label
 
 
-def _opened(plan: MergePlan, base: Any, models: Sequence[Any]) -> AlignedCheckpoints:
+def _opened(plan: MergePlan, base: object, models: Sequence[object]) -> AlignedCheckpoints:
     tuned = tuple(_checkpoint(model, label) for model, label in zip(models, plan.labels))
     return aligned(plan, None if base is None else _checkpoint(base, plan.base_label), tuned)
 
 
-def _checkpoint(model: Any, label: str) -> Checkpoint:
+def _checkpoint(model: object, label: str) -> Checkpoint:
     """Headers of a model on disk; a state dict, or a module's, as it is held."""
     if isinstance(model, (str, Path)):
         return open_checkpoint(str(model), label)
@@ -289,7 +292,7 @@ def _checkpoint(model: Any, label: str) -> Checkpoint:
     return from_torch(state, label, label)
 
 
-def _like(models: Sequence[Any], merged: Mapping[str, Tensor]) -> Any:
+def _like(models: Sequence[object], merged: Mapping[str, Tensor]) -> Any:
     """A state dict on the devices of the first model, or a new module like the first that is one."""
     import torch
 

@@ -56,7 +56,7 @@ def evaluate(
     device: str = "auto",
     cache: bool = True,
     reporter: Reporter = PYTHON_WARNINGS,
-    **dataset_options: Any,
+    **dataset_options: object,
 ) -> Evaluated:
     """Score a model on a split of a dataset, against all of its class names, by the evaluator of every report.
 
@@ -134,7 +134,7 @@ def _used(model: LoadedModel | Model | str | Path, device: str) -> LoadedModel:
 
 
 def _dataset(
-    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, Any], reporter: Reporter
+    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, object], reporter: Reporter
 ) -> Dataset:
     if given and not isinstance(data, str | None):
         raise UserError(f"{next(iter(given))}= beside a dataset that is made", where="evaluate", hint="leave it out")

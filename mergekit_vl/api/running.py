@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mergekit_vl.benchmark.plan import Plan
     from mergekit_vl.benchmark.records import BenchReport
     from mergekit_vl.experiments.experiment import Experiment
+    from mergekit_vl.merging.method import ClosedForm
     from mergekit_vl.reports.results import Report
     from mergekit_vl.reports.table import Table
 
@@ -180,10 +181,10 @@ def bench(
 def check(
     recipe: Any,
     *overrides: str,
-    base: Any = None,
-    strategy: Any = None,
+    base: object = None,
+    strategy: str | ClosedForm | None = None,
     allow_env: Sequence[str] = (),
-    **method_options: Any,
+    **method_options: object,
 ) -> Checked:
     """Validate a recipe of a run or of a bench, and tell what it would do; reads no weights and no images.
 

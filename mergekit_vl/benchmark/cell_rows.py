@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.benchmark import search
 from mergekit_vl.benchmark.plan import BEST, Entry
@@ -136,7 +136,7 @@ class CellRun:
         done = self._done(entry, model, row, options, search=searched, peak=peak.bytes, search_seconds=search_seconds)
         return dataclasses.replace(done, trains=trains(strategy), default=default)
 
-    def _default(self, spec: Spec, given: dict[str, Any], strategy: Any) -> Default:
+    def _default(self, spec: Spec, given: dict[str, object], strategy: Strategy) -> Default:
         """What the row would be without the choice; its options may not be usable where the chosen ones are."""
         try:
             row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
@@ -195,7 +195,7 @@ class CellRun:
                 raise Failed(f"its answers on {test} are not finite", where=spec.label)
         return model, row
 
-    def _parents(self, spec: Spec) -> tuple[Any, ...]:
+    def _parents(self, spec: Spec) -> tuple[object, ...]:
         """The classes of the strategies that a row is made of."""
         return next((entry.of for entry in self.bench.entries if entry.spec is spec), ())
 
@@ -228,7 +228,7 @@ class CellRun:
         entry: Entry,
         model: Model,
         row: Row,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         *,
         search: Searched | None = None,
         peak: int | None = None,
@@ -293,5 +293,5 @@ def _strategy(entry: Entry) -> str | None:
     return entry.spec.name if entry.spec is not None else None
 
 
-def _digest(strategy: Any) -> str:
+def _digest(strategy: object) -> str:
     return hashlib.sha256(repr(strategy).encode()).hexdigest()[:8]

@@ -149,7 +149,7 @@ class Bench:
         """The file of the path by way of a row."""
         return self.folder(key) / "records" / f"path-{entry.file}"
 
-    def makers(self, entry: Entry) -> tuple[Any, ...]:
+    def makers(self, entry: Entry) -> tuple[object, ...]:
         """The tuners and strategies that a row depends on."""
         return (*self.ready.experiment.tuners, *entry.makers)
 

@@ -38,10 +38,10 @@ class Plan:
 
     experiment: Experiment
     """Without strategies."""
-    strategies: tuple[tuple[Spec, Any], ...]
+    strategies: tuple[tuple[Spec, object], ...]
     """(spec, class, or the UserError of one that cannot be built) in the order of the rows."""
     search: Search
-    development: tuple[tuple[Spec, Any], ...]
+    development: tuple[tuple[Spec, object], ...]
     shots: tuple[int | None, ...]
     recipe: Recipe
     """With every strategy named."""
@@ -110,7 +110,7 @@ class Plan:
         return self.search.by in ("held_out", "development") or (self.search.by == "auto" and novel)
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -148,7 +148,7 @@ def _shots(experiment: Experiment, asked: Sequence[int]) -> tuple[int | None, ..
     return tuple(dict.fromkeys(asked)) or (shots_of(experiment.protocol),)
 
 
-def _development(how: Search, recipe: Recipe, registry: Registry) -> tuple[tuple[Spec, Any], ...]:
+def _development(how: Search, recipe: Recipe, registry: Registry) -> tuple[tuple[Spec, object], ...]:
     """The data sets that options are chosen on, with their options checked."""
     found = []
     for spec in dataset_specs(how.development, where=f"{recipe.name}: search.development"):
@@ -157,7 +157,7 @@ def _development(how: Search, recipe: Recipe, registry: Registry) -> tuple[tuple
     return tuple(found)
 
 
-def _trainer(strategies: Sequence[tuple[Spec, Any]], registry: Registry) -> tuple[str, type[TrainsOn]] | None:
+def _trainer(strategies: Sequence[tuple[Spec, object]], registry: Registry) -> tuple[str, type[TrainsOn]] | None:
     """The first strategy that can train a tuned model on: one of these, else any that is registered."""
     for spec, cls in strategies:
         if trains_on(cls):
@@ -223,17 +223,17 @@ class Entry:
 
     label: str
     kind: Literal["zero-shot", "tuned", "control", "merged"]
-    definition: tuple[Any, ...] = ()
+    definition: tuple[object, ...] = ()
     """What its record depends on beside the cell; part of the record's name."""
     spec: Spec | None = None
     """Of a strategy, the always-there ones included."""
     cls: Any = None
     """Its class, or the UserError of one that cannot be used."""
-    of: tuple[Any, ...] = ()
+    of: tuple[object, ...] = ()
     """The classes of the strategies that it is made of."""
 
     @property
-    def makers(self) -> tuple[Any, ...]:
+    def makers(self) -> tuple[object, ...]:
         return tuple(cls for cls in (*self.of, self.cls) if isinstance(cls, type))
 
     @property

@@ -36,7 +36,7 @@ class RowCost:
 class Tried:
     """A configuration on the selection tasks: what it scored, or why it could not be used."""
 
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     score: float | None = field(default=None, metadata=IF_THERE)
     nll: float | None = field(default=None, metadata=IF_THERE)
     reason: str | None = field(default=None, metadata=IF_THERE)
@@ -57,7 +57,7 @@ class Searched:
 class Default:
     """What a row would be without the choice of its options; or why it would not be."""
 
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     tests: Mapping[str, Scores] | None = field(default=None, metadata=IF_THERE)
     score: float | None = field(default=None, metadata=IF_THERE)
     reason: str | None = field(default=None, metadata=IF_THERE)
@@ -76,12 +76,12 @@ class Record:
     """Why it is not done."""
     made: Row | None = field(default=None, metadata=LEFT_OUT)
     """Of one that is done: its scores; they are keys of the record in JSON."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     cost: RowCost | None = field(default=None, metadata=IF_THERE)
     trains: bool = False
     search: Searched | None = field(default=None, metadata=IF_THERE)
     default: Default | None = field(default=None, metadata=IF_THERE)
-    made_of: Mapping[str, Any] | None = field(default=None, metadata=IF_THERE)
+    made_of: Mapping[str, object] | None = field(default=None, metadata=IF_THERE)
     """What it depends on: images, weights, checkpoints, code."""
 
     @property
@@ -94,7 +94,7 @@ class Record:
         return self.made
 
     @property
-    def choices(self) -> dict[str, tuple[Any, str]]:
+    def choices(self) -> dict[str, tuple[object, str]]:
         """(value, split) by what was chosen: its options by the bench, the rest by the strategy itself."""
         on = self.search.on if self.search is not None else None
         return ({"options": (dict(self.options), on)} if on else {}) | (self.made.chosen if self.made else {})
@@ -256,8 +256,8 @@ class ChosenIn:
     """What was chosen for a row in one cell."""
 
     cell: str
-    options: Mapping[str, Any]
-    own: Mapping[str, Any]
+    options: Mapping[str, object]
+    own: Mapping[str, object]
     """By the strategy itself."""
     configurations: tuple[Tried, ...] | None
 
@@ -296,7 +296,7 @@ class BenchReport:
     repeat: Mapping[str, tuple[Command, ...]]
     """By row."""
     path: MeanPath | None
-    environment: Mapping[str, Any]
+    environment: Mapping[str, object]
     image_ms: float
     """Milliseconds that the backbone takes for an image."""
     seconds: float

@@ -105,10 +105,10 @@ def repeat(bench: Bench, entry: Entry, cells: Sequence[CellRecord]) -> tuple[Com
     return tuple(out)
 
 
-def _chain(bench: Bench, label: str | None, cell: CellRecord) -> list[dict[str, Any]]:
+def _chain(bench: Bench, label: str | None, cell: CellRecord) -> list[dict[str, object]]:
     """The strategies of a recipe that make a row of a cell: those that it is made of, and itself, with the options that were chosen."""
     by_label = {entry.label: (i, entry.spec) for i, entry in enumerate(bench.entries)}
-    chain: list[dict[str, Any]] = []
+    chain: list[dict[str, object]] = []
     while label in by_label:
         place, spec = by_label[label]
         record = cell.done(place)

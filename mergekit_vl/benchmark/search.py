@@ -57,7 +57,7 @@ class Search:
                 hint="by: development takes a list of datasets, and nothing else does",
             )
 
-    def budget_of(self, strategy: Any) -> int:
+    def budget_of(self, strategy: object) -> int:
         if self.by == "none":
             return 1
         return min(self.budget, self.training_budget) if trains(strategy) else self.budget

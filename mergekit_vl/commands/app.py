@@ -345,7 +345,7 @@ def _readable(command: Callable[..., None]) -> Callable[..., None]:
     """A command that prints nothing but its JSON where that is asked for."""
 
     @functools.wraps(command)
-    def call(**given: Any) -> None:
+    def call(**given: object) -> None:
         with ours_alone() if given.get("as_json") else contextlib.nullcontext():
             command(**given)
 

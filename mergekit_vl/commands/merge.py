@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -122,7 +122,7 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     say("ok        the models can be merged")
 
 
-def _quiet(method: Any) -> AbstractContextManager[Any]:
+def _quiet(method: object) -> AbstractContextManager[object]:
     """What a plugin's method prints does not mix with our output."""
     return ours_alone() if is_plugins(method) else nullcontext()
 

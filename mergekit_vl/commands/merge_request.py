@@ -107,7 +107,7 @@ def _kept(keep: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(keep)
 
 
-def _own_options(given: Mapping[str, Any], name: str, where: str) -> tuple[dict[str, Any], list[str]]:
+def _own_options(given: Mapping[str, object], name: str, where: str) -> tuple[dict[str, Any], list[str]]:
     """The recipe's options of a strategy; those of another one are left out, with a note."""
     chosen = {key: value for key, value in given.items() if key != "name"}
     if not chosen or given.get("name") == name:
@@ -141,7 +141,7 @@ class _Named:
     weights: dict[str, Any]
 
 
-def _name_models(models: Sequence[Any], base: Any, *, where: str) -> _Named:
+def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Named:
     """From the entries of a recipe (paths, or mappings with path, label and weight) or the words of the command line."""
     from mergekit_vl.checkpoints.reader import label_of
 

@@ -45,7 +45,7 @@ def evaluate_model(
 
 def _dataset(used: LoadedModel, name: str | None, words: Sequence[str], registry: Registry) -> Any:
     """The named dataset with `key=value` options, or the run's own first one with those changed."""
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:

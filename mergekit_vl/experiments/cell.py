@@ -44,7 +44,7 @@ class Place:
     label: str
     name: str
     """Of its files."""
-    makers: tuple[Any, ...]
+    makers: tuple[object, ...]
     row: Row | None
     """What is on record."""
     model: Model | None
@@ -61,14 +61,14 @@ class Cell:
     folder: Path
     registry: Registry
     """For the adapters that stored models are of."""
-    code: tuple[Any, ...] = ()
+    code: tuple[object, ...] = ()
     """What all rows are made by: names of modules, and objects whose classes' modules are meant."""
     told: set[str] = field(default_factory=set)
     """Reasons that were given for making rows again."""
-    given: dict[str, Any] = field(default_factory=dict)
-    tuners: tuple[Any, ...] = ()
+    given: dict[str, object] = field(default_factory=dict)
+    tuners: tuple[object, ...] = ()
 
-    def claim(self, tuners: tuple[Any, ...]) -> None:
+    def claim(self, tuners: tuple[object, ...]) -> None:
         """Keep what rows are made of beside code. Those that were made of something else are made again, and a warning says why."""
         tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
         chosen_on = [data.val for data in tasks if data.val is not None]
@@ -80,18 +80,18 @@ class Cell:
         }
         self.tuners = tuners
 
-    def scratch(self, makers: Iterable[Any]) -> Path:
+    def scratch(self, makers: Iterable[object]) -> Path:
         """Where a training keeps what it needs to go on after a kill, on the same images, weights and code alone."""
         made_of = {name: repr(value) for name, value in self.made_of(makers).items()}
         return self.folder / "scratch" / sources.digest(made_of)
 
-    def made_of(self, makers: Iterable[Any]) -> dict[str, Any]:
+    def made_of(self, makers: Iterable[object]) -> dict[str, Any]:
         """What a row depends on: images, weights, checkpoints, and the code of all rows and of these strategies, tuners and checkpoints."""
         own = [maker.adapter if isinstance(maker, Single) else maker for maker in makers]
         code = sources.closure(sources.modules_of(self.code), WITHOUT) | sources.closure(sources.modules_of(own))
         return {**self.given, "code": code}
 
-    def fresh(self, before: Mapping[str, Any] | None, makers: Iterable[Any]) -> bool:
+    def fresh(self, before: Mapping[str, Any] | None, makers: Iterable[object]) -> bool:
         """Whether a row that was made of `before` is what would be made now; what has changed since is told once."""
         now = self.made_of(makers)
         if before == now:
@@ -112,7 +112,7 @@ class Cell:
         """Write the few-shot selection: rows of each split, and the files they are where there are files."""
         tested = {name: classes for _, classes, _ in self.task.tests for name in classes.names}
         first = self.task.tests[0][1]
-        out: dict[str, Any] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
+        out: dict[str, object] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
         out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
         out["train"] = [shot for data in self.task.data for shot in _shots(data, data.train)]
         out["val"] = [shot for data in self.task.data for shot in _shots(data, data.val)]
@@ -139,7 +139,7 @@ class Cell:
         tasks = range(len(self.task.data))
         return [(f"{label} on {self.task.tests[i][0]}", tuner, i) for label, tuner in tuners for i in tasks]
 
-    def place(self, label: str, makers: Iterable[Any] = (), *, name: str | None = None) -> Place:
+    def place(self, label: str, makers: Iterable[object] = (), *, name: str | None = None) -> Place:
         """Of a row, in files of this name: with what is on record, if that is what `makers`, the strategies and tuners that it depends
         on, would make now."""
         from mergekit_vl.reports.results import Row
@@ -208,7 +208,7 @@ class Cell:
         return CellResult(name, seed, told, self.task.note, self.task.metric, counts)
 
 
-def _shots(data: TaskData, split: Split | None) -> list[dict[str, Any]]:
+def _shots(data: TaskData, split: Split | None) -> list[dict[str, object]]:
     """The images of a split, by row, class, and file where they are files."""
     if split is None:
         return []

@@ -86,7 +86,7 @@ class Experiment:
         return len(self.recipe.seeds) * (1 if self.joint else len(self.datasets))
 
     @property
-    def makers(self) -> tuple[Any, ...]:
+    def makers(self) -> tuple[object, ...]:
         """What every row is made by: modules, and objects of the recipe."""
         return (*ROOTS, self.backbone, *self.datasets, self.protocol)
 
@@ -386,7 +386,7 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, Ce
         rows.append(cell.finished(place, model, "control"))
     tuned = dict(zip((row.row for row in rows[1:]), zip(inputs.tuned, inputs.data)))
     merged: dict[str, Model] = {}
-    makers: dict[str, tuple[Any, ...]] = {}
+    makers: dict[str, tuple[object, ...]] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
         makers[label] = (*makers.get(spec.of or "", cell.tuners), strategy)
         given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=cell.scratch(makers[label]))

@@ -41,7 +41,7 @@ NEED_BASE = (
 MEAN_BY_DEFAULT = ("ties", "della")
 
 
-def translate(content: Mapping[str, Any], *, where: str) -> tuple[WeightsForm, list[str]]:
+def translate(content: Mapping[str, object], *, where: str) -> tuple[WeightsForm, list[str]]:
     """The `weights:` section that means the same, and lines that say what it runs."""
     given = forms.read(MergekitForm, content, where=where)
     method = given.merge_method
@@ -88,10 +88,10 @@ class _Parameters:
 
     where: str
     models: tuple[str, ...]
-    shared: Mapping[str, Any]
-    own: tuple[Mapping[str, Any], ...]
+    shared: Mapping[str, object]
+    own: tuple[Mapping[str, object], ...]
 
-    def each(self, name: str, default: Any = None) -> list[Any]:
+    def each(self, name: str, default: object = None) -> list[Any]:
         """A coefficient for each model."""
         values = [parameters.get(name, self.shared.get(name, default)) for parameters in self.own]
         if None in values:
@@ -99,7 +99,7 @@ class _Parameters:
             raise UserError(what, where=self.where, hint=f"give its {name}")
         return [_coefficient(value, f"{self.where}: {name}") for value in values]
 
-    def one(self, name: str, default: Any) -> Any:
+    def one(self, name: str, default: object) -> Any:
         """A value that all models share."""
         values = [parameters[name] for parameters in self.own if name in parameters] or [self.shared.get(name, default)]
         if any(value != values[0] for value in values):
@@ -169,14 +169,14 @@ def _dropping(method: str, asked: _Parameters, densities: list[Any]) -> dict[str
     return options
 
 
-def _checked(parameters: Mapping[str, Any], known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+def _checked(parameters: Mapping[str, object], known: tuple[str, ...], where: str) -> Mapping[str, Any]:
     for key in parameters:
         if key not in known:
             raise unknown("parameter", key, known, where=where)
     return parameters
 
 
-def _coefficient(value: Any, where: str) -> Any:
+def _coefficient(value: object, where: str) -> Any:
     """A scalar, a gradient, or mergekit's list of filters as a mapping."""
     if isinstance(value, bool) or value is None:
         return value
@@ -200,7 +200,7 @@ def _times(weight: Any, scale: Any, where: str) -> Any:
     return {key: _times(number, scale, where) for key, number in weight.items()}
 
 
-def _needed(value: Any, name: str, where: str) -> Any:
+def _needed(value: object, name: str, where: str) -> Any:
     if value is None:
         raise UserError(f"{name} is missing", where=where, hint=f"give {name} under parameters")
     return value

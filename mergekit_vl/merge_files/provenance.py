@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from typing_extensions import TypedDict
 
@@ -33,7 +33,7 @@ class Metadata(TypedDict):
 
     version: str
     strategy: str
-    options: dict[str, Any]
+    options: dict[str, object]
     models: list[Input]
     base: Input | None
     seed: int
@@ -43,22 +43,22 @@ class Metadata(TypedDict):
     device: str
 
 
-def canonical(metadata: Mapping[str, Any]) -> str:
+def canonical(metadata: Metadata) -> str:
     return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> Metadata:
     """The resolved recipe with its inputs' hashes: what `verify` needs to do it again."""
     plan = opened.plan
 
-    def model(checkpoint: Checkpoint, given: str) -> dict[str, Any]:
+    def model(checkpoint: Checkpoint, given: str) -> Input:
         return {
             "label": checkpoint.label,
             "path": given,
             "blake3": {file.name: hashes[file] for file in checkpoint.hashed},
         }
 
-    return _adapter(opened) | {
+    told: Metadata = {
         "version": __version__,
         "strategy": plan.strategy,
         "options": option_values(plan.method),
@@ -70,18 +70,21 @@ def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> dict[str
         "rebasin": plan.rebasin,
         "device": plan.device,
     }
+    return cast("Metadata", {**_adapter(opened), **told})
 
 
-def _adapter(opened: AlignedCheckpoints) -> dict[str, Any]:
+def _adapter(opened: AlignedCheckpoints) -> dict[str, object]:
     """What a run wrote into the files of an adapter, so that the merge is one too; it must be the same in all, the order of a head's classes included.
 
     What was chosen while a model was tuned is its own, and not the merge's.
     """
     told = [facts(c) for c in opened.all]
-    adapters = [{key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told]
+    adapters: list[dict[str, object]] = [
+        {key: each[key] for key in ADAPTER if key in each} if "adapter" in each else {} for each in told
+    ]
     for adapter in adapters:
-        if isinstance(adapter.get("head"), Mapping):
-            adapter["head"] = {key: value for key, value in adapter["head"].items() if key != "chosen"}
+        if isinstance(head := adapter.get("head"), Mapping):
+            adapter["head"] = {key: value for key, value in head.items() if key != "chosen"}
     for checkpoint, adapter in zip(opened.all, adapters):
         for key in adapter.keys() | adapters[0].keys():
             if adapter.get(key) != adapters[0].get(key):
@@ -92,13 +95,13 @@ def _adapter(opened: AlignedCheckpoints) -> dict[str, Any]:
     return adapters[0]
 
 
-def option_values(method: options.Options) -> dict[str, Any]:
+def option_values(method: options.Options) -> dict[str, object]:
     """A method's options as a recipe writes them."""
-    found: dict[str, Any] = json.loads(json.dumps(options.values(method)))
+    found: dict[str, object] = json.loads(json.dumps(options.values(method)))
     return found
 
 
-def model_card(opened: AlignedCheckpoints, metadata: Mapping[str, Any]) -> str:
+def model_card(opened: AlignedCheckpoints, metadata: Metadata) -> str:
     """The README.md of the output."""
     plan = opened.plan
     lines = [
@@ -127,7 +130,7 @@ def model_card(opened: AlignedCheckpoints, metadata: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
+def read_metadata(folder: Path) -> tuple[Metadata, Checkpoint]:
     """What `describe` wrote, and the merged checkpoint."""
     checkpoint = open_checkpoint(str(folder))
     found = checkpoint.metadata
@@ -137,8 +140,8 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     if METADATA_KEY not in found:
         raise UserError("no merge of mergekit-vl", where=str(folder), hint="give the folder that merge wrote")
     checkpoint.metadata = found
-    metadata = facts(checkpoint)
-    check_shape(metadata, Metadata, what="was merged by an early version, or is no merge", where=str(folder))
+    early = "was merged by an early version, or is no merge"
+    metadata = check_shape(facts(checkpoint), Metadata, what=early, where=str(folder))
     if not metadata["models"]:
         raise UserError("is no merge: it names no model", where=str(folder), hint="merge again")
     return metadata, checkpoint

@@ -6,9 +6,8 @@ plan.py (headers that agree) -> rebasin.py, where asked for -> apply (engine.py)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.forecast import passes
 from mergekit_vl.merge_files.memory import chunk_for
 from mergekit_vl.merge_files.plan import AlignedCheckpoints, MergePlan, open_plan, warnings
-from mergekit_vl.merge_files.provenance import NO_HASH, canonical, describe, model_card
+from mergekit_vl.merge_files.provenance import NO_HASH, Metadata, canonical, describe, model_card
 from mergekit_vl.merging.chunks import Chunk, Source
 from mergekit_vl.merging.engine import apply, one_blas_thread, workers
 from mergekit_vl.reporter import SILENT, Reporter
@@ -58,7 +57,7 @@ def merge(
     shard_size: int | None = None,
     reporter: Reporter = SILENT,
     chunk_size: int | None = None,
-) -> dict[str, Any]:
+) -> Metadata:
     """Merge into the folder `out` and return the metadata that is written with it; on any failure `out` is as it was before."""
     with claimed(out, force=force):
         reuse_freed_memory()
@@ -83,7 +82,7 @@ def merge_opened(
     shard_size: int | None = None,
     reporter: Reporter = SILENT,
     chunk_size: int | None = None,
-) -> dict[str, Any]:
+) -> Metadata:
     """The merge of models that are open, or held in memory, into a folder that is `claimed`; closes them."""
     try:
         _check_not_an_input(opened, out)
@@ -146,7 +145,7 @@ def _written(
     chunk_size: int,
     shard_size: int | None,
     reporter: Reporter,
-) -> dict[str, Any]:
+) -> Metadata:
     """Write the output and return its metadata."""
     texts, stem = _companions(opened)
     blank = describe(opened, {file: NO_HASH for c in opened.all for file in c.hashed})
@@ -251,9 +250,7 @@ def _companions(opened: AlignedCheckpoints) -> tuple[dict[str, str], str]:
     return texts, "open_clip_model" if "open_clip_config.json" in texts else "model"
 
 
-def verify(
-    plan: MergePlan, metadata: Mapping[str, Any], merged: Checkpoint, *, threads: int | None = None
-) -> list[str]:
+def verify(plan: MergePlan, metadata: Metadata, merged: Checkpoint, *, threads: int | None = None) -> list[str]:
     """Merge again and compare with `merged` chunk by chunk, writing nothing; the differences, none if every byte agrees."""
     reuse_freed_memory()
     opened = open_plan(plan)

@@ -40,7 +40,7 @@ class CellPath:
     points: tuple[PathPoint, ...] = ()
     barriers: tuple[Barrier, ...] = ()
     plane: Plane | None = None
-    made_of: Mapping[str, Any] | None = field(default=None, metadata=IF_THERE)
+    made_of: Mapping[str, object] | None = field(default=None, metadata=IF_THERE)
 
     def to_json(self) -> dict[str, Any]:
         return fields_of(self)

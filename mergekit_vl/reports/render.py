@@ -56,12 +56,12 @@ def markup(text: str) -> Markup:
     return Markup(text)  # noqa: S704
 
 
-def page(template: str, **values: Any) -> Markup:
+def page(template: str, **values: object) -> Markup:
     """A template as HTML."""
     return markup(_environment(in_html).get_template(template).render(values))
 
 
-def card(template: str, **values: Any) -> Markup:
+def card(template: str, **values: object) -> Markup:
     """A template as Markdown."""
     return markup(_environment(in_markdown).get_template(template).render(values))
 
@@ -71,7 +71,7 @@ def _environment(escape: Callable[[str], str]) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    def escaped(value: Any) -> Any:
+    def escaped(value: object) -> Any:
         return Markup(escape(value)) if isinstance(value, str) and not isinstance(value, Markup) else value  # noqa: S704
 
     made = Environment(

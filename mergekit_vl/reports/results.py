@@ -67,7 +67,7 @@ class Row:
         return read(cls, {**found, "choice": choice})
 
     @property
-    def chosen(self) -> dict[str, tuple[Any, str]]:
+    def chosen(self) -> dict[str, tuple[object, str]]:
         """(value, split) by what was chosen and not learnt."""
         if self.choice is None or self.choice.learnt:
             return {}
@@ -220,7 +220,7 @@ class Report:
     differences: tuple[Difference, ...]
     forgetting: Forgetting
     path: tuple[MeanPoint, ...]
-    environment: Mapping[str, Any]
+    environment: Mapping[str, object]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mergekit_vl.protocols.base import EvaluationProtocol
 
 
-def check_backbone(options: BackboneOptions | type[BackboneOptions], **given: Any) -> None:
+def check_backbone(options: BackboneOptions | type[BackboneOptions], **given: object) -> None:
     """Raise Violation unless a backbone keeps its promises: features [B, D], the same every time; frozen; texts [K, D] of late names."""
     import torch
 
@@ -61,7 +61,7 @@ def check_backbone(options: BackboneOptions | type[BackboneOptions], **given: An
     return promises.settle()
 
 
-def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: Any) -> None:
+def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: object) -> None:
     """Raise Violation unless a dataset keeps its promises: names, templates, labels and images that fit each other, the same every time."""
     cls = options if isinstance(options, type) else type(options)
     promises = Promises(cls)
@@ -112,7 +112,7 @@ def overlap(one: Split, other: Split) -> bool:
     return one.source.key == other.source.key and bool(np.isin(one.rows, other.rows).any())
 
 
-def check_protocol(protocol: EvaluationProtocol | type[EvaluationProtocol], **given: Any) -> None:
+def check_protocol(protocol: EvaluationProtocol | type[EvaluationProtocol], **given: object) -> None:
     """Raise Violation unless a protocol keeps its promises, on drawn datasets: nothing that is tuned on is tested, columns name tests."""
     cls = protocol if isinstance(protocol, type) else type(protocol)
     promises = Promises(cls)

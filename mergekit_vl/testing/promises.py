@@ -84,7 +84,7 @@ def check_documented(promises: Promises, cls: type) -> None:
             require(field.name not in ("name", "label", "of", "grid"), f"{field.name} is a key of the recipe itself")
 
 
-def quick(cls: type, given: Mapping[str, Any], less: Mapping[str, Any]) -> Any:
+def quick(cls: type, given: Mapping[str, object], less: Mapping[str, object]) -> Any:
     """An instance with little to do: `less` are values of options that it has; raises Broken where an option is required and not given."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]

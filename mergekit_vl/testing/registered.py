@@ -19,7 +19,7 @@ BY_KIND: dict[str, Callable[[Any], object]] = {
 }
 
 
-def check_registered(entry: Entry, example: Any = None) -> None:
+def check_registered(entry: Entry, example: object = None) -> None:
     """Check a registered thing: `example` is an instance of its class, needed where an option must be given.
 
     An adapter comes from a registered tuner that makes one, unless it needs nothing.

@@ -98,7 +98,7 @@ def _check_network(model: Single) -> None:
     require(torch.allclose(logits, expected, rtol=1e-3, atol=1e-3), "gives other logits than the head")
 
 
-def check_tuner(tuner: Tuner | type[Tuner], **given: Any) -> Single:
+def check_tuner(tuner: Tuner | type[Tuner], **given: object) -> Single:
     """Raise Violation unless a tuner keeps its promises; the model that it made. Of a class, options that make it long are set low."""
     cls = tuner if isinstance(tuner, type) else type(tuner)
     promises = Promises(cls)
@@ -123,7 +123,7 @@ def check_tuner(tuner: Tuner | type[Tuner], **given: Any) -> Single:
     return single
 
 
-def check_strategy(strategy: Strategy | type[Strategy], **given: Any) -> None:
+def check_strategy(strategy: Strategy | type[Strategy], **given: object) -> None:
     """Raise Violation unless a strategy keeps its promises; of a closed form, those on tensors alone too."""
     cls = strategy if isinstance(strategy, type) else type(strategy)
     promises = Promises(cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -99,7 +99,9 @@ class Drawn:
         return np.random.default_rng((self.seed, start)).standard_normal(stop - start, dtype=wide)
 
 
-def held(method: ClosedForm, n: int, shape: tuple[int, ...], chunk_size: int = MOST, wide: Any = np.float32) -> int:
+def held(
+    method: ClosedForm, n: int, shape: tuple[int, ...], chunk_size: int = MOST, wide: type[np.generic] = np.float32
+) -> int:
     """The most bytes that a merge of n models of one tensor held, what stays beside the chunks (histograms, Gram matrices) included."""
     tensor = Tensor("w", shape, wide=np.dtype(wide))
     given = Models(Drawn(0), tuple(map(Drawn, range(1, n + 1))), (tensor,), _labels(n))

@@ -42,7 +42,7 @@ def test_only_what_is_unsuitable_is_left_out(error, status, reason, monkeypatch)
 
     monkeypatch.setattr(CellRun, "_strategy", fails)
     made = CellRun(None, None, None)._made(Entry("row", "merged", cls=Linear))
-    assert made["status"] == status and made["reason"].startswith(reason)
+    assert made.status == status and made.reason.startswith(reason)
 
 
 def test_a_choice_that_fails_fails_the_row_and_one_that_cannot_be_made_leaves_the_defaults(monkeypatch):

@@ -27,7 +27,7 @@ OWN_WEIGHTS = ("local-dir:", "hf-hub:")
 """What a `backbone.arch` starts with that brings its weights: an override with it takes the recipe's `pretrained` away."""
 ALL = "all"
 """As `strategy`, or among them: every registered one, for `bench`."""
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, object] = {
     "backbone": {"name": "micro"},
     "protocol": {"name": "base_to_novel"},
     "tuned": [{"tuner": {"name": "coop"}}],
@@ -191,7 +191,7 @@ def _guilty(made: Callable[[Sequence[str]], Recipe], words: Sequence[str], what:
     return next((word for i, word in enumerate(words) if fault([*words[:i], *words[i + 1 :]]) is None), None)
 
 
-def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
+def set_option(chosen: dict[str, object], word: str, key: str, value: str) -> None:
     """Apply `word`, that is key=value, to plain options as `run` applies it to a recipe, but for mappings: they replace the old ones."""
     config = _config(chosen, where=TYPED)
     _apply(config, word, key, value, merge=False, hint="")
@@ -201,7 +201,7 @@ def set_option(chosen: dict[str, Any], word: str, key: str, value: str) -> None:
     chosen.update(applied)
 
 
-def _config(plain: dict[str, Any], *, where: str) -> DictConfig:
+def _config(plain: dict[str, object], *, where: str) -> DictConfig:
     """Plain data as OmegaConf holds them, references unresolved (`references.py` resolves them); raises UserError for broken ones."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -272,7 +272,7 @@ def dataset_specs(given: Sequence[Mapping[str, object]], *, where: str) -> tuple
 
 
 def parse(
-    given: Mapping[str, Any], *, name: str, where: str, environment: Mapping[str, str | None] = MappingProxyType({})
+    given: Mapping[str, object], *, name: str, where: str, environment: Mapping[str, str | None] = MappingProxyType({})
 ) -> Recipe:
     """A Recipe from plain data; the door for tests and notebooks. `environment` holds the variables it may refer to."""
     from mergekit_vl import forms
@@ -317,7 +317,7 @@ def parse(
     )
 
 
-def _without_all(strategies: Any) -> tuple[Any, bool]:
+def _without_all(strategies: object) -> tuple[object, bool]:
     """What is named, and whether `all` stands there too."""
     if strategies == ALL:
         return [], True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import ConfigDict, model_validator
@@ -24,7 +24,7 @@ class NamedForm(Form):
     label: AsText | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         return dict(self.model_extra or {})
 
 
@@ -35,11 +35,11 @@ class StrategyForm(Form):
     name: str
     label: AsText | None = None
     of: AsText | None = None
-    grid: dict[str, Annotated[list[Any], MinLen(1)]] | None = None
+    grid: dict[str, Annotated[list[object], MinLen(1)]] | None = None
     batch_norm: Literal["images", "mean"] = "images"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         return dict(self.model_extra or {})
 
 
@@ -66,7 +66,7 @@ class RunForm(Form):
     seed: Annotated[list[Annotated[int, Ge(0), Le(MOST_SEED)]], Listed, MinLen(1)]
     controls: bool
     strategy: Annotated[list[StrategyForm], Listed]
-    search: dict[str, Any] = {}
+    search: dict[str, object] = {}
     backbone: NamedForm
     dataset: Annotated[list[NamedForm], Listed, MinLen(1)]
     protocol: NamedForm

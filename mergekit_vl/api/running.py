@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mergekit_vl.reports.results import Report
     from mergekit_vl.reports.table import Table
 
-    AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+    AnyRecipe = Recipe | Mapping[str, object] | str | Path
     """A recipe, plain data, a file, or the name of an installed one."""
 
 

@@ -192,7 +192,7 @@ def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tu
     return found
 
 
-def _plain(spec: Spec) -> dict[str, Any]:
+def _plain(spec: Spec) -> dict[str, object]:
     more: dict[str, object] = {"label": spec.label} if spec.label != spec.name else {}
     more |= {"of": spec.of} if spec.of is not None else {}
     more |= {"grid": spec.grid} if spec.grid is not None else {}

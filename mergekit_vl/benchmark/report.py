@@ -163,7 +163,7 @@ def results_csv(cells: Sequence[CellRecord]) -> str:
     return out.getvalue()
 
 
-def _measured(cell: CellRecord, record: Record, tests: Sequence[str]) -> list[Any]:
+def _measured(cell: CellRecord, record: Record, tests: Sequence[str]) -> list[object]:
     """The score of a row in a cell, and what follows it up to its costs."""
     row = record.scores
     accuracies = [row.tests[test].acc1 if test in row.tests else "" for test in tests]

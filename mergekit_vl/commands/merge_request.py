@@ -107,7 +107,7 @@ def _kept(keep: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(keep)
 
 
-def _own_options(given: Mapping[str, object], name: str, where: str) -> tuple[dict[str, Any], list[str]]:
+def _own_options(given: Mapping[str, object], name: str, where: str) -> tuple[dict[str, object], list[str]]:
     """The recipe's options of a strategy; those of another one are left out, with a note."""
     chosen = {key: value for key, value in given.items() if key != "name"}
     if not chosen or given.get("name") == name:
@@ -138,7 +138,7 @@ class _Named:
     labels: tuple[str, ...]
     base: str | None
     base_label: tuple[str, ...]
-    weights: dict[str, Any]
+    weights: dict[str, object]
 
 
 def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Named:
@@ -170,8 +170,8 @@ def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Nam
 
 
 def _choose(
-    cls: type, info: MethodInfo, chosen: dict[str, Any], settings: Sequence[str], named: _Named, *, where: str
-) -> dict[str, Any]:
+    cls: type, info: MethodInfo, chosen: dict[str, object], settings: Sequence[str], named: _Named, *, where: str
+) -> dict[str, object]:
     """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
     known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
     weighed = (*(named.base_label if info.weighs_base else ()), *named.labels)
@@ -179,7 +179,7 @@ def _choose(
     for word in settings:
         key, _, value = word.partition("=")
         if key in weighed and key not in known:
-            holder: dict[str, Any] = {}
+            holder: dict[str, object] = {}
             set_option(holder, word, "v", value)
             weights[key] = holder["v"]
         elif key.partition(".")[0] in known:

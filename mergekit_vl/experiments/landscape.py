@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mergekit_vl.errors import UserError
 from mergekit_vl.reports.landscape_results import Barrier, CellPath, MeanPath, Plane
@@ -95,7 +95,7 @@ def landscapes(base: Single, tuned: Model, merged: Model | None, store: FeatureS
     return out
 
 
-def _shapes(model: Single) -> dict[str, Any]:
+def _shapes(model: Single) -> dict[str, object]:
     return {"space": model.adapter.space} | {name: t.shape for name, t in model.adapter.tensors.items()}
 
 

@@ -41,7 +41,7 @@ class Evaluated:
         """A fraction; `scores` has the others."""
         return self.scores.acc1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As CLIP_benchmark writes it, with ours beside."""
         told = plain(self.scores)
         return {

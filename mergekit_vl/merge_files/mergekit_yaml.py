@@ -113,7 +113,7 @@ class _Parameters:
         return value
 
 
-def _options(method: str, asked: _Parameters, has_base: bool) -> dict[str, Any]:
+def _options(method: str, asked: _Parameters, has_base: bool) -> dict[str, object]:
     """Our options for mergekit's parameters and defaults."""
     each, one = asked.each, asked.one
     if method == "linear":
@@ -134,7 +134,7 @@ def _options(method: str, asked: _Parameters, has_base: bool) -> dict[str, Any]:
     return _task_vectors(method, asked)
 
 
-def _task_vectors(method: str, asked: _Parameters) -> dict[str, Any]:
+def _task_vectors(method: str, asked: _Parameters) -> dict[str, object]:
     weights, scale = asked.each("weight"), asked.one("lambda", 1.0)
     mean = asked.one("normalize", method in MEAN_BY_DEFAULT)
     elects = method in ("ties", "dare_ties", "della", "breadcrumbs_ties")
@@ -142,10 +142,11 @@ def _task_vectors(method: str, asked: _Parameters) -> dict[str, Any]:
         weights = _summing_to_one(weights, asked.where)
     if method == "task_arithmetic":
         return {"scales": [_times(weight, scale, asked.where) for weight in weights]}
-    options: dict[str, Any] = {"weights": weights, "scale": scale, "densities": asked.each("density", 1.0)}
+    densities = asked.each("density", 1.0)
+    options: dict[str, object] = {"weights": weights, "scale": scale, "densities": densities}
     if elects:
         options |= {"elect": "weighted", "mean": mean}
-    return options | _dropping(method, asked, options["densities"])
+    return options | _dropping(method, asked, densities)
 
 
 def _summing_to_one(weights: list[Any], where: str) -> list[float]:
@@ -155,9 +156,9 @@ def _summing_to_one(weights: list[Any], where: str) -> list[float]:
     return [weight / (total if abs(total) >= 1e-8 else 1) for weight in weights]
 
 
-def _dropping(method: str, asked: _Parameters, densities: list[Any]) -> dict[str, Any]:
+def _dropping(method: str, asked: _Parameters, densities: list[object]) -> dict[str, object]:
     """The options of what is dropped of task vectors."""
-    options: dict[str, Any] = {"trim": "tensor"} if method == "ties" else {}
+    options: dict[str, object] = {"trim": "tensor"} if method == "ties" else {}
     if method.startswith(("dare", "della")):
         options["rescale"] = "l1" if asked.one("rescale", True) else "none"
     if method.startswith("della"):
@@ -169,7 +170,7 @@ def _dropping(method: str, asked: _Parameters, densities: list[Any]) -> dict[str
     return options
 
 
-def _checked(parameters: Mapping[str, object], known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+def _checked(parameters: Mapping[str, object], known: tuple[str, ...], where: str) -> Mapping[str, object]:
     for key in parameters:
         if key not in known:
             raise unknown("parameter", key, known, where=where)

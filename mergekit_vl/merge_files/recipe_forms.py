@@ -16,7 +16,7 @@ TEXT = Told("{key}={value}", "write text")
 class WeightsForm(Form):
     """The `weights:` section of a recipe. Fields are in the order in which faults are told."""
 
-    models: Annotated[list[Any], MinLen(1)]
+    models: Annotated[list[object], MinLen(1)]
     dtype: str | None = None
     seed: Annotated[int, Ge(0)] = 0
     keep: Annotated[list[str], BeforeValidator(lambda keep: [keep] if isinstance(keep, str) else keep)] = []
@@ -41,7 +41,7 @@ class WeightsForm(Form):
 
 class MergekitModelForm(Form):
     model: str
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, object] | None = None
 
 
 class MergekitForm(Form):
@@ -52,7 +52,7 @@ class MergekitForm(Form):
     dtype: str | None = None
     out_dtype: str | None = None
     models: Annotated[list[MergekitModelForm], MinLen(1)]
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, object] | None = None
 
     TOLD: ClassVar[Mapping[str, Told]] = {
         "merge_method": TEXT,

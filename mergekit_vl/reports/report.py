@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def write(
     return report
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, object]:
     import torch
 
     return {
@@ -307,7 +307,7 @@ def to_yaml(plain: Mapping[str, object]) -> str:
     return yaml.safe_dump(dict(plain), sort_keys=True, allow_unicode=True)
 
 
-def _clip_benchmark(recipe: Recipe, cell: CellResult, row: Row) -> dict[str, Any]:
+def _clip_benchmark(recipe: Recipe, cell: CellResult, row: Row) -> dict[str, object]:
     """One result as `clip_benchmark build` reads it (accuracies as fractions, over all tests), our fields beside."""
     tests = row.tests.values()
     of = {spec.label: spec.of for spec in recipe.strategies if spec.of is not None}

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from mergekit_vl.errors import UserError
 
@@ -92,5 +92,8 @@ def quick(cls: type, given: Mapping[str, object], less: Mapping[str, object]) ->
     return cls(**{name: value for name, value in less.items() if name in fields} | dict(given))
 
 
-def twice(make: Callable[[], Any]) -> tuple[Any, Any]:
+T = TypeVar("T")
+
+
+def twice(make: Callable[[], T]) -> tuple[T, T]:
     return make(), make()

@@ -52,7 +52,7 @@ from mergekit_vl.tuners.sgd import cross_entropy
 
 SHAPES = {"DTD, base classes": 24, "ImageNet, base classes": 500}
 """Data set to number of classes."""
-NOT_TIMED = "Not timed here: the script was small, or stopped before it came to this."
+NOT_TIMED = "Not measured in this run of the script."
 
 
 def seconds(work: Callable[[], object], device: str, rounds: int = 1) -> float:
@@ -276,12 +276,12 @@ def page(told: dict[str, Any]) -> str:
     lines = [
         "# On a GPU",
         "",
-        f"Measured with `python benchmarks/gpu.py` on one {told['card']} ({told['cpus']} CPU cores beside it, torch {told['torch']}); the script writes these tables.",
-        "Weights are random, times are medians of device events after a warm-up.",
+        f"Measured with `python benchmarks/gpu.py` on one {told['card']} with {told['cpus']} CPU cores, torch {told['torch']}. The script writes the tables.",
+        "Weights are random. Times are medians of device events after a warm-up.",
         "",
         "## Image features",
         "",
-        "Work an image is counted (a multiplication and an addition are two); the peak is a square matrix product of the same precision on this card.",
+        "The operations per image are counted, a multiplication and an addition as two. The peak is a square matrix product in the same precision on this card.",
         "",
         "| tower | precision | images | images/s | peak, TFLOP/s | share of the peak |",
         "|---|---|---|---|---|---|",
@@ -300,16 +300,16 @@ def page(told: dict[str, Any]) -> str:
     lines[-1] += ", ".join(
         f"{t['arch']} {t['images a second from JPEG files']:,.0f} images/s" for t in told["encoders"]
     )
-    lines[-1] += ". There the CPU is what limits, not the card."
+    lines[-1] += ". The CPU limits this, not the card."
     gap = told["parity"]
     lines += [
         "",
         "## A training step of MergeTune",
         "",
-        f"Our float32 step on the card against the released step in float64 on a CPU: loss {gap['loss']:.1e}, gradient {gap['gradient']:.1e} apart (relative).",
-        "The released step (`benchmarks/step.py` transcribes it) is timed in float32 and, which is kinder to it, in bfloat16; ours is float32.",
+        f"The step of mergekit-vl in float32 on the card differs from the released step in float64 on a CPU by {gap['loss']:.1e} (loss) and {gap['gradient']:.1e} (gradient), relative.",
+        "The released step (transcribed in `benchmarks/step.py`) is timed in float32, and in bfloat16, which favours it. The step of mergekit-vl is float32.",
         "",
-        "| shape (ViT-B-16) | classes | batch | ours, ms | ours, steps/s | released float32, ms | ratio | released bfloat16, ms | ratio |",
+        "| shape (ViT-B-16) | classes | batch | mergekit-vl, ms | mergekit-vl, steps/s | released float32, ms | ratio | released bfloat16, ms | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in told["steps"]:
@@ -322,7 +322,7 @@ def page(told: dict[str, Any]) -> str:
     if "merges" not in told:
         return "\n".join([*lines, NOT_TIMED, ""])
     lines += [
-        f"Two models with {told['blocks']} blocks of ViT-B; numpy on the CPU against the card, in float64 both.",
+        f"Two models with {told['blocks']} blocks of ViT-B; numpy on the CPU against the card, both in float64.",
         "",
         "| method | numpy, s | card, s | ratio | largest difference |",
         "|---|---|---|---|---|",

@@ -333,7 +333,8 @@ def test_out_of_memory_tells_the_batch_that_fits():
 
 
 def test_a_block_of_any_size_gives_the_same_bytes():
-    tower, preprocess = torch.nn.Conv2d(3, 4, 3), {"image_size": 224}
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+    preprocess = {"image_size": 224}
     blocks = {size: Backbone(tower, None, preprocess, "conv", block=size) for size in (8, 40, 128)}
     assert {backbone.at_once for backbone in blocks.values()} == {8}
     images = torch.randn(21, 3, 12, 12, generator=torch.Generator().manual_seed(0))

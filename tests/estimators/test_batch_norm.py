@@ -160,5 +160,5 @@ def test_the_recipe_says_where_they_come_from():
     strategies = recipe.parse(plain, name="r", where="r").strategies
     assert [s.batch_norm for s in strategies] == ["mean", "images"] and dict(strategies[0].options) == {}
     plain["strategy"][0]["batch_norm"] = "none"
-    with pytest.raises(UserError, match="strategy.0 ties: batch_norm=none .images or mean"):
+    with pytest.raises(UserError, match="strategy.0 ties: batch_norm='none' .images or mean"):
         recipe.parse(plain, name="r", where="r")

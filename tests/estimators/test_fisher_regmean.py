@@ -21,6 +21,7 @@ from mergekit_vl.estimators import fisher_information, gram, surrogates
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.reporter import SILENT
 from mergekit_vl.strategies.fisher import Fisher
 from mergekit_vl.strategies.regmean import RegMean
 
@@ -217,7 +218,7 @@ COVERED = (
 
 def test_every_linear_map_of_a_tower_is_seen(towers):
     model = towers.tuned[0]
-    found, features = gram.of_tower(model, towers.data[0].train, [3, 1, 2], lambda *_: None)
+    found, features = gram.of_tower(model, towers.data[0].train, [3, 1, 2], SILENT)
     assert set(found) == set(COVERED)
     assert {name for name, gram in found.items() if gram.transposed} == {"proj"}
     net = model.adapter.on(model.backbone).image.model
@@ -245,8 +246,7 @@ def test_regmean_of_towers_solves_each_linear_map(towers):
     merged = RegMean(alpha=1.0).merge(towers).adapter
     first, second = (m.adapter for m in towers.tuned)
     measured = [
-        gram.of_tower(m, d.train, list(range(len(d.train))), lambda *_: None)[0]
-        for m, d in zip(towers.tuned, towers.data)
+        gram.of_tower(m, d.train, list(range(len(d.train))), SILENT)[0] for m, d in zip(towers.tuned, towers.data)
     ]
     for name in COVERED:
         gs = [g[name].mean.double() for g in measured]
@@ -299,7 +299,7 @@ def test_the_micro_towers_linear_maps():
     """Its ConvNeXt has 1 x 1 convolutions for layers, and kernels as wide as their stride between stages."""
     backbone = Micro().build("cpu")
     tower = Single(backbone, Tower(backbone.image_weights()))
-    found, _ = gram.of_tower(tower, task(48, 4, 1).train, [0, 1], lambda *_: None)
+    found, _ = gram.of_tower(tower, task(48, 4, 1).train, [0, 1], SILENT)
     shapes = {name: t.shape for name, t in backbone.image_weights().items() if t.ndim in (2, 4)}
     depthwise = {name for name in shapes if "conv_dw" in name}
     assert set(found) == set(shapes) - depthwise and depthwise

@@ -10,7 +10,10 @@ import typer
 RecipeArgument = Annotated[str, typer.Argument(help="a file, or the name of an installed recipe")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, list items as tuned.0.tuner.epochs=5")]
 ModelArgument = Annotated[
-    str, typer.Argument(help="a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote")
+    str,
+    typer.Argument(
+        help="a run folder, micro, photo, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote"
+    ),
 ]
 AllowEnv = Annotated[
     list[str] | None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergekit_vl.models.model import Model
     from mergekit_vl.registry.plugins import Registry
 
-FORMS = "a run folder, micro, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote"
+FORMS = "a run folder, micro, photo, clip:ARCH:PRETRAINED, vision:ARCH, or a folder that open_clip wrote"
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,7 @@ from mergekit_vl.registry.hookspecs import Register, hookimpl
 @hookimpl
 def register_backbones(register: Register) -> None:
     register("micro", "mergekit_vl.backbones.micro:Micro", "the embedded CLIP of 48 x 48 images, no download")
+    register("photo", "mergekit_vl.backbones.photo:Photo", "the embedded CLIP for photographs, no download")
     register(
         "clip",
         "mergekit_vl.backbones.clip:Clip",

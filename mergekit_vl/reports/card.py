@@ -46,8 +46,8 @@ def _use(main: str, backbone: Mapping[str, Any], model: Model) -> list[str]:
 
 
 def _loading(backbone: Mapping[str, Any]) -> list[str]:
-    if backbone["name"] == "micro":
-        return ["from mergekit_vl.backbones import micro", "model, tokenizer = micro.load(), micro.tokenizer()"]
+    if (name := backbone["name"]) in ("micro", "photo"):
+        return [f"from mergekit_vl.backbones import {name}", f"model, tokenizer = {name}.load(), {name}.tokenizer()"]
     if backbone["name"] == "vision":
         return ["import timm", f"model = timm.create_model({backbone.get('arch')!r}, num_classes=0).eval()"]
     import open_clip

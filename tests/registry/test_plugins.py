@@ -14,7 +14,7 @@ from mergekit_vl.registry.plugins import KINDS, load_plugins
 
 ROOT = Path(__file__).parents[2]
 BUILTINS = {
-    "backbones": ["micro", "clip", "vision"],
+    "backbones": ["micro", "photo", "clip", "vision"],
     "adapters": ["zero_shot", "prompt", "linear_head", "tower"],
     "tuners": ["coop", "kgcoop", "linear_probe", "full"],
     "strategies": [

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: which tensors a file holds, where their bytes lie, and how a folder of them is written."""
+"""Checkpoint files: which tensors a file contains and at which bytes, how to read them, and how to write a folder of them."""

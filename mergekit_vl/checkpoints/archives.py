@@ -1,7 +1,7 @@
-"""Where the members of a zip lie, read strictly: what could be read in two ways is refused.
+"""A strict reader of zip directories: at which bytes each member lies. An archive that two programs could read differently is refused.
 
-A checkpoint that shows other weights to another program would be a trap. So a file is one archive from its first byte to its last, every
-member is where the directory says, under the name that it has there, once, and none shares bytes with another.
+A checkpoint that shows other weights to another program would be an attack. So the file must be one archive from its first byte to its last, every
+member must lie where the directory says, under the same name, once, and no two members may share bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Member:
     size: int
     crc: int
     stored: bool
-    """Whether its bytes are there as they are, uncompressed."""
+    """Whether it is stored uncompressed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Entry:
 
 
 def read_archive(descriptor: int) -> Archive:
-    """The members of the zip that is the whole of an open file; raises Damaged for anything else."""
+    """The members of an open file that is one zip from start to end; raises Damaged for any other file."""
     try:
         entries, end = _directory(descriptor)
         return _located(descriptor, entries, end)

@@ -1,4 +1,4 @@
-"""A checkpoint: where each of its tensors lies, and reading any stretch of them with `preadv` when it is asked for."""
+"""A checkpoint: the file, offset, shape and dtype of each tensor, and reading any range of elements with `preadv` on demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_TENSORS = 100_000
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A tensor's place: dtype code, shape, file, offset of its first byte; `strides` (in elements) only where it is not contiguous."""
+    """Where a tensor is stored: dtype code, shape, file, offset of its first byte; `strides` (in elements) only if it is not contiguous."""
 
     code: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class TensorLocation:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A stretch of a file whose CRC-32 was recorded when it was written."""
+    """A range of bytes of a file whose CRC-32 the file recorded."""
 
     file: Path
     start: int
@@ -91,7 +91,7 @@ class Checkpoint:
         return widen(self.raw(name, start, stop), self.tensors[name].code, wide)
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Elements start..stop of the flattened tensor as they are stored; a fresh array."""
+        """Elements start..stop of the flattened tensor, in the stored dtype; a new array."""
         tensor = self.tensors[name]
         stop = tensor.size if stop is None else stop
         if name in self.arrays:

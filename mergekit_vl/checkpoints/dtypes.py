@@ -1,4 +1,4 @@
-"""Tensor dtypes by their safetensors code, and the one rule for narrow floats.
+"""Tensor dtypes by their safetensors code, and how values are widened when read and rounded when written.
 
 Arithmetic runs in float32 (in float64 for a tensor that any model holds in float64). On the way in, bfloat16 and float16 widen
 exactly; on the way out they round to nearest, ties to even. numpy has no bfloat16: its bits travel as uint16, the upper half of
@@ -56,14 +56,14 @@ def check_supported(code: str, *, where: str) -> None:
 
 
 def widen(stored: Array, code: str, wide: np.dtype) -> Array:
-    """Stored numbers as float32 or float64, exactly; the same array where nothing changes."""
+    """Stored numbers converted to float32 or float64, exactly; the same array if the dtype is already right."""
     if code == "BF16":
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(wide, copy=False)
 
 
 def narrow(values: Array, code: str) -> Array:
-    """Numbers as they are stored under `code`, rounded to nearest, ties to even."""
+    """Numbers converted to the stored form of `code`, rounded to nearest, ties to even."""
     with np.errstate(over="ignore"):
         if code != "BF16":
             return values.astype(STORED[code], copy=False)

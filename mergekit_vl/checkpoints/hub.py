@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub as folders on this machine: files are fetched, and nothing but our own readers opens them."""
+"""Models of the Hugging Face hub as folders on this machine: files are downloaded, and only the readers of this package open them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Pickled checkpoints (.pt, .pth, .bin) as headers: where each tensor's bytes lie, without torch and without running their code.
+"""Pickled checkpoints (.pt, .pth, .bin): where each tensor's bytes lie, found without torch and without executing the file's code.
 
 torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. `unpickler.py` builds
 containers and tensors' descriptions; every other object becomes an inert placeholder, so optimizers, schedulers and the like in a
-training checkpoint (Dassl writes live ones) are passed over and nothing of theirs runs. A TorchScript archive (OpenAI's CLIP) is
+training checkpoint (Dassl pickles live ones) are skipped and none of their code runs. A TorchScript archive (OpenAI's CLIP) is
 such a zip too, whose objects are modules: their tensors are named by the path of attributes, and no code of it is read. Files
 older than torch 1.6 are no zip but five pickles followed by the storages one after another.
 
-Files come from strangers, so nothing is read that is not the tensor's: it lies within its storage, the storage within its member.
+Files may come from strangers, so bounds are checked: a tensor lies within its storage, and the storage within its member of the zip.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Place = Callable[[Storage], Member]
 
 
 def open_pickle(path: Path, label: str) -> Checkpoint:
-    """The weights of a pickled checkpoint; raises UserError for what is none."""
+    """The weights of a pickled checkpoint; raises UserError for a file that is not one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size

@@ -1,7 +1,7 @@
-"""Checkpoints as headers: which tensors a file or folder holds, where their bytes lie, and reading any stretch of them.
+"""Opening checkpoints by their headers: which tensors a file, folder, index or hub name contains, and at which bytes.
 
-Nothing is loaded: a tensor is a place in a file, read with `preadv` when it is asked for. So memory does not depend on the size of
-the models, a file that was cut short is an error and not a crash (a memory map would be), and what `ps` shows is what was used.
+No tensor is loaded: it is a place in a file, read with `preadv` on demand. So memory does not depend on the size of
+the models, a truncated file is an error (with a memory map it would be a crash), and `ps` shows the memory that was really used.
 """
 
 from __future__ import annotations

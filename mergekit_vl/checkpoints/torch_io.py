@@ -1,4 +1,4 @@
-"""Checkpoints as torch tensors, and from there into a module whose architecture they must have."""
+"""Reading checkpoints as torch tensors, and copying them into a module of the same architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint file or folder; raises UserError for what is none."""
+    """Every tensor of a checkpoint file or folder; raises UserError for a file that is not a checkpoint."""
     from mergekit_vl.checkpoints.reader import open_checkpoint
 
     checkpoint = open_checkpoint(str(path))

@@ -1,6 +1,6 @@
-"""The pickles of checkpoints, read by our own restricted interpreter: nothing is imported, called or hashed but names.
+"""A restricted interpreter for the pickles of checkpoints: it imports nothing, calls nothing, and hashes nothing but names.
 
-What it builds are the containers and tensor descriptions that `pickles.py` looks at; everything else becomes the one `INERT`, which has
+It builds the containers and tensor descriptions that `pickles.py` reads. Every other object becomes the constant `INERT`, which has
 no state, so no file can change how the next one is read. Dictionaries are kept as pairs: keys from a stranger are never hashed, since
 deep, shared or colliding ones would cost more than their bytes. Every count is bounded.
 """
@@ -24,7 +24,7 @@ LARGEST_INTEGER = 16
 
 
 class Damaged(Exception):
-    """What is wrong with a file, in words; `pickles.py` tells where."""
+    """What is wrong with a file, in words; `pickles.py` adds the file's name."""
 
 
 class _Inert:
@@ -49,7 +49,7 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Pairs:
-    """A dictionary as it was written."""
+    """A dictionary as (key, value) pairs, in the order of the file."""
 
     items: list[tuple[object, object]] | tuple[()] = ()
 
@@ -75,7 +75,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """As the file describes it: nothing in it is checked yet."""
+    """A tensor as the file describes it, before any check."""
 
     storage: object
     offset: object

@@ -1,9 +1,9 @@
-"""A folder of safetensors that is complete or does not exist.
+"""Writing a folder of safetensors that is complete or does not exist.
 
 Everything is written into a hidden folder beside the target: space for all tensors first (so a full disk is an error before the
 first byte), the tensors in any order, the header last, then fsync and one rename, in which an old folder changes places with the new
-one. Whatever fails takes the hidden folder with it. A process that is killed outright cannot; the next merge into the same place
-tidies up, under a lock that only one merge at a time can have.
+one. An error removes the hidden folder. A process that is killed by SIGKILL cannot; the next merge into the same place
+removes it, under a lock that only one merge at a time can have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OURS = ("README.md", "open_clip_config.json", "config.json")
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor to be written."""
+    """A tensor to be written: name, dtype code and shape."""
 
     name: str
     code: str

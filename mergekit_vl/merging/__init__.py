@@ -1,1 +1,1 @@
-"""The engine of closed forms: aligned tensors chunk by chunk, and the maths that methods share."""
+"""The engine of closed forms: it merges aligned tensors chunk by chunk, with the maths that methods share."""

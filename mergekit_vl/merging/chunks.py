@@ -1,8 +1,8 @@
-"""What a closed-form method sees: models of aligned tensors, read chunk by chunk.
+"""The input of closed forms: models of aligned tensors, read chunk by chunk.
 
-A chunk is a flat stretch of one tensor. It is read from a model when the method asks for it and never kept (`PerModel`), so a method
-that asks model by model holds two arrays however many models there are. Arrays come as float32 (float64 for a tensor that a model
-holds in float64) and belong to the caller, who may overwrite them; the base's alone is kept, and read only.
+A chunk is a flat range of one tensor. It is read from a model when the method indexes it and is not kept (`PerModel`), so a method
+that loops over the models has two arrays in memory, however many models there are. Arrays are float32 (float64 for a tensor that a model
+stores in float64), and the caller may overwrite them. Only the base's array is kept, and it is read only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 CHUNK_SIZE = 1 << 17
-"""Elements of a chunk where nothing asks for fewer: 512 KiB of float32, which stays in a core's cache."""
+"""Default number of elements of a chunk: 512 KiB of float32, which stays in a core's cache."""
 BLOCK = 1 << 13
-"""Pieces start at multiples of this, so that draws and sums do not depend on the size of the chunks."""
+"""Chunks start at multiples of this, so that random draws and sums do not depend on the chunk size."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class Run(Protocol):
-    """`run(function, jobs)` gives the results in the order of the jobs, computed by several threads; those that are None are left out."""
+    """`run(function, jobs)` computes the jobs in several threads and returns the results in the order of the jobs, without those that are None."""
 
     def __call__(self, function: Callable[[Job], Result | None], jobs: Iterable[Job], /) -> list[Result]: ...
 
@@ -41,13 +41,13 @@ class Source(Protocol):
     """Where one model's tensors are read from: files, or arrays in memory."""
 
     def read(self, name: str, start: int, stop: int, wide: np.dtype) -> Array:
-        """Elements start..stop of the flattened tensor, widened; a fresh array."""
+        """Elements start..stop of the flattened tensor, converted to `wide`; a new array."""
         ...
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A float tensor that all models hold."""
+    """A float tensor that all models have."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ Whole = Callable[[Tensor, int], bool]
 
 @dataclass(frozen=True)
 class PerModel(Sequence[Array]):
-    """One array per model. Each is read when it is asked for and again the next time: a fresh one, which the caller may overwrite."""
+    """One array per model. Indexing reads the model's array anew, so the caller may overwrite it."""
 
     number: int
     read: Callable[[int], Array]
@@ -96,7 +96,7 @@ class PerModel(Sequence[Array]):
 
 @dataclass(frozen=True)
 class Models:
-    """`tuned` in the order of the recipe, `base` (the zero-shot model) never among them; `tensors` in the order of the file."""
+    """`tuned` in the order of the recipe, without `base` (the zero-shot model); `tensors` in the order of the file."""
 
     base: Source | None
     tuned: tuple[Source, ...]
@@ -110,7 +110,7 @@ class Models:
 
     @property
     def members(self) -> tuple[Source, ...]:
-        """The base, where there is one, and the tuned models: what an average averages."""
+        """The base, if there is one, and the tuned models: the members of an average."""
         return (self.base, *self.tuned) if self.base is not None else self.tuned
 
     @property
@@ -126,7 +126,7 @@ class Models:
     ) -> Iterator[Chunk]:
         """Every tensor (or one) cut into chunks: of `chunk` elements, of whole rows, or whole tensors.
 
-        `whole` tells which tensors the form "tensor" leaves whole; without it, all.
+        `whole` says which tensors the form "tensor" takes whole; without it, all.
         """
         for each in self.tensors if tensor is None else (tensor,):
             step = max(1, each.size)

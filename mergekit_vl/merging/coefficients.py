@@ -2,7 +2,7 @@
 
     scale: 0.4                                   the same for every tensor
     scale: [0.0, 0.5, 1.0]                       from the first block to the last, straight lines between
-    scale: {visual: 0.3, attn: [0, 1], "*": 0.5} the first entry that matches a tensor's name counts
+    scale: {visual: 0.3, attn: [0, 1], "*": 0.5} the first entry that matches a tensor's name is used
 
 An entry's key is a group (`GROUPS`) or a part of the name, with `*` and `?` as wildcards where it has any. Depth is 0 at the first
 block of a tower and 1 at its last; what comes before the blocks has depth 0, what comes after them 1.
@@ -28,7 +28,7 @@ def coefficient(default: object, help: str, *, low: float = -math.inf, high: flo
 
 
 def per_model(help: str, *, instead_of: str = "") -> Any:
-    """An option with one coefficient per tuned model or none; `instead_of` names the field that is the same for all of them."""
+    """An option with one coefficient per tuned model, or none; `instead_of` names the option that has one value for all models."""
     return dataclasses.field(default=(), metadata={"help": help, "per_model": instead_of})
 
 

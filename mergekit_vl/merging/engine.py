@@ -1,6 +1,6 @@
-"""The engine of closed forms (`method.py`): checks one, merges every tensor chunk by chunk, and checks what comes back.
+"""The engine of closed forms (`method.py`): it checks a method, merges every tensor chunk by chunk, and checks the results.
 
-What a method gives is checked, for a plugin's is nobody else's word.
+Results are checked since a method may be a plugin's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What any closed form holds at most, its results included: bounds and no counts, for --max-ram.
+"""Upper bounds of the memory of a closed form in bytes, results included, for --max-ram.
 
 tests/merge_files/test_memory.py measures every registered method against them.
 """
@@ -13,7 +13,7 @@ from mergekit_vl.merging.method import MethodInfo
 
 
 def flat_memory(info: MethodInfo, tensor: Tensor, n: int, chunk_size: int) -> int:
-    """Bytes that a thread takes for a flat chunk, or for whole rows, of a tensor in n tuned models."""
+    """Bytes per thread for a flat chunk, or for whole rows, of a tensor in n tuned models."""
     itemsize = tensor.wide.itemsize
     if info.chunks in ("accumulating", "tensor"):
         return (8 * chunk_size + 4 * n * BLOCK) * itemsize  # whose products are of all models, in short stretches

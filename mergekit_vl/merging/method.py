@@ -1,4 +1,4 @@
-"""What a closed form is: a formula of tensors, written once, for adapters in memory and for files on disk.
+"""The contract of closed forms: a formula of tensors, written once, for adapters in memory and for files on disk.
 
 `MethodInfo` is all that the engine, `merge`, `check`, `run` and `bench` know of one. `strategies.closed_form.closed_form` makes one of a
 frozen dataclass, and `check_class` refuses, when it is made, what is none.
@@ -23,25 +23,25 @@ Chunks = Literal["accumulating", "elementwise", "rows", "tensor"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A closed form, described; what is not said of it here, nobody assumes."""
+    """The traits of a closed form; the rest of the package assumes nothing else about it."""
 
     name: str
-    """As it is registered; messages begin with it."""
+    """The registered name; messages begin with it."""
     chunks: Chunks = "elementwise"
-    """What is merged at a time: "accumulating" and "elementwise" are flat stretches (the first is read model by model, and its memory
+    """What a chunk is: "accumulating" and "elementwise" are flat ranges (the first is read model by model, and its memory
     does not grow with their number), "rows" whole slices along the first axis, "tensor" whole tensors."""
     averages: bool = False
     """Whether it is a weighted mean of the models; otherwise BatchNorm statistics take the plain mean of the tuned ones."""
     needs_base: bool = False
     at_least: int = 1
-    """Tuned models that it takes; `at_most` None is any number."""
+    """Smallest number of tuned models; `at_most` is the largest, None is any."""
     at_most: int | None = None
     ignores_base: bool = False
-    """Whether a base gives nothing but integer tensors to the merge."""
+    """Whether the base contributes integer tensors only."""
     passes: int = 0
-    """Over the files before that of the merge (`prepass`)."""
+    """Passes over the files before the merge (`prepass`)."""
     svds: int = 0
-    """SVDs of each tensor that is merged whole."""
+    """SVDs per tensor that is merged whole."""
     stacked: float = 1.0
     """Tensors whose singular vectors are held side by side, as a multiple of one that is merged whole."""
     weights: str = "weights"
@@ -49,9 +49,9 @@ class MethodInfo:
     weighs_base: bool = False
     """Whether the base has a weight there too."""
     by_task: bool = False
-    """Whether it makes a model for each task and was told none (`strategies.in_memory.merge_by_task`)."""
+    """Whether it makes one model per task and no task was chosen (`strategies.in_memory.merge_by_task`)."""
     alone: Mapping[str, object] | str = dataclasses.field(default_factory=dict, hash=False)
-    """Options with which one model, once or several times, gives itself back; or the reason why none do (`testing` holds it to that)."""
+    """Options with which one model, given once or several times, merges to itself; or the reason why there are none. `testing` checks it."""
 
     def __post_init__(self) -> None:
         if self.chunks not in get_args(Chunks):
@@ -87,11 +87,11 @@ class ClosedForm(Protocol):
         ...
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Any:
-        """What must be known of all tensors before the first is merged (`prepass.py`); `merge_chunk` is given it."""
+        """Statistics of all tensors that are needed before the first is merged (`prepass.py`); `merge_chunk` gets them as `stats`."""
         ...
 
     def merge_chunk(self, chunk: Chunk, stats: Any) -> Array:
-        """The formula."""
+        """The formula: the merged elements of a chunk, as one array."""
         ...
 
 
@@ -103,7 +103,7 @@ MEMBERS = {
     "whole": ("tensor", "n"),
     "merge": ("inputs",),
 }
-"""What is called, and how. A class brings `merge_chunk`; the others it may leave to `closed_form`."""
+"""The methods and their parameters. A class must have `merge_chunk`; `closed_form` adds the others."""
 
 
 def is_frozen_dataclass(cls: type) -> bool:
@@ -113,7 +113,7 @@ def is_frozen_dataclass(cls: type) -> bool:
 
 
 def check_class(cls: type) -> None:
-    """Raise Failed for a class that is no closed form: class, member, what was expected."""
+    """Raise Failed for a class that is not a closed form; the message names the class, the member and what was expected."""
     where = cls.__qualname__
     if not is_frozen_dataclass(cls):
         raise Failed("is no frozen dataclass", where=where, hint="write @dataclass(frozen=True) below @closed_form")
@@ -133,7 +133,7 @@ def check_class(cls: type) -> None:
 
 
 def as_closed_form(method: object) -> ClosedForm:
-    """The method itself; raises Failed for what `closed_form` has not made."""
+    """The method itself; raises Failed for an object that is not a closed form."""
     if not isinstance(method, ClosedForm):
         raise Failed("is no closed form", where=named(method), hint="write @closed_form(...) above its class")
     return method

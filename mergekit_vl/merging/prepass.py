@@ -1,6 +1,6 @@
-"""What some methods must know of all tensors before they merge the first: exact order statistics, and products between models.
+"""Statistics of whole tensors that some methods need before they merge the first chunk: exact order statistics, products between models.
 
-Both read the files chunk by chunk and hold nothing that grows with the models. Results do not depend on the size of the chunks or
+They read the files chunk by chunk, in memory that does not grow with the models. Results do not depend on the chunk size or
 on the number of threads: counts are integers, and sums run over fixed blocks in a fixed order.
 """
 

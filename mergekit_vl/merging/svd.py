@@ -1,4 +1,4 @@
-"""Parts that the methods on singular vectors share.
+"""What the SVD methods share: SVDs, task matrices, and the choice of the tensors that are decomposed.
 
 numpy computes every SVD in float64, whatever it is given, so these methods stay in float64 until a matrix is merged. Singular values
 below `NULL` of the largest are zero to float32's precision and their vectors arbitrary: they are left out. The bits of an SVD depend

@@ -1,4 +1,4 @@
-"""Parts that the task-vector methods share: the sum, sign election, random drops and counter-based draws."""
+"""What the task-vector methods share: weighted sums, sign election, and reproducible random drops."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the operating system gives: files written whole, regular files alone, locks, memory, signals."""
+"""Operating system services: atomic files, safe reading of files, locks, memory, signals, devices."""

@@ -1,4 +1,4 @@
-"""Atomic files: written beside their place, synced, renamed; a killed process leaves the old file or the new one."""
+"""Atomic files: written under a temporary name, synced and renamed, so a killed process leaves the old file or the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices as users name them."""
+"""Device names: check `auto`, `cpu`, `cuda` and `cuda:N`, and resolve them for torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: each ends the program with one line and the exit code that shells expect, 128 and its number.
+"""Ctrl-C, SIGTERM and SIGHUP end the program with one line and the exit code that shells expect: 128 plus the signal's number.
 
-This module imports next to nothing: what comes before it can only be ended with a traceback.
+This module imports almost nothing: a signal that arrives before it is imported ends the program with a traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One process at a time at one place: a lock file that names its holder, and that a dead process does not hold."""
+"""A lock file that lets one process at a time use a folder, names the process that has it, and is released when that process dies."""
 
 from __future__ import annotations
 

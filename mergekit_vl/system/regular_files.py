@@ -1,4 +1,4 @@
-"""Files from elsewhere: paths that can be ones, regular files alone, no more bytes than there are, text that is UTF-8."""
+"""Reading files that users or strangers supply: valid paths, regular files only, bounded sizes, UTF-8 text, checked JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def user_path(given: str) -> Path:
-    """A path that a user, a recipe or another file gives, `~` expanded; raises UserError for one that no file can have."""
+    """A path from a user, a recipe or another file, with `~` expanded; raises UserError for a path that no file can have."""
     if not given:
         raise UserError("an empty path", hint="write `.` for this folder")
     if "\0" in given:
@@ -56,7 +56,7 @@ def check_utf8(name: str, *, where: str) -> None:
 
 
 def check_regular(path: Path) -> int:
-    """The size of a regular file; raises UserError for what is none: a FIFO or a device may be read without end."""
+    """The size of a regular file in bytes; raises UserError for anything else, since reading a FIFO or a device may never end."""
     try:
         status = os.stat(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What torch is told so that a run gives the same bytes again, and a GPU the numbers of a CPU to float32."""
+"""Settings of torch under which a run repeats bit by bit, and a GPU agrees with a CPU to float32 precision."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def make_reproducible(device: str) -> None:
-    """For the whole process; to be called before the device is first used.
+    """Set them for the whole process; call this before the device is first used.
 
-    float32 means float32: cuDNN would otherwise take TF32 (10 bits of mantissa) for convolutions, the patch embedding among them.
+    float32 means float32: by default cuDNN uses TF32 (10 bits of mantissa) for convolutions, the patch embedding among them.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The diagonal Fisher information where logits are known in closed form: the mean over labels is taken exactly (`estimators.fisher_information`)."""
+"""The diagonal Fisher information of heads and of text features in closed form, with the exact mean over labels."""
 
 from __future__ import annotations
 

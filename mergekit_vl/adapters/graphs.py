@@ -1,4 +1,4 @@
-"""CUDA graphs: a training step's many small kernels are launched at once instead of one by one."""
+"""CUDA graphs: the many small kernels of a training step are launched together instead of one by one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Unseen = Literal["refuse", "zero_shot"]
 class LinearHead:
     """logits = x @ weight.T + bias; weight [K, D], bias [K], x the image features [B, D], normalised where `normalise`.
 
-    `start` is the head that tuning began with: its zero-shot point, kept beside it so that every merge knows it.
+    `start` is the head before tuning, the zero-shot point. It is stored with the head, since merges need it.
     """
 
     weight: Tensor

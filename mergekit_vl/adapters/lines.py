@@ -1,4 +1,4 @@
-"""Straight lines between two models, in each representation of the table in `strategies/mergetune.py` (`models.adapter.Line`)."""
+"""Segments between two models (`models.adapter.Line`), in each space of the table in `strategies/mergetune.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters as files: safetensors with one metadata key of canonical JSON (several keys come out in any order)."""
+"""Adapters as safetensors files with one metadata key of canonical JSON (safetensors writes several keys in varying order)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Towers: other weights for the backbone itself, its image tower or all of it, perhaps with a linear head on top."""
+"""Towers: weights that replace the backbone's own, of the image tower or of both towers, with or without a linear head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of a tower: images through the image tower, its weights given from outside."""
+"""The network of a tower: logits of images as a differentiable function of the image tower's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How saved adapters are used without this toolkit: what the model card tells, and the lines of code."""
+"""Code for model cards that uses a saved adapter without mergekit-vl."""
 
 from __future__ import annotations
 

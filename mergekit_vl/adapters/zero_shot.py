@@ -1,4 +1,4 @@
-"""Zero-shot: class names in templates."""
+"""The zero-shot adapter: no parameters, a classifier of class names in templates."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Models that do not share a start: known architectures, their symmetries, and the reordering that matches another model."""
+"""Git Re-Basin for models trained from different starts: known architectures, their symmetries, and the order that matches another model."""

@@ -1,4 +1,4 @@
-"""The architectures whose symmetries are known: from a tensor's name to the roles of its axes.
+"""The architectures whose symmetries are known: tables from tensor names to the roles of their axes.
 
 A family is a table from a tensor's name to the roles of its axes: `w` the residual stream of a tower, `h` the hidden units of a block's
 MLP, `qkv` (or `q`, `k`, `v`) and `o` what its heads write and read, `.` an axis that stays. What no table names is unknown: a block with an

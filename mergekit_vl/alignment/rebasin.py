@@ -1,6 +1,6 @@
 """Weight matching (Ainsworth, Hayase & Srinivasa 2023, "Git Re-Basin", arXiv 2209.04836, section 3.2, algorithm 1).
 
-Models that do not share a start have learned like units in another order, and their average is neither. Of all models that are the same
+Models trained from different starts have similar units in different orders, and their average works as neither. Of all models that are the same
 network as B (`symmetries.py`), `align` finds one whose weights have a large inner product with A's, by coordinate descent: with all other
 permutations fixed, the best one of a group is a linear assignment problem.
 

@@ -1,7 +1,7 @@
-"""Exact permutation symmetries of the architectures that are known: which axes of which tensors may be reordered together.
+"""Exact permutation symmetries of known architectures: which axes of which tensors may be reordered together.
 
 Reordering the hidden units of an MLP, the heads of an attention, the numbers within a head, the channels of a convolution or those of a
-residual stream gives other tensors and the same network. Each of these is a `Group`; it is found from names and shapes alone, by the
+residual stream gives other tensors and the same function. Each of these is a `Group`, recognised by names and shapes with the
 tables of `families.py`. Every residual stream of a checkpoint that has an unknown tensor anywhere stays, since that tensor might read it.
 """
 
@@ -61,7 +61,7 @@ class Symmetries:
     groups: tuple[Group, ...]
     """In the order in which the network computes, streams before the blocks that read them."""
     notes: tuple[str, ...]
-    """What is left alone, and what was assumed."""
+    """What is not reordered and why, and what was assumed."""
 
 
 STREAM = re.compile(r"\|(w|s\d)$")

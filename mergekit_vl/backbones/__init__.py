@@ -1,0 +1,1 @@
+"""Backbones: frozen pretrained models, and the one way through every text tower."""

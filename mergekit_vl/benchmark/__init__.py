@@ -1,0 +1,1 @@
+"""The comparison of all strategies on a grid of datasets, seeds and shots."""

@@ -1,0 +1,1 @@
+"""Datasets: one file per kind; base.py has the contract."""

@@ -1,1 +1,1 @@
-"""Merging checkpoints on disk: the plan, its memory, the merge itself, what it records."""
+"""Merging checkpoint files: the plan, its memory and time, the merge itself, and the record of its inputs."""

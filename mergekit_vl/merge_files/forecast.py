@@ -1,4 +1,4 @@
-"""What a merge of files will cost, told before it starts."""
+"""The cost of a merge of files before it starts: memory, disk, passes and seconds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SVD_SECONDS = 5e-10
 
 
 def memory(opened: AlignedCheckpoints, threads: int) -> int:
-    """Bytes, of the whole process."""
+    """Peak memory of the whole process in bytes."""
     chunks = chunk_memory(opened, threads, chunk_for(opened, threads, None))
     return max(chunks, alignment_memory(opened)) + anonymous_memory()
 
 
 def written(opened: AlignedCheckpoints) -> int:
-    """Bytes on disk."""
+    """Bytes that the output takes on disk."""
     return sum(slot.bytes for slot in opened.slots)
 
 
@@ -33,12 +33,12 @@ def matrices(opened: AlignedCheckpoints) -> list[Tensor]:
 
 
 def passes(opened: AlignedCheckpoints) -> int:
-    """Over the files, that of the merge included."""
+    """Passes over the files, the merge itself included."""
     return 1 + opened.info.passes
 
 
 def seconds(opened: AlignedCheckpoints, threads: int) -> float:
-    """Without aligning the models."""
+    """Seconds that the merge takes, without the alignment of the models."""
     read = sum(checkpoint.bytes for checkpoint in opened.all)
     files = read * (passes(opened) + 1) / READ_BYTES + written(opened) / WRITE_BYTES
     svds = opened.info.svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices(opened))

@@ -1,4 +1,4 @@
-"""What a merge of files takes in memory, and the size of its chunks under --max-ram."""
+"""The memory of a merge of files in bytes, and the chunk size that keeps it below --max-ram."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mergekit_vl.merging.memory_bounds import flat_memory, prepass_memory, whole
 from mergekit_vl.system.memory import anonymous_memory
 
 SPARE = 24 << 20
-"""Bytes kept free of --max-ram for the interpreter's own growth."""
+"""Bytes of --max-ram that are reserved for the growth of the interpreter."""
 AT_EASE = 128 << 20
-"""Bytes that chunks may take at most where no --max-ram is given: smaller ones would not be faster."""
+"""Upper bound in bytes of the memory of all chunks if there is no --max-ram."""
 
 
 def chunk_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> int:
@@ -36,7 +36,7 @@ def alignment_memory(opened: AlignedCheckpoints) -> int:
 
 
 def chunk_for(opened: AlignedCheckpoints, threads: int, max_ram: int | None) -> int:
-    """Elements of a chunk so that --max-ram is kept; raises UserError where it cannot be."""
+    """Elements of a chunk with which memory stays below --max-ram; raises UserError if no size does."""
     used = anonymous_memory()
     room = max_ram - used - SPARE if max_ram is not None else AT_EASE
     chunk_size = CHUNK_SIZE

@@ -1,7 +1,7 @@
-"""mergekit's YAML, for the methods that both tools have, read as a recipe of ours with the option values of mergekit's variant.
+"""Translate mergekit's YAML into a recipe of `merge` with the options of mergekit's variant, for the methods that both tools have.
 
 Read against mergekit 0.1.5. What is not listed here is refused by name. Two differences stay: arithmetic runs in float32 whatever
-`dtype` says (it is the output's dtype), and random draws are ours, so that DARE and DELLA agree in distribution only.
+`dtype` says (it is the output's dtype), and random draws differ, so DARE and DELLA agree in distribution only.
 """
 
 from __future__ import annotations

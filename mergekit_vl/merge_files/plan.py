@@ -1,4 +1,4 @@
-"""What is merged, how: the plan of a merge of files, and its models as headers that agree. No tensor is read here."""
+"""The plan of a merge of files, and its models as checkpoints whose headers agree. No tensor is read here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mergekit_vl.merging.method import ClosedForm, MethodInfo
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is merged, how: plain data and a checked method, buildable without a command line."""
+    """A merge of files as plain data: models, base, method, output dtype. It can be built without the command line."""
 
     strategy: str
     method: ClosedForm
@@ -40,7 +40,7 @@ class MergePlan:
 
 @dataclass
 class AlignedCheckpoints:
-    """The plan's models as headers that agree, and what will become of their tensors."""
+    """The plan's models, opened and checked: the tensors to merge, the tensors to copy, and warnings."""
 
     plan: MergePlan
     info: MethodInfo
@@ -71,7 +71,7 @@ class AlignedCheckpoints:
 
 
 def open_plan(plan: MergePlan) -> AlignedCheckpoints:
-    """Read every header and raise UserError for what cannot be merged; reads no tensor."""
+    """Read every header; raises UserError for models that cannot be merged. Reads no tensor."""
     tuned = tuple(
         open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
     )

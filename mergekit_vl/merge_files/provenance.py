@@ -1,4 +1,4 @@
-"""What a merge of files tells of itself: the resolved recipe with its inputs' hashes, in the metadata and as a model card."""
+"""The record of a merge of files: the resolved recipe with the hashes of the inputs, in the output's metadata and as a model card."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def canonical(metadata: Metadata) -> str:
 
 
 def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> Metadata:
-    """The resolved recipe with its inputs' hashes: what `verify` needs to do it again."""
+    """The resolved recipe with the hashes of its inputs, from which `verify` repeats the merge."""
     plan = opened.plan
 
     def model(checkpoint: Checkpoint, given: str) -> Input:

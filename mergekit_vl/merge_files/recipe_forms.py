@@ -1,4 +1,4 @@
-"""What recipes of a merge of files look like, ours and mergekit's, as pydantic models."""
+"""The schemas of recipes of `merge`, of mergekit-vl and of mergekit, as pydantic models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging checkpoints on disk: headers first, then chunk by chunk from the inputs to its place in the output.
+"""The merge of checkpoint files: read all headers, then merge chunk by chunk and write each chunk to its place in the output.
 
 plan.py (headers that agree) -> rebasin.py, where asked for -> apply (engine.py) -> strategies/<method>.merge_chunk -> writer.py
 """
@@ -29,7 +29,7 @@ from mergekit_vl.system.regular_files import read_text
 
 
 def align(opened: AlignedCheckpoints, reporter: Reporter = SILENT) -> None:
-    """Let the method see every model but the reference in the order in which it matches that; does nothing without `rebasin`."""
+    """Replace every model but the reference by one that is read in the order that matches the reference; does nothing without `rebasin`."""
     if opened.symmetries is None:
         return
     shapes, groups, sources = opened.shapes, opened.symmetries.groups, list[Source]()

@@ -1,1 +1,1 @@
-"""Models: class names in, logits out; their inputs, image features and the one evaluator."""
+"""Models (class names in, logits out), the contract of adapters, image features, the evaluator, and the inputs of strategies."""

@@ -1,6 +1,6 @@
-"""What an adapter is: how its parameters make logits, where they are interpolated, how it is saved, loaded and described.
+"""The contract of adapters: how parameters make logits, in which space they are interpolated, how they are saved, loaded and described.
 
-Nothing else in the package knows what kinds of adapters there are. An adapter is a frozen dataclass that has the members of `Adapter`,
+The rest of the package does not know which kinds of adapters exist. An adapter is a frozen dataclass that has the members of `Adapter`,
 registered by its class; what is trained on it, merged and measured asks it through `Network` and `Line`.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class About:
-    """What holds for all adapters of a class."""
+    """Facts about a class of adapters."""
 
     one: str
-    """What messages call it: "a prompt"."""
+    """Its name in messages: "a prompt"."""
     many: str
-    """What reports call its tensors where several models are combined: "contexts"."""
+    """The name of its tensors in reports on several models: "contexts"."""
     reads: Literal["features", "images"] = "features"
     """What its logits are a function of: image features, which are stored, or the images themselves."""
     makes_texts: bool = False
@@ -80,7 +80,7 @@ class Whole:
 
 
 class Line(Protocol):
-    """Straight lines from the weights that are trained to a fixed second model, in the representation in which they are straight.
+    """Segments from the trained weights w to a fixed second model w2, in the space in which they are straight.
 
     `first` and the w of `at` are in this representation, by name.
     """
@@ -154,7 +154,7 @@ class Network(Protocol[A]):
 
 
 class Adapter(Protocol):
-    """What is tuned on a frozen backbone. Only adapters of equal `space` can be merged."""
+    """What is tuned on a frozen backbone. Only adapters of one kind (equal `space`) can be merged."""
 
     @property
     def space(self) -> str: ...
@@ -167,7 +167,7 @@ class Adapter(Protocol):
     def tensors(self) -> Tensors: ...
     def with_tensors(self, tensors: Tensors) -> Self: ...
     def untuned(self, backbone: Backbone) -> Self:
-        """The point in this adapter's space that fine-tuning started from."""
+        """The adapter before fine-tuning, with tensors of the same names and shapes."""
         ...
 
     def aligned(self, others: Sequence[Self]) -> Sequence[Self]:
@@ -190,7 +190,7 @@ class Adapter(Protocol):
 
     @property
     def chosen(self) -> Mapping[str, float]:
-        """What was chosen while it was tuned, or learnt while it was merged."""
+        """Values by name that were chosen while it was tuned, or learned while it was merged."""
         ...
 
     def with_chosen(self, chosen: Mapping[str, float]) -> Self:
@@ -222,7 +222,7 @@ class Adapter(Protocol):
 
 
 class TextAdapter(Adapter, Protocol):
-    """One whose `about.makes_texts`; classifiers of these can be mixed."""
+    """An adapter with `about.makes_texts`: its classifier is made of text features, so classifiers can be mixed."""
 
     def text_features(self, backbone: Backbone, classes: Classes) -> Tensor:
         """Raw (un-normalised) text features [K, D]."""
@@ -231,7 +231,7 @@ class TextAdapter(Adapter, Protocol):
 
 @runtime_checkable
 class ReadsOthers(Protocol):
-    """One that files hold which other code wrote: checkpoints that do not tell what adapter they are."""
+    """An adapter that also reads files of other programs, which do not name the adapter."""
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:
@@ -246,6 +246,6 @@ class ReadsOthers(Protocol):
 
 @runtime_checkable
 class HasInit(Protocol):
-    """One whose tuning starts from words, which files of others do not tell."""
+    """An adapter whose tuning starts from words, which files of other programs do not contain."""
 
     def with_init(self, init: str) -> Self: ...

@@ -1,4 +1,4 @@
-"""A model that mixes two others image by image."""
+"""A model that mixes the probabilities of two members, with a weight per image (VRF)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that is another one for every task."""
+"""A model with one member per task; class names decide which member is used (EMR, TALL-masks)."""
 
 from __future__ import annotations
 

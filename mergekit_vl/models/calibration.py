@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599, section 4.2), and the search it needs."""
+"""Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599, section 4.2), and the golden-section search that fits it."""
 
 from __future__ import annotations
 

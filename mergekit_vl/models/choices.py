@@ -1,4 +1,4 @@
-"""What was chosen while a model was made, and on which images: as data, and in words."""
+"""Choices: values that were chosen while a model was made, and on which split, as data and in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """Values by what was chosen, plain data; a strategy or a tuner hands it on with its model."""
+    """Chosen values by name (plain data) and the split they were chosen on; a strategy or tuner returns it with its model."""
 
     values: Mapping[str, object]
     split: str = "val"

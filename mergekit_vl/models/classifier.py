@@ -1,4 +1,4 @@
-"""What a classifier is made of: class names, an image encoder, a head that turns features into logits.
+"""The parts of a classifier: class names with templates, an image encoder, and a head from features to logits.
 
     images [B,3,H,W] --image encoder--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
 
@@ -46,7 +46,7 @@ def _fill(template: Template, name: str) -> str:
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """What turns images into features; equal keys mean equal features."""
+    """A map from images to features; encoders with equal keys give equal features."""
 
     backbone: Backbone
 

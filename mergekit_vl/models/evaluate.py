@@ -1,4 +1,4 @@
-"""The one evaluator: every model of every method is scored by `evaluate`."""
+"""The evaluator: `evaluate` scores every model of every method on a split."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Scores:
 class Evaluation(NamedTuple):
     scores: Scores
     seconds: float
-    """That a sample takes from features to logits, once the head is bound."""
+    """Seconds per image from features to logits, with the head already bound."""
     right: Tensor
-    """Whether each image was [B]."""
+    """Whether each image was classified correctly, [B]."""
     digest: str
-    """Of the logits' bytes: equal for models that answer alike to the bit."""
+    """Hash of the logits' bytes: equal for models with bit-equal logits."""
 
 
 def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) -> Evaluation:
@@ -68,7 +68,7 @@ def logits_of(
 
 
 def quality(scores: Scores) -> tuple[float, float]:
-    """What choices on validation go by: accuracy, then likelihood; of equals the first (as `max` takes it)."""
+    """The key by which validation chooses: accuracy, then likelihood; `max` takes the first of equals."""
     return scores.acc1, -scores.nll
 
 

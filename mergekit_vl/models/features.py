@@ -1,4 +1,4 @@
-"""The feature store: image features and the bank of augmented views, computed once and kept on disk."""
+"""The feature store: features of test images and of augmented views, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class FeatureStore:
     """None: nothing is kept."""
     reporter: Reporter = SILENT
     encoded: int = 0
-    """Images that went through a tower so far."""
+    """Number of images that were encoded so far."""
     seconds: float = 0.0
-    """That this took, reading the images included."""
+    """Seconds that this took, reading the images included."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     splits: dict[str, dict[str, Split]] = field(default_factory=dict)
     """By source and key, the splits that were asked for: one may be part of another."""
@@ -86,7 +86,7 @@ class FeatureStore:
         return torch.stack([out[epoch] for epoch in range(epochs)])
 
     def temporary(self) -> FeatureStore:
-        """A store that keeps nothing, for models that are looked at once: the towers of single epochs."""
+        """A store that keeps nothing on disk, for models that are evaluated once, such as the towers of single epochs."""
         return FeatureStore(None)
 
     def _shards(self, path: ImageEncoder, split: Split, transform: str) -> Shards:

@@ -1,4 +1,4 @@
-"""What a strategy and a tuner are given."""
+"""The inputs of strategies and tuners: models, training and validation images, features, seed and device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models: class names in, logits out.
+"""Models (class names in, logits out): a single adapter, a mixture of classifiers, an ensemble of outputs.
 
 images [B,3,H,W] --image encoder--> features [B,D] --bind(classes)--> head: features -> logits [B,K]
 """
@@ -76,7 +76,7 @@ class Single:
     backbone: Backbone
     adapter: Adapter
     choice: Choice | None = None
-    """What was chosen while it was made; it is told in reports and is no part of the model."""
+    """What was chosen while it was made, for reports; it does not change the model."""
 
     @property
     def paths(self) -> tuple[ImageEncoder, ...]:
@@ -148,7 +148,7 @@ class Ensemble:
     weights: tuple[float, ...]
     of: Literal["probabilities", "logits"] = "probabilities"
     temperatures: tuple[float, ...] = ()
-    """What each member's logits are divided by; empty: they stay as they are."""
+    """Divisors of each member's logits; empty: all 1."""
     choice: Choice | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Features on disk: shards of rows, each file with the digest of all that follows in it, its key, its place, its shape and its dtype."""
+"""Features on disk as shards of rows. A file has a digest of its content, then key, position, shape and dtype, then the rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows [N, D] under a key, in files of `size` rows. What is not as it was written counts as missing."""
+    """Rows [N, D] under a key, in files of `size` rows. A damaged file counts as missing."""
 
     folder: Path | None
     """None: nothing is kept."""

@@ -1,4 +1,4 @@
-"""Images as a model reads them: the transform of test images, augmented views, and batches of them that threads load."""
+"""Images as model inputs: the transform of test images, augmented views, and batches that threads load ahead."""
 
 from __future__ import annotations
 

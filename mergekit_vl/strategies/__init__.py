@@ -1,0 +1,1 @@
+"""Merging strategies: one file per method, named after it."""

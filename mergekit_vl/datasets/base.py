@@ -1,4 +1,4 @@
-"""Datasets: classes, templates and splits; the field's few-shot selection."""
+"""The contract of datasets (classes, templates, splits), and the few-shot selection of CoOp."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Template = str | Callable[[str], str]
-"""What a class name is put into: a text with `{}` or `{c}`, or a function of the name, as open_clip's own."""
+"""A prompt around a class name: a text with `{}` or `{c}`, or a function of the name, as in open_clip."""
 
 
 class ImageSource(Protocol):
-    """Where the images of a split come from."""
+    """The images that a split takes rows from."""
 
     @property
     def key(self) -> str:
@@ -39,7 +39,7 @@ class ImageSource(Protocol):
 class HasFiles(Protocol):
     @property
     def files(self) -> Sequence[str]:
-        """Of an image source: the file of each image, relative to the folder of all."""
+        """The file of each image, relative to the folder of the image source."""
         ...
 
 
@@ -80,7 +80,7 @@ class Dataset:
     shuffled_halves: bool = False
     """Base and novel halves are redrawn per seed (the microworld) instead of sorted (real data)."""
     few_give_all: bool = False
-    """A class with fewer images than shots gives all it has (CoOp's data sets) instead of being refused."""
+    """A class with fewer images than shots gives all its images (CoOp's datasets) instead of being refused."""
     shifts: Mapping[str, Split] = field(default_factory=dict)
     """Test images of the same classes, or of some of them, under other distributions (protocol `robust`)."""
 
@@ -95,7 +95,7 @@ class DatasetOptions(Options, Protocol):
 class HasNamedBy(Protocol):
     @property
     def named_by(self) -> str:
-        """The option that tells one dataset of this kind from another; `--datasets` takes its values."""
+        """The option that distinguishes datasets of this kind; `--datasets` takes its values."""
         ...
 
 
@@ -105,7 +105,7 @@ def named_by(dataset: DatasetOptions | type[DatasetOptions]) -> str | None:
 
 @dataclass(frozen=True)
 class Augment:
-    """The field's training transform: RandomResizedCrop with this smallest share of the area, then a flip half of the time."""
+    """The usual training transform: RandomResizedCrop from `crop` of the area on, then a horizontal flip with probability 1/2."""
 
     crop: float = 0.08
     flip: bool = True

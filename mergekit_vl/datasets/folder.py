@@ -1,4 +1,4 @@
-"""Your own images: a folder per class, either under train/val/test or in one folder that is split here."""
+"""Image folders: one folder per class, either under train/val/test, or together, in which case the splits are drawn here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The microworld's tasks as datasets: rendered when asked for, no files."""
+"""The microworld's tasks as datasets, whose images are rendered on demand."""
 
 from __future__ import annotations
 

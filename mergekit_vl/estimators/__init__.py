@@ -1,1 +1,1 @@
-"""What images tell about weights: Fisher information, Gram matrices, running statistics; distances between weights."""
+"""Statistics of weights that need images: Fisher information, Gram matrices, BatchNorm statistics; and distances between weights."""

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics of a merged tower, estimated again from images.
+"""Estimate the BatchNorm statistics of a merged tower again, from images.
 
 Merged weights give other activations than any of the models that were merged, so no mean of their statistics fits: Jordan et al. 2023
 ("REPAIR", arXiv 2211.08403, section 3.1, the reset of BatchNorm), and before them SWA (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).

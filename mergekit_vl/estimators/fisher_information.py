@@ -1,7 +1,7 @@
-"""What images tell of a model's weights: its answers as a function of them, and the diagonal Fisher information.
+"""The diagonal Fisher information of a model's weights on images.
 
-That is the mean of squared gradients of log p(y | x) over images x, with labels y from the model's own predictions (Martens 2020,
-arXiv 1412.1193, section 9): how much its answers depend on each weight. Where the logits are known in closed form the mean over labels
+It is the mean of squared gradients of log p(y | x) over images x, with labels y from the model's own predictions (Martens 2020,
+arXiv 1412.1193, section 9): how much its predictions depend on each weight. Where the logits are known in closed form the mean over labels
 is taken exactly, else one label is drawn per image.
 """
 

@@ -1,4 +1,4 @@
-"""Gram matrices X^T X of what the linear maps of an image tower read.
+"""Gram matrices X^T X of the inputs of every linear map in an image tower.
 
 A dispatch mode sees every product with a weight, whatever module or function makes it: nn.Linear, the attention's packed in_proj and its
 out_proj, which no hook on a Linear sees, projections that are bare parameters, and convolutions whose windows do not overlap (1 x 1 kernels;

@@ -1,6 +1,6 @@
-"""What stands for the pretraining loss near the model before fine-tuning: distances to it, plain or weighted by a diagonal Fisher.
+"""Surrogates of the pretraining loss near the model before fine-tuning: squared distances to it, plain or weighted by a diagonal Fisher.
 
-Near w1, a minimum of a loss nobody has the data for, that loss is about 1/2 (w - w1)^T H (w - w1). An isotropic H makes it a squared
+Near its minimum w1, the pretraining loss is about 1/2 (w - w1)^T H (w - w1); its data are not available. An isotropic H makes it a squared
 distance; a diagonal one weighs each coordinate by how much the model's answers depend on it (`fisher_information.py`). It is divided by its
 mean, so that a coefficient in front of it means the same as in front of the isotropic distance.
 """

@@ -46,7 +46,7 @@ def agreeing(vectors: Sequence[Array], weights: Sequence[float], *, elect: str, 
     """Sign election and the disjoint merge of TIES (sections 3.2 and 3.3 of its paper).
 
     The sign of an element is that of its sum over the models (`elect=raw`) or of its weighted sum (`weighted`); a sum of exactly
-    zero elects nobody. Only non-zero elements of that sign count: their weighted sum, or with `mean` their weighted mean.
+    zero elects no sign. Only non-zero elements of that sign count: their weighted sum, or with `mean` their weighted mean.
     """
     scaled = [weighted(vector, weight) for vector, weight in zip(vectors, weights)]
     voters = scaled if elect == "weighted" else vectors

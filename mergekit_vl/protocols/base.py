@@ -1,4 +1,4 @@
-"""What a protocol makes of a dataset: images to tune on, tests, and how a test's accuracies become the headline of a table."""
+"""The contract of protocols: from a dataset to images to tune on, tests, and the metric that makes the headline of a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Metric:
     """Columns are plain means of the accuracies of their tests; the headline is the mean of the columns."""
 
     headline: str
-    """Its name: HM, accuracy, mean of ID and OOD."""
+    """The headline's name: HM, accuracy, mean of ID and OOD."""
     columns: Mapping[str, tuple[str, ...]]
     harmonic: bool = False
     normalised: bool = False
@@ -66,9 +66,9 @@ class Task:
     tests: tuple[tuple[str, Classes, Split], ...]
     metric: Metric
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Named halves of the classes, where there are any."""
+    """Class names by part (base, novel); empty if the protocol does not divide the classes."""
     note: str = ""
-    """What a reader of its table must know."""
+    """A note that is printed with the table."""
 
 
 class EvaluationProtocol(Options, Protocol):

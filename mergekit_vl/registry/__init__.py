@@ -1,1 +1,1 @@
-"""What plugins register, the built-in ones among them, and how they are found, checked and called."""
+"""The registry of plugins, built-ins included: hooks, loading, checks of registered classes, and safe calls of foreign code."""

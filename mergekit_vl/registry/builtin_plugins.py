@@ -1,4 +1,4 @@
-"""What comes with the package, registered through the hooks that third parties use."""
+"""The built-ins, registered through the same hooks as third-party plugins."""
 
 from mergekit_vl.registry.hookspecs import Register, hookimpl
 

@@ -1,6 +1,4 @@
-"""Code that is not ours is run here: what a plugin raises becomes one error that names it, and it may neither print into our output nor
-hold a command up.
-"""
+"""Calls of plugin code: an exception becomes one error that names the plugin, prints go to stderr, and loading has a time limit."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ FILE_MODULE = f"{PACKAGE}_plugin_"
 
 
 def owner(module: str) -> str | None:
-    """The plugin that a module is of; None for this package's own."""
+    """The plugin that a module belongs to; None for this package's own modules."""
     if module.startswith(FILE_MODULE):
         return module.removeprefix(FILE_MODULE).partition(".")[0]
     top = module.partition(".")[0]
@@ -81,7 +79,7 @@ def blamed(error: BaseException, modules: dict[str, str]) -> str | None:
 
 
 def to_stderr() -> contextlib.AbstractContextManager[object]:
-    """While plugins are at work, what they print goes where it does not mix with our output."""
+    """A context in which what plugins print goes to stderr."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

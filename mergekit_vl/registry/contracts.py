@@ -1,4 +1,4 @@
-"""What a registered class must have, and may have: read off the protocols of its kind and told where the class is registered.
+"""Whether a registered class has the members of its kind, checked against the kind's protocols when it is registered.
 
 The protocols are named and not imported, as built-ins are: a check of a class imports those of its kind, and none of them imports torch.
 """

@@ -1,4 +1,4 @@
-"""The registry: built-ins, installed entry points and a plugins directory, all through the same hooks."""
+"""The registry: it loads built-ins, installed entry points and a plugins folder through the same hooks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_PLUGINS = ("mergekit_vl.registry.builtin_plugins",)
 ENTRY_POINT_GROUP = "mergekit_vl"
 KINDS = ("backbones", "adapters", "tuners", "strategies", "datasets", "protocols")
 PATIENCE = "MERGEKIT_VL_PLUGIN_SECONDS"
-"""The environment's word for how long a plugin may take to load, by default a minute."""
+"""Environment variable: seconds that a plugin may take to load; default a minute."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Registry:
     manager: pluggy.PluginManager
     entries: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     failures: dict[str, str] = field(default_factory=dict)
-    """Plugins that could not be loaded, with the reason; the others work on."""
+    """Plugins that could not be loaded, with the reason; the others are loaded."""
 
     def find(self, kind: str, name: str, *, where: str = "") -> Entry:
         if name not in self.entries[kind]:

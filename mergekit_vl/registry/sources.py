@@ -1,4 +1,4 @@
-"""Which code makes what: hashes of a module's source and of all that it imports, of this package and of its plugin's own.
+"""Hashes of source code: of a module and of everything it imports from this package or from its plugin.
 
 Keys of what is kept on disk hold them, so that a change of the maths makes again what depends on it and nothing else. Imports are read
 and not followed by running them: those inside functions count, those for type checkers do not.

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 WHERE = "strategy adamerging"
 KEPT_EVERY = 20
-"""Steps after which what is learnt is written down, for a run that is killed."""
+"""Steps between checkpoints, from which a killed run resumes."""
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class AdaMerging:
-    """base + sum_i lambda_i * (tuned_i - base), the lambdas learnt by least entropy of the merged model's answers on unlabelled images.
+    """base + sum_i lambda_i * (tuned_i - base), with lambdas that minimise the entropy of the merged model's predictions on unlabelled images.
 
     A step draws `batch` images of every task, sums over the tasks the mean entropy of softmax(logits), each task against its own
     class names, and moves the lambdas by Adam. `by=layer` has one lambda for each model and tensor, as the released code ("layer-wise");
@@ -48,12 +48,12 @@ class AdaMerging:
     elected sign.
 
     Departures: the paper reads the unlabelled test images; here they are the tasks' own training (or validation) images without their
-    labels, since nothing reads the test split. Tuned models are sure of the images that they were tuned on, so `images=validation` is
+    labels, since nothing reads the test split. Tuned models are confident on the images that they were tuned on, so `images=validation` is
     nearer to the paper where there are enough. The released code takes two batches of 16 for each task and step, which to Adam is
     one of 32, and holds lambdas in 0..1 where they are used, so that one that has left stays outside without a gradient; ours are
-    moved back to the edge after each step. Tensors that no answer depends on (a text tower, whose class names are read once) have the
+    moved back to the edge after each step. Tensors that no logit depends on (a text tower, whose class names are encoded once) have the
     lambda `start`. Images are seen in evaluation mode; running statistics are those of the merge at `start`, and in the end, as of
-    any merge, those of the merged model. Entropy falls too where a model grows sure of wrong answers: look at each task's accuracy.
+    any merge, those of the merged model. Entropy also falls where a model becomes confident in wrong answers: look at each task's accuracy.
     """
 
     by: Literal["layer", "task"] = option("layer", "a coefficient for each model and tensor, or for each model")

@@ -1,4 +1,4 @@
-"""What a strategy is: `merge`, and what else a class may have. What a class does not have has the default given here."""
+"""The contract of strategies: `merge`, and optional members with their defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Strategy(Options, Protocol):
 class Trains(Protocol):
     @property
     def trains(self) -> bool:
-        """Whether it has a training loop: its models are stored, since making them again would cost as much as making them."""
+        """Whether it has a training loop. Its models are then stored; those of other strategies are made again when they are needed."""
         ...
 
 
@@ -30,14 +30,14 @@ class Trains(Protocol):
 class HasGrid(Protocol):
     @property
     def grid(self) -> Mapping[str, Sequence[Any]] | Callable[[int], Mapping[str, Sequence[Any]]]:
-        """Values by option that `bench` tries beside the defaults; or a function of the number of tuned models that gives them."""
+        """Values by option that `bench` tries after the defaults, or a function of the number of tuned models that returns them."""
         ...
 
 
 @runtime_checkable
 class HasControls(Protocol):
     def controls(self) -> Sequence[tuple[str, Strategy]]:
-        """Labelled strategies that a run makes beside this one, to tell what its parts do."""
+        """(label, strategy) pairs that `run` adds as rows, to show what the parts of this strategy contribute."""
         ...
 
 
@@ -45,7 +45,7 @@ class HasControls(Protocol):
 class TrainsOn(Protocol):
     @classmethod
     def continued(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The class's options for plain training on from the tuned model, for as long as `options`, its own or a tuner's, say."""
+        """The class's options for plain training from the tuned model, as long as `options` (its own or a tuner's) say."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The decorator that makes a strategy of a formula."""
+"""`@closed_form`: the decorator that turns a dataclass with a formula into a strategy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cls = TypeVar("Cls", bound=type)
 
 
 def closed_form(name: str, **traits: Any) -> Callable[[Cls], Cls]:
-    """Give a frozen dataclass with `merge_chunk(chunk, stats)` all else that `ClosedForm` asks for; `traits` are `MethodInfo`'s.
+    """Add to a frozen dataclass with `merge_chunk(chunk, stats)` the other members of `ClosedForm`; `traits` are those of `MethodInfo`.
 
     A `check` of its own comes after the usual one: the number of models, a base where one is needed, the options that are
     coefficients. What the class does not define is the usual thing: `describe` gives the traits, `whole` takes every tensor,

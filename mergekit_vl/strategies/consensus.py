@@ -33,8 +33,8 @@ class Consensus:
     Consensus TA (vector=sum: the sum of the task vectors) and Consensus TIES (vector=ties: trim, elect, disjoint sum). Task t uses an element
     where |task vector t| >= lambda_t * |multi-task vector - task vector t|: its TALL-mask. k=2 takes away what one task alone uses
     ("selfish") and what none does ("catastrophic"); k=1 the latter alone, k=0 nothing. Departures: the released code compares with >,
-    which drops an element that is the same in two models at lambda=1; a sum of zero elects no sign. The authors choose lambda_t (of 0.2
-    to 0.6) and scale (of 0.1 to 1) on validation images; these defaults are ours.
+    which drops an element that is equal in two models at lambda=1; a sum of zero elects no sign. The authors choose lambda_t (from 0.2
+    to 0.6) and scale (from 0.1 to 1) on validation images; the defaults here are our choice.
     """
 
     lambda_: Coefficient = coefficient(0.4, "the larger, the fewer elements a task uses", low=0)

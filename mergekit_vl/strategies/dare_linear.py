@@ -44,7 +44,7 @@ AT_RANDOM = Drop(dare, ratios, passes=lambda method: int(method.rescale == "l1")
 class DareLinear:
     """base + scale * sum_i w_i * DARE(task vector i): each element is dropped with probability 1 - density, the rest divided by density.
 
-    Draws are counter-based (`task_vectors.draw`), so the result depends on the seed and on nothing of the machine.
+    Draws are counter-based (`task_vectors.draw`), so the result depends on the seed and not on the machine.
     mergekit's variant: rescale=l1 scale=1, weights per model. PEFT's and the paper's: rescale=density.
     """
 

@@ -18,7 +18,7 @@ from mergekit_vl.strategies.sparse import Ratios, elected, sparse
 class DareTies:
     """base + scale * disjoint mean of the task vectors, each dropped at random and rescaled, over the models of the elected sign.
 
-    Departure: the random drop stands in the place of TIES' trim, as in mergekit and PEFT; DARE's released code trims after it.
+    Departure: the random drop replaces TIES' trim, as in mergekit and PEFT; DARE's released code also trims after it.
     mergekit's variant: rescale=l1 elect=weighted mean=false. PEFT's: rescale=density elect=raw.
     """
 

@@ -14,7 +14,7 @@ from mergekit_vl.strategies.closed_form import closed_form
 @closed_form("ema", chunks="accumulating", averages=True, ignores_base=True, at_least=2)
 @dataclass(frozen=True)
 class Ema:
-    """ema_1 = theta_1; ema_t = decay * ema_(t-1) + (1 - decay) * theta_t. Models in the order of training; the base takes no part.
+    """ema_1 = theta_1; ema_t = decay * ema_(t-1) + (1 - decay) * theta_t. Models in the order of training; the base is not used.
 
     Departure: the recurrence runs over the checkpoints that were saved, not over every step, so `decay` is per checkpoint.
     """

@@ -28,7 +28,7 @@ class Emr:
     Elect: each element of the unified vector has the sign of the sum over the models and the largest magnitude among those of that sign.
     Mask: by that sign. Rescale: r_t is the L1 norm of task vector t over that of the masked unified vector. `run` (protocol multi_task)
     makes a model of all tasks that is bound to one by its class names; `merge` writes the model of the task that `task` names, and without
-    it base + the unified vector, which the paper does not use alone. Departures: a sum of exactly zero elects nobody, where the released code
+    it base + the unified vector, which the paper does not use alone. Departures: a sum of exactly zero elects no sign, where the released code
     takes the negative sign; its ViT code takes the norms as sums of the tensors' means, which gives small tensors more to say
     (norm=tensors; the paper's formula and its code for 30 ViTs: norm=model).
     """

@@ -1,4 +1,4 @@
-"""Output ensembling: the members' probabilities, averaged, or their logits."""
+"""Output ensembling: the average of the members' probabilities, or of their logits."""
 
 from __future__ import annotations
 

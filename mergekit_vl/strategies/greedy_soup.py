@@ -19,8 +19,8 @@ WHERE = "strategy greedy_soup"
 class GreedySoup:
     """The mean of the tuned models that help: from the best on, each goes in if the mean is then no worse on the validation images.
 
-    Accuracy is the mean over the tuned models' tasks (of checkpoints: over all data sets) of their validation splits; the test split is never read. Ties in the first
-    order keep the recipe's.
+    Accuracy is the mean over the tuned models' tasks (of checkpoints: over all data sets) of their validation splits; the test split is never read. Models of equal
+    accuracy keep the order of the recipe.
     """
 
     def merge(self, inputs: MergeInputs) -> Model:

@@ -1,4 +1,4 @@
-"""Merging adapters in memory: the closed forms of `engine.py` on the tensors of models that agree in name, shape and space."""
+"""Closed forms on adapters in memory: `endpoints` aligns the models, the engine merges their tensors, `as_model` makes the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, TorchTensor]
 
 MATRICES = 4
-"""Tensors that are decomposed at once, each with several arrays of its size."""
+"""Tensors that are decomposed at the same time; each needs several arrays of its size."""
 
 
 def check_aligned(models: Sequence[Tensors], names: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def check_numbers(where: str, given: Sequence[Coefficient], what: str) -> tuple[
 
 
 def merge_adapters(method: object, inputs: MergeInputs) -> Single:
-    """The `merge` of every closed-form strategy: its chunks, written into arrays. Raises Failed for what is no closed form."""
+    """The `merge` of every closed form: it merges the adapters' tensors chunk by chunk. Raises Failed if `method` is not a closed form."""
     closed = as_closed_form(method)
     base, tuned = endpoints(inputs)
     models = [{name: _array(t) for name, t in m.adapter.tensors.items()} for m in (base, *tuned)]
@@ -115,7 +115,7 @@ class ForTask(Options, Protocol):
 
 
 def merge_by_task(method: ForTask, inputs: MergeInputs) -> Model:
-    """The `merge` of a closed form that makes a model for each task: all of them, bound late, or that of its option `task`."""
+    """The `merge` of a closed form with one model per task: a `ByTask` of all of them, or the model of its option `task`."""
     from mergekit_vl.models.by_task import ByTask, check_tasks
 
     if method.task is not None:
@@ -144,7 +144,7 @@ def _tensor(array: Array, code: str, *, like: TorchTensor) -> TorchTensor:
 
 
 def endpoints(inputs: MergeInputs) -> tuple[Single, tuple[Single, ...]]:
-    """The zero-shot point in the space of the tuned models, and the tuned models; checked to be of one space and shape."""
+    """The model before tuning and the tuned models, as adapters of one kind with aligned tensors; raises Unsuitable for other models."""
     from mergekit_vl.models.model import Single
 
     if not inputs.tuned:

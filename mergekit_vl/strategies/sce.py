@@ -28,7 +28,7 @@ class Sce:
 
     In each tensor: select the `density` of the elements with the largest variance over the task vectors; calculate c_i, the sum of
     squares of what is selected of vector i, as a share of all models'; erase the elements whose sign is not that of the sum over the
-    models. Elements that equal the threshold are all kept. Departures: a sum of exactly zero elects nobody; `scale` is not in the paper.
+    models. Elements that equal the threshold are all kept. Departures: a sum of exactly zero elects no sign; `scale` is not in the paper.
     The released code and mergekit divide each element by the sum of the c_i of the models that agree (mean=true), count `density` of the
     elements that vary at all (share_of=varying), and take zero as positive; the released code merges every element and selects for c_i only
     (merged=all); mergekit takes equal c_i where the mean squares sum to less than 1e-6 (equal_below=1e-6).

@@ -1,4 +1,4 @@
-"""Sparse task vectors: (what is dropped of each) x (how the rest is combined).
+"""Sparse task vectors: a rule that drops elements of each (`Drop`), and a rule that combines the rest (`summed`, `elected`).
 
 `Drop` is the first factor, `summed` and `elected` are the second; a method of the family names one of each:
 
@@ -34,7 +34,7 @@ Ratios = dict[str, Array]
 
 
 class Sparse(Protocol):
-    """The options that all of the family have."""
+    """The options that all methods of the family have."""
 
     @property
     def density(self) -> Coefficient: ...
@@ -47,7 +47,7 @@ class Sparse(Protocol):
 
 
 class Elects(Sparse, Protocol):
-    """The options that those which elect signs have."""
+    """The options of methods that elect signs."""
 
     @property
     def elect(self) -> Literal["raw", "weighted"]: ...
@@ -56,7 +56,7 @@ class Elects(Sparse, Protocol):
 
 
 class Rescales(Sparse, Protocol):
-    """The option of those that rescale what is left."""
+    """The option of methods that rescale the remaining elements."""
 
     @property
     def rescale(self) -> str: ...
@@ -69,7 +69,7 @@ Rescaling = TypeVar("Rescaling", bound=Rescales)
 
 @dataclass(frozen=True)
 class Drop(Generic[Method, Stats]):
-    """What is dropped of a task vector, and what becomes of the rest. `method` is the strategy, whose options its functions read."""
+    """A rule that drops elements of a task vector and may rescale the rest. `method` is the strategy, whose options its functions read."""
 
     vector: Callable[[Method, Chunk, int, Stats], Array]
     """(method, chunk, i, stats): the sparse task vector of model i."""

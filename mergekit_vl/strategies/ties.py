@@ -67,7 +67,7 @@ class Ties:
 
     The defaults are the paper's: the largest `density` of a whole task vector is kept, its sign is elected by the trimmed vectors'
     sum, and scale is 1 (section 4.2, no validation set). Elements that equal the threshold are all kept. Departures: a sum of
-    exactly zero elects nobody, as equation sgn(0) = 0 says, where the released code takes the sign of the whole; `weights`
+    exactly zero elects no sign, since sgn(0) = 0, where the released code takes the sign of the whole; `weights`
     (not in the paper) make the disjoint mean a weighted one.
     mergekit's variant: trim=tensor elect=weighted. PEFT's: trim=tensor elect=raw, its mean without weights.
     """

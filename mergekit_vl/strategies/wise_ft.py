@@ -26,7 +26,7 @@ from mergekit_vl.strategies.in_memory import (
 
 WHERE = "strategy wise_ft"
 ALPHAS = tuple(i / 10 for i in range(11))
-"""What validation chooses from."""
+"""Candidates for `alpha=validation`."""
 
 
 @closed_form("wise_ft", chunks="accumulating", averages=True, at_most=1, needs_base=True, alone={"alpha": 1.0})

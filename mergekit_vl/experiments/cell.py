@@ -127,10 +127,31 @@ class Cell:
             place = self.place(label, (tuner,))
             model = place.model or _tune(tuner, inputs)
             rows.append(self.finished(place, model, "tuned"))
+            self._warn_if_worse(label, model, self.task.data[i])
             tuned.append(model)
             data.append(self.task.data[i])
         labels = tuple(row.row for row in rows[1:])
         return rows, dataclasses.replace(self.inputs, tuned=tuple(tuned), data=tuple(data), labels=labels)
+
+    def _warn_if_worse(self, label: str, model: Model, data: TaskData) -> None:
+        """A tuned model that is less accurate than the base on validation images of its own task was not tuned well.
+
+        Only where both read the same features: those are needed anyway, while another tower would encode the images once more.
+        """
+        from mergekit_vl.models.evaluate import evaluate
+
+        keys = [{path.key for path in each.paths} for each in (self.inputs.base, model)]
+        if data.val is None or not len(data.val) or keys[0] != keys[1]:
+            return
+        before, after = (
+            100 * evaluate(each, data.classes, data.val, self.inputs.features).scores.acc1
+            for each in (self.inputs.base, model)
+        )
+        if after < before:
+            self.inputs.reporter.warn(
+                f"{label}: {after:.1f} % of {len(data.val)} validation images after tuning, {before:.1f} % before: "
+                "try a lower lr, fewer epochs or a larger crop"
+            )
 
     def _to_tune(self, tuners: tuple[tuple[str, Any], ...], joint: bool) -> list[tuple[str, Any, int]]:
         """(label, tuner or checkpoint, number of its task): of several tasks each tuner makes one model, a checkpoint is that of its place."""

@@ -31,9 +31,12 @@ The logits of a head are linear in its weights, so the points of its path cost n
 paper divides by in S for heads and towers is not known to us. Ours make lambda comparable between models of any size: a head's S is
 about 1 - cos, a tower's is the price of standing as far from zero-shot as the fine-tuned model does.
 
-Paper and released code differ (the paper's values are known to us second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in
-the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100 epochs in the code. The defaults are the
-paper's; the space of classifiers with surrogate `cosine` and the fixed grid of alphas is what the code does.
+`settings` says whose values stand where an option is not given. The paper's and the released code's differ (the paper's are known to us
+second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100
+epochs in the code. Both warm up for an epoch at a rate of 1e-5, in which momentum sums gradients of norm 10 that the first step at
+the full rate then takes at once: a context can be thrown ten times its length away. `robust`, the default, is the paper's
+with a linear warm-up, no step longer than a tenth of the distance from w1 to w2, and crops of half of the area or more.
+The space of classifiers with surrogate `cosine` and the fixed grid of alphas is what the code does.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ class MergeTune:
     """One fine-tuned prompt, linear head or image tower, continued under linear mode connectivity with it and with zero-shot."""
 
     settings: Literal["robust", "paper", "released"] = option(
-        "paper", "whose values stand where an option is not given: ours, the paper's or the released code's"
+        "robust", "whose values stand where an option is not given: ours, the paper's or the released code's"
     )
     lambda_: float | None = option(None, "weight of the path to zero-shot; none: by settings")
     beta: float | None = option(None, "weight of the path to the fine-tuned model; none: by settings")

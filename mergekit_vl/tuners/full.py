@@ -36,7 +36,7 @@ class Full:
     weight_decay: float = option(0.1, "of AdamW")
     warmup: int = option(500, "steps, at most a tenth of all")
     choose: Literal["validation", "last"] = option("validation", "the best epoch on validation images, or the last")
-    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
+    crop: float = option(0.5, "smallest share of the area that RandomResizedCrop takes")
     flip: bool = option(True, "flip half of the images")
     unseen: Unseen = option("refuse", "other class names: refuse, or zero_shot rows (with a linear head)")
 

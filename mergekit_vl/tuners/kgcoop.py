@@ -27,7 +27,7 @@ class KgCoOp:
     guide: float = option(8.0, "weight of the pull towards the template's text features (lambda in the paper)")
     init: str | None = option("a photo of a", "words that the context starts from; null: at random")
     n_context: int = option(4, "context tokens where init is null")
-    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes")
+    crop: float = option(0.5, "smallest share of the area that RandomResizedCrop takes, 0.08 in CoOp's code")
     flip: bool = option(True, "flip half of the images")
 
     def tune(self, inputs: MergeInputs) -> Single:

@@ -44,7 +44,7 @@ class LinearProbe:
     epochs: int = option(50, "passes over the shots (sgd)")
     batch: int = option(128, "images a step (sgd)")
     lr: float = option(1.0, "cosine by epoch, in units of 1 / mean squared feature norm (sgd)")
-    crop: float = option(0.08, "smallest share of the area that RandomResizedCrop takes (views)")
+    crop: float = option(0.5, "smallest share of the area that RandomResizedCrop takes (views)")
     flip: bool = option(True, "flip half of the images (views)")
     unseen: Unseen = option("refuse", "other class names: refuse, or zero_shot rows")
 

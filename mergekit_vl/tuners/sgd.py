@@ -8,8 +8,9 @@ for step in sgd(...):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergekit_vl.errors import Failed
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.reporter import Reporter
 
 Warmup = Literal["constant", "linear"]
 CONSTANT = 1e-5
@@ -123,25 +125,47 @@ def sgd(
     )
     shuffle = torch.Generator().manual_seed(inputs.seed)
     draw = torch.Generator().manual_seed(inputs.seed + 1)
+    losses: list[list[Tensor]] = [[] for _ in range(schedule.epochs)]
+    longest = None if schedule.longest is None else schedule.longest * (1 - schedule.momentum) / (schedule.lr / unit)
+
+    def end(loss: Tensor, epoch: int, lr: float) -> None:
+        check_loss(loss, what, epoch, schedule.lr)
+        losses[epoch].append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        if longest is not None:
+            torch.nn.utils.clip_grad_norm_(list(weights.values()), longest)
+        optimizer.param_groups[0]["lr"] = lr / unit
+        optimizer.step()
+
     for epoch in range(schedule.epochs):
         order = torch.randperm(len(labels), generator=shuffle).to(labels.device)
         batches = [rows for rows in order.split(schedule.batch) if schedule.takes(len(rows), of=len(labels))]
         for i, rows in enumerate(batches):
-
-            def end(
-                loss: Tensor, lr: float = schedule.lr_at(epoch, (i + 1) / len(batches)), epoch: int = epoch
-            ) -> None:
-                check_loss(loss, what, epoch, schedule.lr)
-                optimizer.zero_grad()
-                loss.backward()
-                if schedule.longest is not None:
-                    most = schedule.longest * (1 - schedule.momentum) / (schedule.lr / unit)
-                    torch.nn.utils.clip_grad_norm_(list(weights.values()), most)
-                optimizer.param_groups[0]["lr"] = lr / unit
-                optimizer.step()
-
-            yield Step(weights, x[epoch % len(x), rows], labels[rows], draw, end)
+            step = partial(end, epoch=epoch, lr=schedule.lr_at(epoch, (i + 1) / len(batches)))
+            yield Step(weights, x[epoch % len(x), rows], labels[rows], draw, step)
         inputs.reporter.progress(epoch + 1, schedule.epochs, what)
+    _tell_of(losses, len(labels), schedule, inputs.reporter, what)
+
+
+def _tell_of(
+    losses: Sequence[Sequence[Tensor]], images: int, schedule: Schedule, reporter: Reporter, what: str
+) -> None:
+    """Images that no pass saw, and a loss that rose."""
+    import torch
+
+    passes, left = divmod(images, schedule.batch)
+    if passes and left:
+        reporter.tell(
+            f"{what}: a pass has {passes} steps of {schedule.batch} images; {left} of {images} images are left out of it, as in CoOp's code"
+        )
+    if not losses or not losses[-1]:
+        return
+    first, last = (float(torch.stack(list(part)).mean()) for part in (losses[0], losses[-1]))
+    if last > first:
+        reporter.warn(
+            f"{what}: the loss rose from {first:.3f} in the first pass to {last:.3f} in the last: lower lr (now {schedule.lr:g})"
+        )
 
 
 def check_loss(value: Tensor, what: str, epoch: int, lr: float, *, unit: str = "epoch") -> None:

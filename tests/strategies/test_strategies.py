@@ -23,7 +23,6 @@ from mergekit_vl.strategies.ensemble import OutputEnsemble
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic
 from mergekit_vl.strategies.wise_ft import WiseFT
-from mergekit_vl.tuners.sgd import Schedule
 
 
 class Words:
@@ -179,11 +178,6 @@ def test_few_shots_are_the_fields_own():
     assert few_shot(split, 3, 1, name="x").rows.tolist() == expected
     with pytest.raises(UserError, match="class 0 has 10 images, 11 shots"):
         few_shot(split, 11, 1, name="x")
-
-
-def test_the_schedule_is_one_constant_epoch_then_a_cosine():
-    schedule = Schedule(epochs=4, batch=1, lr=2.0)
-    assert [schedule.lr_at(e) for e in range(4)] == pytest.approx([1e-5, 2.0, 1 + math.cos(math.pi / 4), 1.0])
 
 
 def test_intervals_resample_tasks_not_seeds():

@@ -20,8 +20,9 @@ BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 def main() -> None:
     run = Path(sys.argv[1])
-    report = load(run)
-    assert report is not None, f"{run} is not finished"
+    finished = load(run)
+    assert finished is not None, f"{run} is not finished"
+    report = finished.to_json()
     tasks = list(dict.fromkeys(cell["dataset"] for cell in report["cells"]))
     seeds = {cell["seed"] for cell in report["cells"]}
     suite = {

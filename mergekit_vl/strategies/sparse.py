@@ -67,15 +67,20 @@ Stats = TypeVar("Stats")
 Rescaling = TypeVar("Rescaling", bound=Rescales)
 
 
+def nothing(method: object, models: Models, run: Run, chunk_size: int) -> Any:
+    """The prepass of what need know nothing: its `stats` are None."""
+    return None
+
+
 @dataclass(frozen=True)
 class Drop(Generic[Method, Stats]):
     """A rule that drops elements of a task vector and may rescale the rest. `method` is the strategy, whose options its functions read."""
 
     vector: Callable[[Method, Chunk, int, Stats], Array]
     """(method, chunk, i, stats): the sparse task vector of model i."""
-    prepass: Callable[[Method, Models, Run, int], Stats]
+    prepass: Callable[[Method, Models, Run, int], Stats] = nothing
     """(method, models, run, chunk_size): its `stats`, what must be known of all tensors first."""
-    passes: Callable[[Method], int]
+    passes: Callable[[Method], int] = lambda method: 0
     """Over the files, for `prepass`."""
     check: Callable[[str, Method, Models], None] = lambda where, method, models: None
     """(where, method, models): raises UserError for options that make no sense together."""

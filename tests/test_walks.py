@@ -24,6 +24,6 @@ def test_the_three_walks():
     assert set(told) == {MERGE, RUN, IMAGE}
     assert len(told[MERGE]["files"]) <= 4 and told[MERGE]["files"][-1] == "strategies/ties.py"
     assert len(told[RUN]["files"]) <= 4 and told[RUN]["files"][-1] == "strategies/mergetune.py"
-    assert len(told[IMAGE]["files"]) <= 7 and (told[IMAGE]["images"], told[IMAGE]["decoded"]) == (12, 1)
+    assert len(told[IMAGE]["files"]) <= 7 and (told[IMAGE]["images"], told[IMAGE]["decoded"]) == (14, 1)
     shown = [block.splitlines() for block in re.findall(r"```text\n(.*?)\n```", PAGE, re.S)]
     assert [told[walk]["frames"] for walk in (MERGE, RUN, IMAGE)] == shown

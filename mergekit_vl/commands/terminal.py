@@ -150,6 +150,7 @@ class TerminalReporter:
         self.bar = Progress(*columns, console=console, transient=True)
         self.show, self.bars, self.since = show, show and console.is_terminal, time.monotonic() + after
         self.tasks: dict[str, TaskID] = {}
+        self.said: set[str] = set()
 
     def __enter__(self) -> TerminalReporter:
         return self
@@ -158,7 +159,8 @@ class TerminalReporter:
         warn(text)
 
     def tell(self, text: str) -> None:
-        if self.show:
+        if self.show and text not in self.said:
+            self.said.add(text)  # controls are trained as the row is, and say the same
             say(text)
 
     def progress(self, done: int, total: int, what: str) -> None:

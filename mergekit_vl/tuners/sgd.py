@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mergekit_vl.reporter import Reporter
 
 Warmup = Literal["constant", "linear"]
+RISEN = 1.05
+"""Times the loss of the first pass: images are seen in other crops, so a little more is no sign."""
 CONSTANT = 1e-5
 """The rate of the field's warm-up."""
 
@@ -162,7 +164,7 @@ def _tell_of(
     if not losses or not losses[-1]:
         return
     first, last = (float(torch.stack(list(part)).mean()) for part in (losses[0], losses[-1]))
-    if last > first:
+    if last > RISEN * first:
         reporter.warn(
             f"{what}: the loss rose from {first:.3f} in the first pass to {last:.3f} in the last: lower lr (now {schedule.lr:g})"
         )

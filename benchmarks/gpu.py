@@ -105,7 +105,7 @@ def encoder(arch: str, device: str, images: int, size: int, pictures: Path) -> d
             "peak TFLOP a second": peak / 1e12,
             "share of peak": rate * told["GFLOP an image"] * 1e9 / peak,
         }
-    split = Folder(path=str(pictures)).load(lambda done, total, what: None).train
+    split = Folder(path=str(pictures)).load().train
     store = FeatureStore(None)
     store.features(
         ImageEncoder(built), replace(split, rows=split.rows[: built.block], labels=split.labels[: built.block])

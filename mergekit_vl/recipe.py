@@ -55,7 +55,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class TunedSpec:
-    """A fine-tuned anchor: made by a tuner, or read from a checkpoint."""
+    """A fine-tuned model: made by a tuner, or read from a checkpoint."""
 
     tuner: Spec | None = None
     checkpoint: str | None = None

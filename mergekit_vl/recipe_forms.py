@@ -72,7 +72,7 @@ class RunForm(Form):
     protocol: NamedForm
 
     TOLD: ClassVar[Mapping[str, Told]] = {
-        "tuned": Told("tuned is a list of anchors", "write tuned: [{{tuner: {{name: coop}}}}]"),
+        "tuned": Told("tuned is a list of models", "write tuned: [{{tuner: {{name: coop}}}}]"),
         "tuned.*": Told(
             "{place} needs either a tuner or a checkpoint",
             "write {{tuner: {{name: coop}}}} or {{checkpoint: file}}, which may have init and label",

@@ -65,7 +65,7 @@ RECIPE = {"dataset": {"name": "folder"}, "strategy": {"name": "linear"}}
         ({"dataset": "pets"}, "r: dataset needs a name (write dataset: {name: ...})"),
         ({"strategy": ["ties"]}, "r: strategy.0 needs a name (write strategy.0: {name: ...})"),
         ({"strategy": []}, "r: strategy is an empty list (name at least one)"),
-        ({"tuned": "coop"}, "r: tuned is a list of anchors (write tuned: [{tuner: {name: coop}}])"),
+        ({"tuned": "coop"}, "r: tuned is a list of models (write tuned: [{tuner: {name: coop}}])"),
         ({"tuned": [{"tuner": None}]}, "r: tuned.0 needs either a tuner or a checkpoint"),
         ({"tuned": [{"tuner": {}}]}, "r: tuned.0.tuner needs a name (write tuned.0.tuner: {name: ...})"),
         ({"tuned": [{"tuner": {"name": "coop"}, "label": "x"}]}, "r: tuned.0 needs either a tuner or a checkpoint"),

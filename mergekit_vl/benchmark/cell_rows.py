@@ -1,4 +1,4 @@
-"""One cell of a bench: anchors once, then each strategy's options chosen on the selection tasks and its model made and scored.
+"""One cell of a bench: models are tuned once, then each strategy's options chosen on the selection tasks and its model made and scored.
 
 A strategy that cannot be used on these models, and one that fails, is a record with its reason; the others go on.
 """
@@ -52,20 +52,20 @@ class CellRun:
     def make(self, entries: list[Entry]) -> None:
         """Make and record these rows, in the order of the table."""
         try:
-            self.anchors  # noqa: B018  # tuned now, or read
+            self.endpoints  # noqa: B018  # tuned now, or read
         except Exception as error:  # a tuner may be a plugin
             if isinstance(error, UserError) and not isinstance(error, Failed):
                 raise  # the recipe does not fit: no cell will go better
             for entry in entries:
-                self._record(entry, _fault(entry, "failed", f"its anchors failed: {told(error)}"))
+                self._record(entry, _fault(entry, "failed", f"its tuned models failed: {told(error)}"))
             return
         for number, entry in enumerate(entries):
             self.bench.reporter.progress(number, len(entries), f"{self.key.name}: rows")
             self._record(entry, self._made(entry))
 
     @cached_property
-    def anchors(self) -> tuple[list[Row], MergeInputs]:
-        return self.bench.ready.anchors(self.cell)
+    def endpoints(self) -> tuple[list[Row], MergeInputs]:
+        return self.bench.ready.endpoints(self.cell)
 
     @cached_property
     def selection(self) -> list[tuple[Cell, MergeInputs]] | str:
@@ -74,7 +74,7 @@ class CellRun:
             return "the search is off"
         if self.unselected is None:
             try:
-                return self.bench.select(self.key, self.cell, self.anchors[1])
+                return self.bench.select(self.key, self.cell, self.endpoints[1])
             except Unsuitable as error:
                 return str(error)
             except (Exception, SystemExit) as error:
@@ -100,14 +100,14 @@ class CellRun:
             return _fault(entry, "failed", told(error))
 
     def _anchor(self, entry: Entry) -> Record:
-        rows, inputs = self.anchors
+        rows, inputs = self.endpoints
         models = dict(zip((row.row for row in rows), (inputs.base, *inputs.tuned)))
         row = next(row for row in rows if row.row == entry.label)
         return self._done(entry, models[entry.label], row, {what: value for what, (value, _) in row.chosen.items()})
 
     def _best(self, entry: Entry) -> Record:
         """The base or the tuned model that does best on the selection tasks."""
-        rows, inputs = self.anchors
+        rows, inputs = self.endpoints
         if isinstance(self.selection, str):
             raise Unsuitable(f"no model can be chosen: {self.selection}", where=BEST)
         found = []
@@ -124,14 +124,14 @@ class CellRun:
         tries = self._configurations(entry.spec, entry.cls)
         self.bench.plan.experiment.check_by_task(entry.label, tries[0][1])
         if len(tries) > 1:
-            self.selection  # noqa: B018  # its anchors are no strategy's cost
+            self.selection  # noqa: B018  # tuning is no strategy's cost
         began = self.cell.clock()
         strategy, searched = self._choose(entry.spec, tries)
         search_seconds = self.cell.clock() - began
         options = next(given for given, made in tries if made == strategy)
         self.chosen[entry.label] = strategy
         with Peak(self.bench.ready.device) as peak:
-            model, row = self._scored(self.cell, entry.spec, strategy, self.anchors[1])
+            model, row = self._scored(self.cell, entry.spec, strategy, self.endpoints[1])
         default = None if strategy == tries[0][1] else self._default(entry.spec, *tries[0])
         done = self._done(entry, model, row, options, search=searched, peak=peak.bytes, search_seconds=search_seconds)
         return dataclasses.replace(done, trains=trains(strategy), default=default)
@@ -139,13 +139,13 @@ class CellRun:
     def _default(self, spec: Spec, given: dict[str, object], strategy: Strategy) -> Default:
         """What the row would be without the choice; its options may not be usable where the chosen ones are."""
         try:
-            row = self._scored(self.cell, spec, strategy, self.anchors[1])[1]
+            row = self._scored(self.cell, spec, strategy, self.endpoints[1])[1]
         except UserError as error:
             return Default(given, reason=str(error))
         return Default(given, row.tests, row.score)
 
     def _configurations(self, spec: Spec, cls: type[Strategy]) -> list[tuple[dict[str, object], Strategy]]:
-        return search.configurations(cls, spec, len(self.anchors[1].tuned), self.bench.plan.search)
+        return search.configurations(cls, spec, len(self.endpoints[1].tuned), self.bench.plan.search)
 
     def _choose(self, spec: Spec, tries: list[tuple[dict[str, object], Strategy]]) -> tuple[Strategy, Searched]:
         """The best strategy of `tries`, and how it was chosen on the selection tasks."""
@@ -269,7 +269,7 @@ class CellRun:
     def _path(self, entry: Entry, spec: Spec) -> CellPath:
         """The path by way of a row; without points where there is none."""
         nothing = CellPath(entry.label)
-        inputs = self.anchors[1]
+        inputs = self.endpoints[1]
         first = inputs.tuned[0]
         towers = isinstance(first, Single) and first.adapter.about.reads == "images"
         if len(inputs.tuned) != 1 or (towers and self.key != self.bench.keys()[0]):

@@ -33,7 +33,7 @@ def comparison(report: BenchReport, table: BenchTable) -> Table:
         Column("sd", ".1f"),
         Column("rank", ".1f"),
         Column(f"minus {report.base}", "+.1f", "range"),
-        Column(f"minus {table.anchor}", "+.1f", "range"),
+        Column(f"minus {table.tuned_row}", "+.1f", "range"),
         Column("default", ".1f"),
         Column("chosen", place="document"),
         *COSTS,

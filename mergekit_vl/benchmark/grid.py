@@ -98,7 +98,7 @@ class Bench:
         for folder, task in tasks.items():
             made = self.cell(task, key.seed, folder)
             made.claim(self.ready.experiment.tuners)
-            found.append((made, self.ready.anchors(made)[1]))
+            found.append((made, self.ready.endpoints(made)[1]))
         return found
 
     @cached_property

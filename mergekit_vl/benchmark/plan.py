@@ -77,12 +77,12 @@ class Plan:
         return len(self.shots) * self.experiment.cells
 
     def trainings(self) -> int:
-        """Trainings of a cell, at most: anchors, those of the selection, the row "continued", and those of strategies."""
-        anchors = len(self.experiment.tuners) * (len(self.recipe.datasets) if self.experiment.joint else 1)
-        total = anchors * (2 if self.trainer else 1) + (anchors if self.retunes() else 0)
+        """Trainings of a cell, at most: tuned models, those of the selection, the row "continued", and those of strategies."""
+        tuned = len(self.experiment.tuners) * (len(self.recipe.datasets) if self.experiment.joint else 1)
+        total = tuned * (2 if self.trainer else 1) + (tuned if self.retunes() else 0)
         for spec, cls in self.strategies:
             if isinstance(cls, type) and trains(cls):
-                n = len(configurations(cls, spec, anchors, self.search))
+                n = len(configurations(cls, spec, tuned, self.search))
                 total += n + 2 if n > 1 else 1
         return total
 
@@ -105,7 +105,7 @@ class Plan:
         return f"about {max(1, round(seconds / 60))} min on 2 cores"
 
     def retunes(self) -> bool:
-        """Whether anchors are tuned once more to choose on."""
+        """Whether models are tuned once more to choose on."""
         novel = self.recipe.protocol.name == "base_to_novel"
         return self.search.by in ("held_out", "development") or (self.search.by == "auto" and novel)
 

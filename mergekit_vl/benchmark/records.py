@@ -190,7 +190,7 @@ class BenchTable:
     n: int = 0
     """Cells."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    anchor: str | None = None
+    tuned_row: str | None = None
     """The first tuned model."""
     rows: tuple[BenchRow, ...] = ()
 
@@ -204,7 +204,7 @@ class BenchTable:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchTable:
-        made: BenchTable = read(cls, {**found, "rows": ()})
+        made: BenchTable = read(cls, {"tuned_row": found.get("anchor"), **found, "rows": ()})  # its name in 0.1.0
         return dataclasses.replace(made, rows=tuple(map(BenchRow.from_json, found["rows"])))
 
 

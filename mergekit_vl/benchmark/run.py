@@ -1,4 +1,4 @@
-"""A bench at work: every strategy on every cell, under the same anchors, images, selection and evaluator.
+"""A bench at work: every strategy on every cell, with the same tuned models, images, selection and evaluator.
 
 A cell is a function of its key: it reads and writes the bench's folder alone, so `execute` may run cells in any order, anywhere. Each
 row's record is written when the row is done; what is there is not made again, so a killed bench goes on, and a new strategy

@@ -43,7 +43,7 @@ def table(bench: Bench, cells: Sequence[CellRecord], shots: int | None) -> Bench
     labels = [bench.entries[i].label for i in rows]
     results = [dataclasses.replace(cell.facts, rows=tuple(_done(cell, i).scores for i in rows)) for cell in cells]
     tuned = [entry.label for entry in bench.entries if entry.kind == "tuned"]
-    anchor = next((label for label in labels if label in tuned), None)
+    tuned_row = next((label for label in labels if label in tuned), None)
     places = np.array([ranks([row.score for row in cell.rows]) for cell in results]).mean(0)
     made = []
     for i, of_row, place in zip(rows, summary(results), places):
@@ -55,7 +55,13 @@ def table(bench: Bench, cells: Sequence[CellRecord], shots: int | None) -> Bench
             chosen |= {f"{bench.entries[n].label}: {what}": values for what, values in own.items()}
         made.append(
             _row(
-                dataclasses.replace(of_row, chosen=chosen), records, results, equal[i], labels[0], anchor, float(place)
+                dataclasses.replace(of_row, chosen=chosen),
+                records,
+                results,
+                equal[i],
+                labels[0],
+                tuned_row,
+                float(place),
             )
         )
     return BenchTable(
@@ -64,7 +70,7 @@ def table(bench: Bench, cells: Sequence[CellRecord], shots: int | None) -> Bench
         note=next((cell.note for cell in results if cell.note), ""),
         n=len(cells),
         counts=results[0].counts,
-        anchor=anchor,
+        tuned_row=tuned_row,
         rows=tuple(made),
     )
 
@@ -101,7 +107,7 @@ def _row(
     cells: Sequence[CellResult],
     equal: Sequence[str],
     base: str,
-    anchor: str | None,
+    tuned_row: str | None,
     rank: float,
 ) -> BenchRow:
     def mean(key: Callable[[RowCost], float | None]) -> float | None:
@@ -114,7 +120,7 @@ def _row(
         rank=rank,
         sd=_sd(cells, [record.scores.score for record in records]),
         minus_base=paired(cells, of_row.row, base) if of_row.row != base else None,
-        minus_tuned=paired(cells, of_row.row, anchor) if anchor and of_row.row != anchor else None,
+        minus_tuned=paired(cells, of_row.row, tuned_row) if tuned_row and of_row.row != tuned_row else None,
         default=_default(cells[0].metric, records),
         searched=any(record.searched for record in records),
         trains=records[0].trains or of_row.kind == "tuned",

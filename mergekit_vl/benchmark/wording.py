@@ -23,7 +23,7 @@ def headline(report: BenchReport) -> str:
     name = " = ".join([best.label, *best.equal])
     text = f"Highest {shown.measured.headline}: {name}, {best.score:.1f}"
     told = []
-    for found, other in ((best.minus_base, report.base), (best.minus_tuned, shown.anchor)):
+    for found, other in ((best.minus_base, report.base), (best.minus_tuned, shown.tuned_row)):
         if found is not None:
             verdict = ", not shown" if found.verdict == "not shown" else ""
             rest = "" if found.low is None else f" ({found.low:+.1f} to {found.high:+.1f}{verdict})"

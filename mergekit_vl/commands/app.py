@@ -77,7 +77,7 @@ def run(
     quiet: arguments.Quiet = False,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Tune, merge, evaluate and report; a killed run goes on with the same command."""
+    """Tune, merge, evaluate and report; rerun the same command to resume."""
     from mergekit_vl.experiments import experiment as experiments
     from mergekit_vl.reports import report
 

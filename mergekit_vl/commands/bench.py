@@ -47,7 +47,7 @@ def bench(
     as_json: arguments.AsJson = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
-    """Compare strategies under the same anchors, images, selection and evaluator; a killed bench goes on with the same command.
+    """Compare strategies with the same tuned models, images, selection and evaluator; rerun the same command to resume.
 
     Exits with 3 where rows failed; the others are there nevertheless, and the same command tries the failed ones again.
     """

@@ -198,7 +198,7 @@ def verify(
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"is not what its inputs merge to: {', '.join(differing[:3])}{more} differ", where=str(folder))
-    say(f"{folder}: the same bytes again, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
+    say(f"{folder}: reproduced byte for byte, {metadata['strategy']} of {', '.join(m['label'] for m in models)}")
 
 
 def _found(path: str, folder: Path) -> str:

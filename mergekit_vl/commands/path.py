@@ -51,8 +51,8 @@ def path(
         claim(folder, plan.hash, lambda folder: None, force=False)
         with TerminalReporter(True) as reporter:
             found = measured(made, folder, device=device_of(device), points=points, plane=plane, reporter=reporter)
-        base, anchor = made.base_label, made.tuned_labels[0]
-        write_text(folder / "path.html", document(f"The path of {plan.name}", found, base, anchor))
+        base, tuned_row = made.base_label, made.tuned_labels[0]
+        write_text(folder / "path.html", document(f"The path of {plan.name}", found, base, tuned_row))
         write_json(folder / "path.json", found.to_json())
-    say_table(barriers(found, base, anchor))
+    say_table(barriers(found, base, tuned_row))
     say(f"report: {folder / 'path.html'}")

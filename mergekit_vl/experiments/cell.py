@@ -57,7 +57,7 @@ class Place:
 class Cell:
     task: Task
     inputs: MergeInputs
-    """Of the base alone; `anchors` gives those with the tuned models."""
+    """Of the base alone; `endpoints` gives those with the tuned models."""
     folder: Path
     registry: Registry
     """For the adapters that stored models are of."""
@@ -118,7 +118,9 @@ class Cell:
         out["val"] = [shot for data in self.task.data for shot in _shots(data, data.val)]
         write_json(self.folder / "shots.json", out)
 
-    def anchors(self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool) -> tuple[list[Row], MergeInputs]:
+    def endpoints(
+        self, base: str, tuners: tuple[tuple[str, Any], ...], *, joint: bool
+    ) -> tuple[list[Row], MergeInputs]:
         """The rows of the base and of each tuned model, and the inputs that merges get."""
         rows = [self.finished(self.place(base), self.inputs.base, "zero-shot", towers=False)]
         tuned, data = [], []

@@ -245,10 +245,10 @@ class Ready:
         code = (*self.experiment.makers, *self.more)
         return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
 
-    def anchors(self, cell: Cell) -> tuple[list[Row], MergeInputs]:
+    def endpoints(self, cell: Cell) -> tuple[list[Row], MergeInputs]:
         """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
         made = self.experiment
-        return cell.anchors(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
+        return cell.endpoints(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
 
 
 def has_novel_classes(task: Task) -> bool:
@@ -377,7 +377,7 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, Ce
     experiment = ready.experiment
     cell.claim(experiment.tuners)
     cell.keep_shots(name, seed)
-    rows, inputs = ready.anchors(cell)
+    rows, inputs = ready.endpoints(cell)
     inputs = dataclasses.replace(inputs, batch_norm=experiment.recipe.strategies[0].batch_norm)
     for label, control in experiment.controls:
         makers_of = (*cell.tuners, control)

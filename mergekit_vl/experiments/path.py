@@ -37,7 +37,7 @@ def measured(
         cell = ready.cell(task, seed, state, store, reporter, ready.everywhere(tasks, seed))
         cell.claim(ready.experiment.tuners)
         cell.keep_shots(name, seed)
-        _, inputs = ready.anchors(cell)
+        _, inputs = ready.endpoints(cell)
         makers = (*cell.tuners, strategy)
         place = cell.place(label, makers)
         merged = place.model or strategy.merge(dataclasses.replace(inputs, scratch=cell.scratch(makers)))

@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from mergekit_vl.reports.results import PathPoint
 
 
-def section(path: MeanPath, base: str, anchor: str) -> Markup:
+def section(path: MeanPath, base: str, tuned_row: str) -> Markup:
     """Lines, barriers and the plane, for a page."""
     plane = path.plane
     return page(
         "landscape.html",
         path=path,
         base=base,
-        anchor=anchor,
-        lines=markup(lines(path, base, anchor)),
-        barriers=html(barriers(path, base, anchor)),
-        plane=markup(plane_plot(plane, base, path.row, anchor)) if plane is not None else "",
+        tuned_row=tuned_row,
+        lines=markup(lines(path, base, tuned_row)),
+        barriers=html(barriers(path, base, tuned_row)),
+        plane=markup(plane_plot(plane, base, path.row, tuned_row)) if plane is not None else "",
     )
 
 
-def document(title: str, path: MeanPath, base: str, anchor: str) -> str:
+def document(title: str, path: MeanPath, base: str, tuned_row: str) -> str:
     """A page of its own."""
-    return page("path.html", title=title, section=section(path, base, anchor))
+    return page("path.html", title=title, section=section(path, base, tuned_row))
 
 
-def barriers(path: MeanPath, base: str, anchor: str) -> Table:
+def barriers(path: MeanPath, base: str, tuned_row: str) -> Table:
     """How high loss rises and how deep accuracy falls on each segment, a segment a row."""
     tests = list(path.barriers[0].tests)
     columns = [Column(f"{test}, nats", ".3f") for test in tests] + [Column(f"{test}, points", ".1f") for test in tests]
@@ -45,19 +45,19 @@ def barriers(path: MeanPath, base: str, anchor: str) -> Table:
     for barrier in path.barriers:
         heights = [barrier.tests[test]["nll"] for test in tests]
         heights += [100 * barrier.tests[test]["acc1"] for test in tests]
-        label = f"{barrier.space}: {leg_name(barrier.leg, base, path.row, anchor)}"
+        label = f"{barrier.space}: {leg_name(barrier.leg, base, path.row, tuned_row)}"
         rows.append(TableRow(label, tuple(map(Cell, heights))))
     title = "barriers: loss in nats, and points of accuracy"
     return Table(tuple(columns), tuple(rows), title=title, corner="line")
 
 
-def leg_name(segment: str, base: str, row: str, anchor: str) -> str:
+def leg_name(segment: str, base: str, row: str, tuned_row: str) -> str:
     """ "zero-shot -> merged" with the rows' own labels."""
-    own = {"zero-shot": base, "merged": row, "tuned": anchor}
+    own = {"zero-shot": base, "merged": row, "tuned": tuned_row}
     return " -> ".join(own[end] for end in segment.split(" -> "))
 
 
-def lines(path: MeanPath, base: str, anchor: str) -> str:
+def lines(path: MeanPath, base: str, tuned_row: str) -> str:
     """Loss and accuracy along zero-shot, merged, tuned, and along the straight line; a row of panels a space."""
     spaces = list(dict.fromkeys(p.space for p in path.points))
     figure, axes = figure_of(len(spaces), 2, 6.2, 3.6)
@@ -79,7 +79,7 @@ def lines(path: MeanPath, base: str, anchor: str) -> str:
                 straight = _along(points, "zero-shot -> tuned", 0, 2)
                 ys = [factor * p.tests[test][key] for _, p in straight]
                 axis.plot([x for x, _ in straight], ys, color=colour, ls="--", lw=1, label=f"{drawn(test)}, straight")
-            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path.row)} / halfway", drawn(anchor)])
+            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path.row)} / halfway", drawn(tuned_row)])
             axis.set_ylabel(what)
             axis.set_title(f"between {space}", fontsize=10)
         line[0].legend(fontsize=7, frameon=False)
@@ -90,7 +90,7 @@ def _along(points: Sequence[PathPoint], segment: str, start: float, length: floa
     return [(start + length * p.alpha, p) for p in points if p.leg == segment]
 
 
-def plane_plot(plane: Plane, base: str, row: str, anchor: str) -> str:
+def plane_plot(plane: Plane, base: str, row: str, tuned_row: str) -> str:
     """Loss on the plane through the three models, a panel a test; places are true to the distances."""
     tests = list(plane.tests)
     figure, axes = figure_of(1, len(tests), 5.6, 4.4)
@@ -104,12 +104,12 @@ def plane_plot(plane: Plane, base: str, row: str, anchor: str) -> str:
         for name, corner, colour in (
             (base, "zero-shot", "#555555"),
             (row, "merged", "#2f78c4"),
-            (anchor, "tuned", "#d9534f"),
+            (tuned_row, "tuned", "#d9534f"),
         ):
             cx, cy = plane.corners[corner]
             axis.scatter(cx, cy, color=colour, edgecolors="white", s=55, zorder=3)
             axis.annotate(drawn(name), (cx, cy), xytext=(5, 6), textcoords="offset points", fontsize=8, weight="bold")
         axis.set_title(drawn(test), fontsize=10)
         axis.set_aspect("equal")
-        axis.set_xlabel(f"distance, {drawn(base)} to {drawn(anchor)} = 1")
+        axis.set_xlabel(f"distance, {drawn(base)} to {drawn(tuned_row)} = 1")
     return svg_of(figure)

@@ -163,7 +163,7 @@ def _path(axis: Axes, report: Report) -> None:
             low, high = zip(*(p.columns[test].interval for p in line))
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     middle = f"{drawn(report.main)} / halfway" if along(report, "merged -> tuned") else "halfway"
-    axis.set_xticks([0, 1, 2], [drawn(report.base), middle, drawn(report.anchor)])
+    axis.set_xticks([0, 1, 2], [drawn(report.base), middle, drawn(report.tuned_row)])
     axis.set(ylabel="accuracy (%)", title=f"The path {drawn(report.base)} → fine-tuned")
     axis.legend(fontsize=8, frameon=False)
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 NAME = "report.json"
 FORGETTING = 0.04
-"""A tuned anchor forgets where its novel accuracy lies this much below zero-shot's."""
+"""A tuned model forgets where its novel accuracy lies this much below zero-shot's."""
 
 
 def write(
@@ -62,7 +62,7 @@ def write(
     from mergekit_vl.storage.export import export, is_whole
 
     main = recipe.strategies[0].label
-    anchor = next(row.row for row in cells[0].rows if row.kind == "tuned")
+    tuned_row = next(row.row for row in cells[0].rows if row.kind == "tuned")
     report = Report(
         recipe=recipe.name,
         hash=recipe.hash,
@@ -73,11 +73,11 @@ def write(
         selection=_selection(cells),
         main=main,
         base=base,
-        anchor=anchor,
+        tuned_row=tuned_row,
         cells=tuple(cells),
         summary=summary(cells),
         differences=differences(cells, main),
-        forgetting=forgetting(cells, main, anchor),
+        forgetting=forgetting(cells, main, tuned_row),
         path=_mean_path(cells),
         environment=environment(device),
         seconds=seconds,
@@ -270,14 +270,14 @@ def paired(cells: Sequence[CellResult], ours: str, theirs: str) -> Paired:
     return Paired(100 * d.mean, low, high, d.verdict, over)
 
 
-def forgetting(cells: Sequence[CellResult], main: str, anchor: str) -> Forgetting:
-    """The same table over the tasks where the anchor's novel accuracy is at least 4 points below zero-shot's."""
+def forgetting(cells: Sequence[CellResult], main: str, tuned_row: str) -> Forgetting:
+    """The same table over the tasks where the tuned model's novel accuracy is at least 4 points below zero-shot's."""
     if "novel" not in cells[0].metric.columns:
         return Forgetting(())
     novel: dict[str, list[float]] = {}
     for cell in cells:
         by_row = {row.row: row.tests["novel"].acc1 for row in cell.rows}
-        novel.setdefault(cell.dataset, []).append(by_row["zero-shot"] - by_row[anchor])
+        novel.setdefault(cell.dataset, []).append(by_row["zero-shot"] - by_row[tuned_row])
     tasks = tuple(task for task, drops in novel.items() if np.mean(drops) >= FORGETTING)
     inside = [cell for cell in cells if cell.dataset in tasks]
     if len(tasks) < 2 or len(novel) < 3:
@@ -344,9 +344,9 @@ def points(report: Report) -> str:
 
 
 def gain(report: Report) -> str:
-    """The last word of a run: the gain over the tuned anchor with its interval."""
-    d = next(d for d in report.differences if d.minus == report.anchor)
-    told = f"{report.main} against {report.anchor}: {d.mean:+.1f} {points(report)}"
+    """The last word of a run: the gain over the tuned model with its interval."""
+    d = next(d for d in report.differences if d.minus == report.tuned_row)
+    told = f"{report.main} against {report.tuned_row}: {d.mean:+.1f} {points(report)}"
     if d.low is None:
         return f"{told} over {d.over} ({NO_INTERVAL})"
     seen = {"above": "", "below": " (below: the interval lies below 0)"}

@@ -213,7 +213,7 @@ class Report:
     selection: str
     main: str
     base: str
-    anchor: str
+    tuned_row: str
     """The first tuned model."""
     cells: tuple[CellResult, ...]
     summary: tuple[SummaryRow, ...]
@@ -228,7 +228,7 @@ class Report:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Report:
-        made: Report = read(cls, {**found, "cells": ()})
+        made: Report = read(cls, {"tuned_row": found.get("anchor"), **found, "cells": ()})  # its name in 0.1.0
         return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
 
 

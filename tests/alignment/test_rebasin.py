@@ -109,7 +109,7 @@ def test_verify_and_check_and_recipes_know_of_it(monkeypatch, capsys):
     metadata = read_metadata(Path("out"))[0]
     assert metadata["rebasin"] is True
     assert "every model is reordered to match `ZS`" in Path("out/README.md").read_text()
-    assert "the same bytes again, ties of ZS, A, B" in call(monkeypatch, capsys, "verify", "out")[1]
+    assert "reproduced byte for byte, ties of ZS, A, B" in call(monkeypatch, capsys, "verify", "out")[1]
     first = Path("out/open_clip_model.safetensors").read_bytes()
     asked = ask(["merge.yaml"]).plan
     streaming.merge(asked, Path("again"), threads=3, chunk_size=64)

@@ -399,7 +399,7 @@ def test_anchors_that_come_to_nothing_fail_their_cells_and_wrong_recipes_end_at_
     assert made.tables[0].rows == () and [cell.cell for cell in made.lost_cells] == [
         f"fantasy_{task}-seed1-4shots" for task in ("mosaic", "thermal")
     ]
-    assert made.lost_cells[0].reason.startswith("its anchors failed: ") and made.failed
+    assert made.lost_cells[0].reason.startswith("its tuned models failed: ") and made.failed
     given = SMALL | {"tuned": [{"tuner": {"name": "coop", "init": "word " * 40}}]}
     with pytest.raises(UserError):
         go(given, registry, tmp_path / "other")

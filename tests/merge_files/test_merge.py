@@ -149,7 +149,7 @@ def test_what_is_written_beside_the_tensors(monkeypatch, capsys):
 def test_verify_repeats_the_merge(monkeypatch, capsys):
     three()
     streaming.merge(plan(Ties(0.5)), Path("out"))
-    assert call(monkeypatch, capsys, "verify", "out")[:2] == (0, "out: the same bytes again, ties of ZS, A, B\n")
+    assert call(monkeypatch, capsys, "verify", "out")[:2] == (0, "out: reproduced byte for byte, ties of ZS, A, B\n")
     os.rename("A.safetensors", "moved.safetensors")
     code, _, err = call(monkeypatch, capsys, "verify", "out")
     assert code == 2 and "error: A.safetensors: no such model" in err

@@ -55,7 +55,7 @@ def test_a_choice_that_fails_fails_the_row_and_one_that_cannot_be_made_leaves_th
             self.asked += 1
             raise self.error
 
-    monkeypatch.setattr(CellRun, "anchors", ([], None))
+    monkeypatch.setattr(CellRun, "endpoints", ([], None))
     cannot = CellRun(Bench(Unsuitable("2 classes are too few to hold some out")), None, None)
     assert cannot.selection == "2 classes are too few to hold some out"
     bench = Bench(RuntimeError("CUDA out of memory"))
@@ -63,7 +63,7 @@ def test_a_choice_that_fails_fails_the_row_and_one_that_cannot_be_made_leaves_th
     for _ in range(2):
         with pytest.raises(Failed, match="nothing to choose on: RuntimeError: CUDA out of memory"):
             failed.selection  # noqa: B018
-    assert bench.asked == 1  # its anchors are not tuned again for every row
+    assert bench.asked == 1  # its models are not tuned again for every row
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def option(
     default: object = dataclasses.MISSING,
     help: str = "",
     *,
-    formerly: str = "",
+    formerly: str | None = None,
     values_formerly: Mapping[str, str] = {},
 ) -> Any:
     """A dataclass field with its meaning; without a default it must be given.

@@ -25,3 +25,8 @@ def test_an_option_under_both_of_its_names_is_refused():
 def test_names_of_today_do_not_warn(recwarn):
     options.build(MergeTune, {"space": "weights", "zero_shot": "template"}, where="strategy mergetune")
     assert not recwarn
+
+
+def test_an_empty_key_is_unknown():
+    with pytest.raises(UserError, match="unknown key ''"):
+        options.build(WiseFT, {"": None}, where="strategy wise_ft")

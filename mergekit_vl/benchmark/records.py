@@ -204,6 +204,7 @@ class BenchTable:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchTable:
+        found = dict(found)
         made: BenchTable = read(cls, {"tuned_row": found.get("anchor"), **found, "rows": ()})  # its name in 0.1.0
         return dataclasses.replace(made, rows=tuple(map(BenchRow.from_json, found["rows"])))
 

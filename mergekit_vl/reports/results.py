@@ -228,6 +228,7 @@ class Report:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Report:
+        found = dict(found)
         made: Report = read(cls, {"tuned_row": found.get("anchor"), **found, "cells": ()})  # its name in 0.1.0
         return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
 

@@ -24,6 +24,9 @@ from mergekit_vl.merge_files.plan import open_plan
 from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
 from mergekit_vl.registry.plugins import load_plugins
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* is now written:FutureWarning")
+"""A former name of an option is taken, with a warning."""
+
 RECIPES = [yaml.safe_load(path.read_text()) for path in installed_recipes().values()]
 OVERRIDES = ["seed=x", "seed=${seed}", "seed.0=1", "strategy.0=3", "strategy.-1.name=ties", "strategy=[", "tuned.x=1"]
 OVERRIDES += [

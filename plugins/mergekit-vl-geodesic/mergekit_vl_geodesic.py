@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_vl import MergeInputs, Model, Register, Unsuitable, as_model, endpoints, hookimpl, option
+from mergekit_vl import MergeInputs, Model, Register, Unsuitable, hookimpl, option
 
 NEARLY_PARALLEL = 0.9995  # |cosine| from which the arc is too flat, or undetermined, to be followed
 
@@ -17,6 +17,8 @@ class Geodesic:
 
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
+
+        from mergekit_vl import as_model, endpoints  # here, as torch: `--help` then loads no numpy
 
         base, tuned = endpoints(inputs)
         if len(tuned) != 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mergekit_vl.alignment import rebasin
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.plan import AlignedCheckpoints
 from mergekit_vl.merging.chunks import BLOCK, CHUNK_SIZE
@@ -22,6 +21,8 @@ def chunk_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> i
     flat = max(flat_memory(info, tensor, n, chunk_size) for tensor in tensors)
     reading = 0
     if opened.symmetries:
+        from mergekit_vl.alignment import rebasin
+
         sizes = {"tensor": [t.size for t in tensors], "rows": [t.row for t in tensors]}.get(info.chunks, [0])
         stretch = rebasin.reading(opened.shapes, opened.symmetries.groups, max(chunk_size, *sizes))
         reading = stretch * max(t.wide.itemsize for t in tensors)
@@ -32,7 +33,11 @@ def chunk_memory(opened: AlignedCheckpoints, threads: int, chunk_size: int) -> i
 
 def alignment_memory(opened: AlignedCheckpoints) -> int:
     """Bytes that aligning the models takes, before the first chunk is read."""
-    return rebasin.memory(opened.shapes, opened.symmetries.groups) if opened.symmetries else 0
+    if not opened.symmetries:
+        return 0
+    from mergekit_vl.alignment import rebasin  # with scipy, which other merges need not load
+
+    return rebasin.memory(opened.shapes, opened.symmetries.groups)
 
 
 def chunk_for(opened: AlignedCheckpoints, threads: int, max_ram: int | None) -> int:

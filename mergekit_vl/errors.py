@@ -29,6 +29,11 @@ class Failed(UserError):
     """The input is sound, and its computation came to nothing: a loss that is not finite, memory that ends."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of the text of an error from elsewhere; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -> UserError:
     """The error for a name that is not among `known`, with the nearest one that is."""
     known = sorted(known)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mergekit_vl import __version__, references, yaml_text
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError, first_line, unknown
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _apply(config: DictConfig, word: str, key: str, value: str, *, merge: bool, 
     except UserError as error:
         raise UserError(f"{word!r} cannot be applied: {error.what}", where=TYPED, hint=hint) from None
     except (OmegaConfBaseException, IndexError, TypeError, ValueError, RecursionError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise UserError(f"{word!r} cannot be applied: {what}", where=TYPED, hint=hint) from None
 
 

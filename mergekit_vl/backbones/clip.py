@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError, first_line, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
 from mergekit_vl.system.memory import physical_memory
@@ -230,7 +230,7 @@ def _fetched(get: Callable[[], T], what: str, hint: str, where: str) -> T:
     try:
         return get()
     except Exception as error:  # hub clients raise many kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(
             f"{what} is not on this machine and cannot be fetched: {first[:200]}", where=where, hint=hint
         ) from None
@@ -256,7 +256,7 @@ def construct(config: Mapping[str, Any], where: str) -> CLIP:
             try:
                 return kind(**own)
             except Exception as error:  # a config from elsewhere may fail anywhere in open_clip, timm or torch
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                first = first_line(error)
                 raise UserError(f"open_clip cannot build it: {first}", where=where, hint="correct its config") from None
         hint = f"copy config.json of {hugging_face} into a folder and set backbone.hf_text=FOLDER"
         return _fetched(lambda: kind(**own), f"config.json of {hugging_face}", _with_transformers(hint), where)

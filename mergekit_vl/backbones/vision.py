@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.errors import UserError, first_line, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
 from mergekit_vl.system.regular_files import user_path
@@ -108,7 +108,7 @@ class Vision:
             except Exception as error:  # timm and the hub's client raise many kinds
                 cfg = timm.get_pretrained_cfg(f"{arch}.{tag}")
                 what = (cfg.hf_hub_id or cfg.url) if cfg else f"{arch}.{tag}"
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                first = first_line(error)
                 raise UserError(
                     f"{what} is not on this machine and cannot be fetched: {first[:200]}",
                     where=where,

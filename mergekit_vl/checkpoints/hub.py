@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import UserError, first_line
 
 
 def fetched_folder(
@@ -56,7 +56,7 @@ def fetched_folder(
 
 
 def _unreachable(error: Exception, where: str) -> UserError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     return UserError(
         f"it is not on this machine and cannot be fetched: {first[:200]}",
         where=where,

@@ -20,7 +20,7 @@ from mergekit_vl.checkpoints.checkpoint import (
 )
 from mergekit_vl.checkpoints.dtypes import check_supported
 from mergekit_vl.checkpoints.writer import METADATA_KEY
-from mergekit_vl.errors import UserError
+from mergekit_vl.errors import UserError, first_line
 from mergekit_vl.system.regular_files import check_regular, parse_json, read_regular, user_path
 
 INDEX_FILES = ("model.safetensors.index.json", "open_clip_model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -258,7 +258,7 @@ def _from_open_clip(given: str, label: str) -> Checkpoint:
     try:
         model = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True)
     except Exception as error:  # whatever open_clip, its hub client or the network raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(
             f"open_clip cannot load it: {first}", where=given, hint="see open_clip.list_pretrained()"
         ) from None

@@ -9,10 +9,9 @@ import numpy as np
 from mergekit_vl.datasets.base import Dataset, named_by
 from mergekit_vl.models.model import Classes
 from mergekit_vl.protocols.base import Task, joint
-from mergekit_vl.registry import contracts
 from mergekit_vl.reporter import SILENT
 from mergekit_vl.testing import world
-from mergekit_vl.testing.promises import Promises, check_documented, quick, require
+from mergekit_vl.testing.promises import begun, quick, require
 
 if TYPE_CHECKING:
     from mergekit_vl.backbones.base import BackboneOptions
@@ -24,11 +23,7 @@ def check_backbone(options: BackboneOptions | type[BackboneOptions], **given: ob
     """Raise Violation unless a backbone keeps its promises: features [B, D], the same every time; frozen; texts [K, D] of late names."""
     import torch
 
-    cls = options if isinstance(options, type) else type(options)
-    promises = Promises(cls)
-    check_documented(promises, cls)
-    with promises("contract"):
-        require(not (faults := contracts.faults(cls, "backbones")), "; ".join(faults))
+    promises = begun(options, "backbones")
     built: Any = None
     with promises("builds"):
         options = quick(options, given, {}) if isinstance(options, type) else options
@@ -63,12 +58,10 @@ def check_backbone(options: BackboneOptions | type[BackboneOptions], **given: ob
 
 def check_dataset(options: DatasetOptions | type[DatasetOptions], **given: object) -> None:
     """Raise Violation unless a dataset keeps its promises: names, templates, labels and images that fit each other, the same every time."""
-    cls = options if isinstance(options, type) else type(options)
-    promises = Promises(cls)
-    check_documented(promises, cls)
+    promises = begun(options, "datasets")
     with promises("contract"):
-        require(not (faults := contracts.faults(cls, "datasets")), "; ".join(faults))
-        require((named := named_by(cls)) is None or named in cls.__dataclass_fields__, f"has no option {named}")
+        named = named_by(options)
+        require(named is None or named in options.__dataclass_fields__, f"has no option {named}")
     data: Any = None
     with promises("loads"):
         options = quick(options, given, {}) if isinstance(options, type) else options
@@ -114,11 +107,7 @@ def overlap(one: Split, other: Split) -> bool:
 
 def check_protocol(protocol: EvaluationProtocol | type[EvaluationProtocol], **given: object) -> None:
     """Raise Violation unless a protocol keeps its promises, on drawn datasets: nothing that is tuned on is tested, columns name tests."""
-    cls = protocol if isinstance(protocol, type) else type(protocol)
-    promises = Promises(cls)
-    check_documented(promises, cls)
-    with promises("contract"):
-        require(not (faults := contracts.faults(cls, "protocols")), "; ".join(faults))
+    promises = begun(protocol, "protocols")
     made: Any = None
     with promises("makes a task"):
         protocol = quick(protocol, given, {"shots": 1}) if isinstance(protocol, type) else protocol

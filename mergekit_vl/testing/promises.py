@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from mergekit_vl.errors import UserError
+from mergekit_vl.registry import contracts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +83,16 @@ def check_documented(promises: Promises, cls: type) -> None:
                 f"the option {field.name} has no meaning: use option()",
             )
             require(field.name not in ("name", "label", "of", "grid"), f"{field.name} is a key of the recipe itself")
+
+
+def begun(thing: object, kind: str) -> Promises:
+    """Promises of a class of options or of an instance of one, with those that every kind makes: documented, and as its contract says."""
+    cls = thing if isinstance(thing, type) else type(thing)
+    promises = Promises(cls)
+    check_documented(promises, cls)
+    with promises("contract"):
+        require(not (faults := contracts.faults(cls, kind)), "; ".join(faults))
+    return promises
 
 
 def quick(cls: type, given: Mapping[str, object], less: Mapping[str, object]) -> Any:

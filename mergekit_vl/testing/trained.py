@@ -18,7 +18,7 @@ from mergekit_vl.registry import contracts
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.strategies.base import trains
 from mergekit_vl.testing import world
-from mergekit_vl.testing.promises import Promises, check_documented, quick, require
+from mergekit_vl.testing.promises import Promises, begun, quick, require
 from mergekit_vl.testing.weights import promise_weights
 
 if TYPE_CHECKING:
@@ -100,11 +100,7 @@ def _check_network(model: Single) -> None:
 
 def check_tuner(tuner: Tuner | type[Tuner], **given: object) -> Single:
     """Raise Violation unless a tuner keeps its promises; the model that it made. Of a class, options that make it long are set low."""
-    cls = tuner if isinstance(tuner, type) else type(tuner)
-    promises = Promises(cls)
-    check_documented(promises, cls)
-    with promises("contract"):
-        require(not (faults := contracts.faults(cls, "tuners")), "; ".join(faults))
+    promises = begun(tuner, "tuners")
     made: Any = None
     with promises("tunes"):
         tuner = quick(tuner, given, LITTLE) if isinstance(tuner, type) else tuner
@@ -125,11 +121,7 @@ def check_tuner(tuner: Tuner | type[Tuner], **given: object) -> Single:
 
 def check_strategy(strategy: Strategy | type[Strategy], **given: object) -> None:
     """Raise Violation unless a strategy keeps its promises; of a closed form, those on tensors alone too."""
-    cls = strategy if isinstance(strategy, type) else type(strategy)
-    promises = Promises(cls)
-    check_documented(promises, cls)
-    with promises("contract"):
-        require(not (faults := contracts.faults(cls, "strategies")), "; ".join(faults))
+    promises = begun(strategy, "strategies")
     made: Any = None
     with promises("merges"):
         made = quick(strategy, given, LITTLE) if isinstance(strategy, type) else strategy

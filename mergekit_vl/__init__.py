@@ -132,7 +132,7 @@ MODULES = {
     "models.model": ("Ensemble", "Mixture", "Model", "Single"),
     "options": ("option",),
     "protocols.base": ("EvaluationProtocol", "Metric", "Task"),
-    "recipe": ("Recipe",),
+    "recipes.recipe": ("Recipe",),
     "registry.hookspecs": ("Register", "hookimpl"),
     "reporter": ("Reporter",),
     "strategies.base": ("Strategy",),
@@ -181,7 +181,7 @@ if TYPE_CHECKING:
     from mergekit_vl.models.model import Ensemble, Mixture, Model, Single
     from mergekit_vl.options import option
     from mergekit_vl.protocols.base import EvaluationProtocol, Metric, Task
-    from mergekit_vl.recipe import Recipe
+    from mergekit_vl.recipes.recipe import Recipe
     from mergekit_vl.registry.hookspecs import Register, hookimpl
     from mergekit_vl.reporter import Reporter
     from mergekit_vl.strategies.base import Strategy

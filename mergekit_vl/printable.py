@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterable, Sized
 
 ACTING = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # control characters: escapes, line ends, tabs
@@ -33,6 +34,17 @@ def shortened(text: str, most: int) -> str:
         return text
     head = (most - 1) * 2 // 3
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def counted(things: Sized, one: str, many: str = "") -> str:
+    """How many there are: "1 class", "3 classes"."""
+    return f"{len(things)} {one if len(things) == 1 else many or one + 's'}"
+
+
+def first_names(names: Iterable[str], most: int = 3) -> str:
+    """The first names, shown, with commas between them; dots for the rest."""
+    names = list(names)
+    return ", ".join(shown(name, 100) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def in_html(text: str) -> str:

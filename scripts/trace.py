@@ -34,7 +34,10 @@ COMMANDS = {
         "commands/app.py: run",
         {
             "run to MergeTune's loss": ("strategies/mergetune.py: terms", ""),
-            "an image from its folder to its score": ("datasets/folder.py: decode", "models/evaluate.py: evaluate"),
+            "an image from its folder to its score": (
+                "datasets/image_files.py: decode",
+                "models/evaluate.py: evaluate",
+            ),
         },
     ),
 }

@@ -22,12 +22,12 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergekit_vl import recipe
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.micro import Micro
 from mergekit_vl.commands import app
 from mergekit_vl.experiments import experiment
 from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.recipes.loading import load_recipe
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reporter import SILENT
 
@@ -145,7 +145,7 @@ def a_run(home):
     """What `run robust_micro` leaves, with the row and the split that the docs name, of a linear head on a few images."""
     words = ["dataset={name: folder, path: pets, shifts: [night]}", "strategy=[{name: wise_ft}]", "controls=false"]
     words += ["tuned.0.tuner={name: linear_probe, label: full}"]
-    made = experiment.build(recipe.load_recipe("robust_micro", words), load_plugins())
+    made = experiment.build(load_recipe("robust_micro", words), load_plugins())
     quiet = {"reporter": SILENT}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "PATH_POINTS", 2)

@@ -5,7 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
-from mergekit_vl.recipe import installed_recipes
+from mergekit_vl.recipes.loading import installed_recipes
 from mergekit_vl.registry import hookspecs
 
 ROOT = Path(__file__).parent.parent

@@ -56,12 +56,12 @@ def check_models(
     models: object, base: object, strategy: str | ClosedForm, method_options: Mapping[str, object]
 ) -> list[str]:
     """What `merge` would do, from headers alone: a line each. Raises UserError for what cannot be merged."""
-    from mergekit_vl.commands.merge import estimates
+    from mergekit_vl.merge_files.forecast import described
 
     plan, given = _planned(models, base, strategy, method_options)
     opened = _opened(plan, base, given)
     try:
-        return [*estimates(opened), *(f"note      {note}" for note in opened.notes)]
+        return [*described(opened), *(f"note      {note}" for note in opened.notes)]
     finally:
         opened.close()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_vl import options
 from mergekit_vl.api.notebook import PYTHON_WARNINGS, html_table
 from mergekit_vl.datasets.base import Dataset
-from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
+from mergekit_vl.datasets.image_files import MOST_MEGAPIXELS, check_megapixels
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.open_run import LoadedModel, open_model
 from mergekit_vl.experiments.use import Evaluated, View, best, evaluate_on, from_files, image_files, probabilities

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.api.notebook import PYTHON_WARNINGS
-from mergekit_vl.commands.terminal import table_text
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import experiment as experiments
-from mergekit_vl.experiments import forecast
 from mergekit_vl.experiments.open_run import LoadedModel, open_model
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.recipe import Recipe, load_recipe, parse, with_datasets
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import Recipe, parse, with_datasets
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.reporter import Reporter
 from mergekit_vl.reports import render
 from mergekit_vl.reports.comparison import comparison
+from mergekit_vl.reports.text_table import table_text
 from mergekit_vl.system.devices import device_of
 
 if TYPE_CHECKING:
     from mergekit_vl.benchmark.plan import Plan
     from mergekit_vl.benchmark.records import BenchReport
-    from mergekit_vl.experiments.experiment import Experiment
     from mergekit_vl.merging.method import ClosedForm
     from mergekit_vl.reports.results import Report
     from mergekit_vl.reports.table import Table
@@ -202,18 +201,12 @@ def check(
             f"{next(iter(method_options))}= is for models", where="check", hint="override the recipe's own keys"
         )
 
-    def build(plan: Recipe) -> Experiment | Plan:
-        from mergekit_vl.benchmark import plan as plans
+    from mergekit_vl.benchmark import forecast
 
-        return plans.build(plan, registry()) if plan.every else experiments.build(plan, registry())
+    def lines(plan: Recipe) -> list[str]:
+        return forecast.of_recipe(plan, registry())
 
-    plan = _recipe(recipe, overrides, allow_env, build)
-    if plan.every:
-        from mergekit_vl.benchmark import plan as plans
-        from mergekit_vl.commands.bench import described
-
-        return Checked(tuple(described(plans.build(plan, registry()))))
-    return Checked(tuple(forecast.described(experiments.build(plan, registry()))))
+    return Checked(tuple(lines(_recipe(recipe, overrides, allow_env, lines))))
 
 
 def _recipe(

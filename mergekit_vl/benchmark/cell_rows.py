@@ -20,7 +20,7 @@ from mergekit_vl.errors import Failed, Unsuitable, UserError
 from mergekit_vl.experiments import landscape
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single, image_encoders, size_in_bytes
-from mergekit_vl.references import hide
+from mergekit_vl.recipes.references import hide
 from mergekit_vl.registry.calls import told
 from mergekit_vl.reports.landscape_results import CellPath
 from mergekit_vl.strategies.base import HasControls, trains
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mergekit_vl.experiments.cell import Cell
     from mergekit_vl.models.model import Model
     from mergekit_vl.protocols.base import Task
-    from mergekit_vl.recipe import Spec
+    from mergekit_vl.recipes.recipe import Spec
     from mergekit_vl.reports.results import Row
     from mergekit_vl.strategies.base import Strategy
 

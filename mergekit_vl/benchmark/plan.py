@@ -17,7 +17,7 @@ from mergekit_vl.experiments.experiment import Experiment
 from mergekit_vl.experiments.experiment import build as build_experiment
 from mergekit_vl.experiments.forecast import most_epochs
 from mergekit_vl.protocols.base import HasShots, shots_of
-from mergekit_vl.recipe import ALL, Recipe, Spec, TunedSpec, dataset_specs
+from mergekit_vl.recipes.recipe import ALL, Recipe, Spec, TunedSpec, dataset_specs
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
 from mergekit_vl.strategies.base import TrainsOn, trains, trains_on

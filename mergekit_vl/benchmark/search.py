@@ -28,7 +28,7 @@ from mergekit_vl.protocols.base import Metric, Task
 from mergekit_vl.strategies.base import grid_of, trains
 
 if TYPE_CHECKING:
-    from mergekit_vl.recipe import Spec
+    from mergekit_vl.recipes.recipe import Spec
     from mergekit_vl.reports.results import Row
     from mergekit_vl.strategies.base import Strategy
 

@@ -26,7 +26,7 @@ from mergekit_vl.commands.merge_request import is_merge
 from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say, say_table, warn
 from mergekit_vl.errors import Failed, UserError, unknown
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.recipe import installed_recipes, load_recipe
+from mergekit_vl.recipes.loading import installed_recipes, load_recipe
 from mergekit_vl.registry import plugins
 from mergekit_vl.registry.calls import blamed, told
 from mergekit_vl.registry.plugins import registry
@@ -35,7 +35,7 @@ from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:
     from mergekit_vl.experiments.experiment import Experiment
-    from mergekit_vl.recipe import Recipe
+    from mergekit_vl.recipes.recipe import Recipe
     from mergekit_vl.reports.results import Report
 
 app = typer.Typer(
@@ -217,24 +217,12 @@ def check(
 
 
 def _check_recipe(recipe: str, overrides: list[str], allow_env: list[str]) -> None:
-    from mergekit_vl.experiments import forecast
+    from mergekit_vl.benchmark import forecast
 
-    def build(plan: Recipe) -> Any:
-        if plan.every:  # a bench
-            from mergekit_vl.benchmark import plan as benches
+    def check(plan: Recipe) -> list[str]:
+        return forecast.of_recipe(plan, registry())
 
-            return benches.build(plan, registry())
-        from mergekit_vl.experiments import experiment as experiments
-
-        return experiments.build(plan, registry())
-
-    plan = load_recipe(recipe, overrides, allow_env=allow_env, check=build)
-    experiment = build(plan)
-    if plan.every:
-        for line in bench_command.described(experiment):
-            say(line)
-        return
-    say(*forecast.described(experiment))
+    say(*check(load_recipe(recipe, overrides, allow_env=allow_env, check=check)))
 
 
 @app.command("list")

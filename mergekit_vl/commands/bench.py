@@ -12,7 +12,8 @@ from mergekit_vl.commands import arguments
 from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.recipe import Recipe, load_recipe, with_datasets
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import Recipe, with_datasets
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.interrupts import noted
@@ -53,6 +54,7 @@ def bench(
     """
     from mergekit_vl.benchmark import plan as plans
     from mergekit_vl.benchmark import report
+    from mergekit_vl.benchmark.forecast import described
 
     if "=" in recipe:  # only overrides were given
         recipe, overrides = SMALL, [recipe, *(overrides or [])]
@@ -111,24 +113,6 @@ def _whole(text: str, where: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{text!r} is not a whole number", where=where, hint="write 1,4,16")
     return int(text)
-
-
-def described(plan: Plan) -> list[str]:
-    """The plan in words: cells, rows, and how long it will take."""
-    from mergekit_vl.benchmark.plan import lineup
-
-    datasets = [spec.options.get("task") or spec.options.get("dataset") or spec.label for spec in plan.recipe.datasets]
-    shots = [str(n) for n in plan.shots if n is not None]
-    cells, trainings = plan.cells(), plan.trainings()
-    return [
-        f"bench     {plan.recipe.name}: {plan.recipe.protocol.name} on {plan.experiment.backbone}",
-        f"datasets  {', '.join(map(str, datasets))}; seeds {', '.join(map(str, plan.recipe.seeds))}"
-        + (f"; shots {', '.join(shots)}" if shots else ""),
-        f"rows      {', '.join(entry.label for entry in lineup(plan, list(map(str, datasets))))}",
-        f"cells     {cells}, with {trainings} trainings each at most; options are chosen "
-        + {"none": "nowhere: defaults"}.get(plan.search.by, f"by {plan.how()}"),
-        f"time      {plan.time()}; what is done already is not done again",
-    ]
 
 
 def _print(report: BenchReport, folder: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ from mergekit_vl.registry.calls import is_plugins
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 from mergekit_vl.system.regular_files import user_path
-
-if TYPE_CHECKING:
-    from mergekit_vl.merge_files.plan import AlignedCheckpoints
 
 MOST_THREADS = 1024
 
@@ -97,6 +94,7 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     """What `check` prints for models: read from their headers alone."""
     import shutil
 
+    from mergekit_vl.merge_files.forecast import described
     from mergekit_vl.merge_files.plan import open_plan
 
     plain = not any(word.endswith(RECIPES) for word in words)
@@ -111,7 +109,7 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
             say(
                 f"{role:9s} {c.label}: {len(c.tensors)} tensors, {elements / 1e6:.1f} M elements, {codes}, {c.bytes / 1e6:.1f} MB, {c.path}"
             )
-    for line in estimates(opened):
+    for line in described(opened):
         say(line)
     for note in opened.notes:
         say(f"note      {note}")
@@ -125,35 +123,6 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
 def _quiet(method: object) -> AbstractContextManager[object]:
     """What a plugin's method prints does not mix with our output."""
     return ours_alone() if is_plugins(method) else nullcontext()
-
-
-def estimates(opened: AlignedCheckpoints) -> list[str]:
-    from mergekit_vl.merge_files import forecast
-    from mergekit_vl.merge_files.provenance import option_values
-    from mergekit_vl.merging.memory_bounds import whole_arrays
-    from mergekit_vl.system.memory import threads_available
-
-    plan, threads, passes = opened.plan, threads_available(), forecast.passes(opened)
-    form: str = opened.info.chunks
-    if form == "tensor":
-        most = max((whole_arrays(opened.info, t) for t in forecast.matrices(opened)), default=0)
-        form = f"{form}, at most {most} arrays of a matrix's size at a time"
-    given = ", ".join(f"{key}={value}" for key, value in option_values(plan.method).items())
-    aligned = []
-    if opened.symmetries:
-        groups = opened.symmetries.groups
-        aligned = [
-            f"rebasin   to match {opened.reference.label}: {len(groups)} permutations, the largest of {max(g.size for g in groups)}; "
-            "their time is not in the one below"
-        ]
-    return [
-        *aligned,
-        f"strategy  {plan.strategy}: {given or 'no options'}",
-        f"form      {form}, {passes} pass{'es' if passes > 1 else ''} over the files",
-        f"memory    about {forecast.memory(opened, threads) >> 20} MB at {threads} threads",
-        f"disk      {forecast.written(opened) / 1e6:.1f} MB to write",
-        f"time      about {forecast.seconds(opened, threads):.1f} s where the files are cached and the disk writes 1 GB/s",
-    ]
 
 
 def verify(

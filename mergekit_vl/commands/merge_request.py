@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_vl import options, yaml_text
+from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.recipe import set_option
+from mergekit_vl.recipes import yaml_text
+from mergekit_vl.recipes.overrides import set_option
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.merge_files.plan import MergePlan
-    from mergekit_vl.merge_files.recipe_forms import WeightsForm
     from mergekit_vl.merging.method import ClosedForm, MethodInfo
+    from mergekit_vl.recipes.merge_forms import WeightsForm
 
 RECIPES = (".yaml", ".yml")
 
@@ -92,7 +93,7 @@ def ask(
 
 def _section(models: Sequence[str]) -> tuple[WeightsForm, list[str], str]:
     """What models and strategy the words ask for, or the recipe among them; notes, and where errors are."""
-    from mergekit_vl.merge_files.recipe_forms import WeightsForm
+    from mergekit_vl.recipes.merge_forms import WeightsForm
 
     if not any(word.endswith(RECIPES) for word in models):
         return WeightsForm.model_construct(models=list(models)), [], "command line"
@@ -215,8 +216,8 @@ def closed_form(name: str, *, where: str) -> tuple[type, MethodInfo]:
 
 def read_recipe(path: str) -> tuple[WeightsForm, list[str]]:
     """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
-    from mergekit_vl import forms
-    from mergekit_vl.merge_files.recipe_forms import WeightsForm
+    from mergekit_vl.recipes import forms
+    from mergekit_vl.recipes.merge_forms import WeightsForm
 
     content = _content(user_path(path))
     if isinstance(content, Mapping) and "merge_method" in content:

@@ -11,7 +11,8 @@ from mergekit_vl.commands import arguments
 from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.run_folder import alone, claim, tidied
-from mergekit_vl.recipe import Recipe, load_recipe
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import Recipe
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError
-from mergekit_vl.recipe import set_option
+from mergekit_vl.recipes.overrides import set_option
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def predict_images(
     allow_env: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The `top` classes of each image with their probabilities."""
-    from mergekit_vl.datasets.folder import MOST_MEGAPIXELS, check_megapixels
+    from mergekit_vl.datasets.image_files import MOST_MEGAPIXELS, check_megapixels
     from mergekit_vl.experiments.open_run import open_model
     from mergekit_vl.experiments.use import best, from_files, image_files, probabilities
 

@@ -23,17 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from mergekit_vl.datasets.base import Dataset, Split
-from mergekit_vl.datasets.folder import (
-    MEGAPIXELS_HELP,
-    MOST_MEGAPIXELS,
-    FolderImages,
-    _some,
-    check_megapixels,
-    entries_of,
-)
+from mergekit_vl.datasets.class_folders import entries_of
+from mergekit_vl.datasets.image_files import MEGAPIXELS_HELP, MOST_MEGAPIXELS, FolderImages, check_megapixels
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.options import option
-from mergekit_vl.printable import shown
+from mergekit_vl.printable import first_names, shown
 from mergekit_vl.reporter import SILENT, Reporter
 from mergekit_vl.system.regular_files import check_regular, check_utf8, read_regular, read_text, user_path
 
@@ -242,7 +236,7 @@ def _source(folder: Path, parts: dict[str, Items], megapixels: float) -> FolderI
             missing.append(file)
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(files)} images are missing: {_some(missing)}",
+            f"{len(missing)} of {len(files)} images are missing: {first_names(missing)}",
             where=str(folder),
             hint="prepare the images as CoOp's DATASETS.md says",
         )

@@ -22,7 +22,7 @@ from mergekit_vl.experiments.cell import WITHOUT, Cell
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes
 from mergekit_vl.protocols.base import joint
-from mergekit_vl.recipe import Recipe, Spec, TunedSpec
+from mergekit_vl.recipes.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
 from mergekit_vl.reporter import ALL_CELLS, Reporter, Within

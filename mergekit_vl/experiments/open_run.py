@@ -12,7 +12,8 @@ from mergekit_vl.adapters.linear_head import untuned
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
 from mergekit_vl.printable import in_html
-from mergekit_vl.recipe import Recipe, load_recipe
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import Recipe
 from mergekit_vl.storage import model_files
 from mergekit_vl.storage.tuned import load_tuned
 from mergekit_vl.system.atomic_files import slug

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.experiments.experiment import Experiment, build
-from mergekit_vl.recipe import load_recipe
+from mergekit_vl.recipes.loading import load_recipe
 
 if TYPE_CHECKING:
     from mergekit_vl.registry.plugins import Registry

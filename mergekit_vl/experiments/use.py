@@ -126,7 +126,7 @@ def best(probabilities: Tensor, names: tuple[str, ...], top: int) -> list[list[t
 
 def image_files(given: Sequence[str]) -> list[Path]:
     """Of image files and folders of them: the files."""
-    from mergekit_vl.datasets.folder import readable_suffixes
+    from mergekit_vl.datasets.image_files import readable_suffixes
 
     kinds = readable_suffixes()
     files: list[Path] = []
@@ -147,7 +147,7 @@ def image_files(given: Sequence[str]) -> list[Path]:
 
 def _below(folder: Path, kinds: set[str]) -> list[Path]:
     """The images in a folder and the folders below, none that is hidden or that a link leads to."""
-    from mergekit_vl.datasets.folder import entries_of
+    from mergekit_vl.datasets.class_folders import entries_of
 
     found, waiting = [], [folder]
     while waiting:
@@ -162,7 +162,7 @@ def _below(folder: Path, kinds: set[str]) -> list[Path]:
 
 def from_files(files: Sequence[Path], megapixels: float) -> View:
     """The test views of image files of at most so many million pixels."""
-    from mergekit_vl.datasets.folder import decode
+    from mergekit_vl.datasets.image_files import decode
     from mergekit_vl.models.views import eval_view
 
     def load(i: int) -> Any:

@@ -1,11 +1,13 @@
-"""The cost of a merge of files before it starts: memory, disk, passes and seconds."""
+"""What a merge of files will cost, before it starts: memory, disk, passes and seconds."""
 
 from __future__ import annotations
 
 from mergekit_vl.merge_files.memory import alignment_memory, chunk_for, chunk_memory
 from mergekit_vl.merge_files.plan import AlignedCheckpoints
+from mergekit_vl.merge_files.provenance import option_values
 from mergekit_vl.merging.chunks import Tensor
-from mergekit_vl.system.memory import anonymous_memory
+from mergekit_vl.merging.memory_bounds import whole_arrays
+from mergekit_vl.system.memory import anonymous_memory, threads_available
 
 START_SECONDS = 0.3
 READ_BYTES, WRITE_BYTES = 2.5e9, 1.2e9
@@ -43,3 +45,28 @@ def seconds(opened: AlignedCheckpoints, threads: int) -> float:
     files = read * (passes(opened) + 1) / READ_BYTES + written(opened) / WRITE_BYTES
     svds = opened.info.svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices(opened))
     return START_SECONDS + files * 2 / min(threads, 8) + svds / threads
+
+
+def described(opened: AlignedCheckpoints) -> list[str]:
+    """The plan of a merge in words: the strategy, and memory, disk, passes and seconds."""
+    plan, threads, over = opened.plan, threads_available(), passes(opened)
+    form: str = opened.info.chunks
+    if form == "tensor":
+        most = max((whole_arrays(opened.info, t) for t in matrices(opened)), default=0)
+        form = f"{form}, at most {most} arrays of a matrix's size at a time"
+    given = ", ".join(f"{key}={value}" for key, value in option_values(plan.method).items())
+    aligned = []
+    if opened.symmetries:
+        groups = opened.symmetries.groups
+        aligned = [
+            f"rebasin   to match {opened.reference.label}: {len(groups)} permutations, the largest of {max(g.size for g in groups)}; "
+            "their time is not in the one below"
+        ]
+    return [
+        *aligned,
+        f"strategy  {plan.strategy}: {given or 'no options'}",
+        f"form      {form}, {over} pass{'es' if over > 1 else ''} over the files",
+        f"memory    about {memory(opened, threads) >> 20} MB at {threads} threads",
+        f"disk      {written(opened) / 1e6:.1f} MB to write",
+        f"time      about {seconds(opened, threads):.1f} s where the files are cached and the disk writes 1 GB/s",
+    ]

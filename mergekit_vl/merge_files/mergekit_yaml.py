@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_vl import forms
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.merge_files.recipe_forms import MergekitForm, MergekitModelForm, WeightsForm
+from mergekit_vl.recipes import forms
+from mergekit_vl.recipes.merge_forms import MergekitForm, MergekitModelForm, WeightsForm
 
 TASK = ("weight", "density", "lambda", "normalize", "rescale", "int8_mask")
 METHODS: dict[str, tuple[str, ...]] = {

@@ -37,7 +37,7 @@ from mergekit_vl.system.atomic_files import cell_name, slug, write_bytes, write_
 
 if TYPE_CHECKING:
     from mergekit_vl.models.model import Model
-    from mergekit_vl.recipe import Recipe
+    from mergekit_vl.recipes.recipe import Recipe
 
     Measured = Mapping[str, tuple[float, int]]
     """Accuracy and number of images by test."""

@@ -293,8 +293,8 @@ def test_a_local_timm_checkpoint_brings_its_classes(tmp_path):
 
 
 def test_what_needs_text_refuses_an_image_classifier(tmp_path):
-    from mergekit_vl import recipe
     from mergekit_vl.experiments import experiment
+    from mergekit_vl.recipes import recipe
     from mergekit_vl.registry import plugins
 
     plain = {"backbone": {"name": "vision", "arch": "mobilenetv3_small_050"}, "strategy": {"name": "wise_ft"}}

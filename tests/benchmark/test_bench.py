@@ -16,7 +16,8 @@ from mergekit_vl.benchmark import plan, report, run, wording
 from mergekit_vl.benchmark.records import BenchReport, Record
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.features import FeatureStore
-from mergekit_vl.recipe import load_recipe, parse, with_datasets
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import parse, with_datasets
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports.intervals import ranks

@@ -14,7 +14,7 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.options import build, option
 from mergekit_vl.protocols.base_to_novel import BaseToNovel
 from mergekit_vl.protocols.few_shot import FewShot
-from mergekit_vl.recipe import Spec, parse
+from mergekit_vl.recipes.recipe import Spec, parse
 from mergekit_vl.registry.plugins import load_plugins
 
 

@@ -173,9 +173,9 @@ def test_a_context_of_another_length_has_no_zero_shot_point_until_its_words_are_
 
 
 def test_a_recipe_continues_from_a_coop_checkpoint(dassl, tmp_path, micro):
-    from mergekit_vl import recipe
     from mergekit_vl.experiments import experiment
     from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.recipes import recipe
     from mergekit_vl.registry import plugins
 
     folder, ctx = dassl

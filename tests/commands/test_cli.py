@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_vl.commands import app
-from mergekit_vl.recipe import installed_recipes
+from mergekit_vl.recipes.loading import installed_recipes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COOP = str(RECIPES / "mergetune_coop.yaml")
@@ -212,7 +212,7 @@ def test_ctrl_c(monkeypatch, capsys):
 
 
 def test_an_override_that_names_another_thing_replaces_the_old_ones_options():
-    from mergekit_vl.recipe import load_recipe
+    from mergekit_vl.recipes.loading import load_recipe
 
     plain = load_recipe("robust_micro", ["dataset={name: folder, path: pets}", "tuned.0.tuner={epochs: 3}"]).plain
     assert plain["dataset"] == {"name": "folder", "path": "pets"}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mergekit_vl import recipe
 from mergekit_vl.commands import app
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import experiment
 from mergekit_vl.experiments.open_run import open_model
 from mergekit_vl.models.features import FeatureStore
+from mergekit_vl.recipes import recipe
 from mergekit_vl.registry import plugins
 from mergekit_vl.reporter import SILENT
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mergekit_vl.checkpoints.reader import open_checkpoint
 from mergekit_vl.datasets.coop_layout import CoOpLayout
-from mergekit_vl.datasets.folder import Folder, decode
+from mergekit_vl.datasets.folder import Folder
+from mergekit_vl.datasets.image_files import decode
 from mergekit_vl.errors import UserError
 
 

@@ -9,7 +9,6 @@ from noise import NAMES, Noise
 from test_tower_training import norm  # noqa: F401
 from torch import nn
 
-from mergekit_vl import recipe
 from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.tower import Tower
 from mergekit_vl.backbones.backbone import Backbone
@@ -19,6 +18,7 @@ from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes, ImageEncoder, Single
 from mergekit_vl.models.views import eval_view
+from mergekit_vl.recipes import recipe
 from mergekit_vl.strategies.fisher import Fisher
 from mergekit_vl.strategies.regmean import RegMean
 from mergekit_vl.strategies.task_arithmetic import TaskArithmetic

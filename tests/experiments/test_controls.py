@@ -9,7 +9,7 @@ import pytest
 from mergekit_vl.benchmark import plan
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import experiment
-from mergekit_vl.recipe import parse
+from mergekit_vl.recipes.recipe import parse
 from mergekit_vl.registry import plugins
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.strategies.mergetune import MergeTune

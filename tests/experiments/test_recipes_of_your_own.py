@@ -10,7 +10,6 @@ from PIL import Image
 from recording import Recording
 from safetensors.torch import load_file, save_file
 
-from mergekit_vl import recipe
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.backbones import clip
 from mergekit_vl.backbones.micro import Micro
@@ -19,6 +18,8 @@ from mergekit_vl.experiments import experiment
 from mergekit_vl.experiments.open_run import open_model
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes, Single
+from mergekit_vl.recipes import recipe
+from mergekit_vl.recipes.loading import load_recipe
 from mergekit_vl.registry import plugins
 
 NAMES = ("dog", "apple", "car", "swan")
@@ -52,7 +53,7 @@ def test_mergetune_from_coop_checkpoint(tmp_path):
     ctx = micro.embed("a photo of a") + 0.02
     state = OrderedDict(ctx=ctx, token_prefix=micro.text.before().expand(2, 1, -1).clone())
     torch.save({"state_dict": state, "epoch": 50}, tmp_path / "model.pth.tar-50")
-    plain = dict(recipe.load_recipe("mergetune_from_coop_checkpoint").plain)
+    plain = dict(load_recipe("mergetune_from_coop_checkpoint").plain)
     plain["backbone"] = {"name": "micro"}
     plain["dataset"] = plain["dataset"] | {"root": str(tmp_path)}
     plain["tuned"] = [plain["tuned"][0] | {"checkpoint": str(tmp_path / "model.pth.tar-50")}]
@@ -104,7 +105,7 @@ def test_siglip_coop(tmp_path, monkeypatch):
     context = backbone.embed("a photo of a")
     assert torch.allclose(backbone.encode_prompts(prompts, context), backbone.encode_texts(["a photo of a dog", "a photo of a swan"]), atol=1e-5)  # fmt: skip
 
-    plain = dict(recipe.load_recipe("siglip_coop").plain)
+    plain = dict(load_recipe("siglip_coop").plain)
     plain["backbone"] = {"name": "clip", "arch": f"local-dir:{model}"}
     plain["dataset"] = {"name": "folder", "path": str(tmp_path / "pets")}
     plain["tuned"] = [{"tuner": {"name": "coop", "epochs": 2}}]
@@ -142,7 +143,7 @@ def small_clip(tmp_path_factory):
 
 
 def own_recipe(small_clip, **tuned):
-    plain = dict(recipe.load_recipe("wise_ft_own").plain)
+    plain = dict(load_recipe("wise_ft_own").plain)
     plain["backbone"] = {"name": "clip", "arch": f"local-dir:{small_clip / 'zs'}"}
     plain["dataset"] = {"name": "folder", "path": str(small_clip / "pets")}
     plain["tuned"] = [plain["tuned"][0] | {"checkpoint": str(small_clip / "epoch_3.pt")} | tuned]
@@ -198,7 +199,7 @@ def test_linear_head_timm(small_clip, tmp_path, tuner):
     """With random weights; what a full tuning leaves loads in plain timm and answers as ours does."""
     import timm
 
-    plain = dict(recipe.load_recipe("linear_head_timm").plain)
+    plain = dict(load_recipe("linear_head_timm").plain)
     plain["backbone"] = {"name": "vision", "arch": "test_resnet"}
     plain["dataset"] = {"name": "folder", "path": str(small_clip / "pets")}
     plain["protocol"] = {"name": "few_shot", "shots": 4}
@@ -236,7 +237,7 @@ def test_recipes_of_the_microworld_run_small(name, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_vl.microworld.tasks.PER_CLASS", {"train": 3, "val": 2, "test": 3})
     monkeypatch.setattr(experiment, "PATH_POINTS", 3)
     short = ["controls=false", *SHORT[name]]
-    plain = dict(recipe.load_recipe(name, short).plain)
+    plain = dict(load_recipe(name, short).plain)
     if name == "multi_task_micro":
         plain["dataset"], plain["strategy"] = plain["dataset"][:2], plain["strategy"][:2]
     rows, _ = run(plain, name, tmp_path)

@@ -195,7 +195,7 @@ def test_a_folder_of_pictures(finished, tmp_path):
 
 def test_the_recorded_suite_is_that_of_the_recipe():
     """The means printed beside a demo belong to the recipe that ships."""
-    from mergekit_vl.recipe import load_recipe
+    from mergekit_vl.recipes.loading import load_recipe
 
     suite = json.loads((Path(__file__).parents[2] / "mergekit_vl" / "assets" / "suite.json").read_text())
     assert suite["recipe_hash"] == load_recipe("mergetune_suite").hash

@@ -4,7 +4,7 @@ import pytest
 
 from mergekit_vl.experiments import suite
 from mergekit_vl.experiments.experiment import build
-from mergekit_vl.recipe import load_recipe
+from mergekit_vl.recipes.loading import load_recipe
 from mergekit_vl.registry.plugins import load_plugins
 
 REGISTRY = load_plugins()

@@ -21,7 +21,8 @@ from mergekit_vl.experiments import experiment
 from mergekit_vl.merge_files import streaming
 from mergekit_vl.merge_files.mergekit_yaml import METHODS
 from mergekit_vl.merge_files.plan import open_plan
-from mergekit_vl.recipe import Recipe, installed_recipes, load_recipe
+from mergekit_vl.recipes.loading import installed_recipes, load_recipe
+from mergekit_vl.recipes.recipe import Recipe
 from mergekit_vl.registry.plugins import load_plugins
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is now written:FutureWarning")

@@ -10,7 +10,7 @@ from mergekit_vl.models import choices
 from mergekit_vl.models.evaluate import Scores
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.printable import in_markdown
-from mergekit_vl.recipe import parse
+from mergekit_vl.recipes.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports import report

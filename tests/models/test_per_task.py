@@ -17,7 +17,7 @@ from mergekit_vl.models.by_task import ByTask
 from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes, Single, image_encoders
-from mergekit_vl.recipe import parse
+from mergekit_vl.recipes.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.strategies.emr import Emr
 from mergekit_vl.strategies.tall_mask import TallMask

@@ -22,7 +22,7 @@ from mergekit_vl.protocols.base_to_novel import METRIC
 from mergekit_vl.protocols.few_shot import FewShot
 from mergekit_vl.protocols.multi_task import MultiTask
 from mergekit_vl.protocols.robust import Robust
-from mergekit_vl.recipe import parse
+from mergekit_vl.recipes.recipe import parse
 from mergekit_vl.registry.plugins import load_plugins
 from mergekit_vl.reporter import SILENT
 from mergekit_vl.reports import report

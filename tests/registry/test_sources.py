@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from mergekit_vl import recipe
 from mergekit_vl.experiments import experiment
 from mergekit_vl.experiments.cell import WITHOUT
+from mergekit_vl.recipes import recipe
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import load_plugins
 

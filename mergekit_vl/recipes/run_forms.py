@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le, MinLen
 from pydantic import ConfigDict, model_validator
 
-from mergekit_vl.forms import AsText, Form, Keys, Listed, Told
 from mergekit_vl.options import MOST_SEED
+from mergekit_vl.recipes.forms import AsText, Form, Keys, Listed, Told
 
 RUN_KEYS = ("backbone", "dataset", "protocol", "tuned", "strategy", "controls", "seed", "search")
 NAMED = Told("{place} needs a name", "write {place}: {{name: ...}}")

@@ -8,10 +8,11 @@ import yaml
 from PIL import Image
 from test_use import call
 
-from mergekit_vl import references, yaml_text
 from mergekit_vl.commands.merge_request import ask, is_merge
 from mergekit_vl.errors import UserError
-from mergekit_vl.recipe import load_recipe, parse, with_datasets
+from mergekit_vl.recipes import references, yaml_text
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.recipes.recipe import parse, with_datasets
 
 SECRET = "hunter2-is-no-password"
 PLAIN = {"dataset": {"name": "folder", "path": "pets"}, "strategy": [{"name": "linear"}]}

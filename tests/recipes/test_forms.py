@@ -7,8 +7,8 @@ import pytest
 from annotated_types import MinLen
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.forms import AsText, Form, Keys, Listed, Told, read
-from mergekit_vl.recipe import parse
+from mergekit_vl.recipes.forms import AsText, Form, Keys, Listed, Told, read
+from mergekit_vl.recipes.recipe import parse
 
 
 class Pet(Form):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, MinLen
 from pydantic import BeforeValidator
 
-from mergekit_vl.forms import Form, Keys, Told
+from mergekit_vl.recipes.forms import Form, Keys, Told
 
 TEXT = Told("{key}={value}", "write text")
 

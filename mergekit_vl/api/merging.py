@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from mergekit_vl import options
 from mergekit_vl.api.notebook import PYTHON_WARNINGS
 from mergekit_vl.checkpoints.pickles import from_torch
-from mergekit_vl.checkpoints.reader import label_of, open_checkpoint
+from mergekit_vl.checkpoints.reader import distinct, label_of, open_checkpoint
 from mergekit_vl.checkpoints.torch_io import as_tensor, read
 from mergekit_vl.checkpoints.writer import claimed
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.merge_files import streaming
+from mergekit_vl.merge_files.matching import Tensors
 from mergekit_vl.merge_files.plan import AlignedCheckpoints, MergePlan, aligned
 from mergekit_vl.merging.method import ClosedForm, MethodInfo, info_of
 from mergekit_vl.registry.plugins import registry
@@ -77,6 +78,7 @@ def _planned(
     keep: str | Sequence[str] = (),
     rebasin: bool = False,
     device: str = "auto",
+    tensors: Tensors = "same",
 ) -> tuple[MergePlan, list[object]]:
     """The plan, and the models that it merges; reads none of them."""
     given, labels = _labelled(models)
@@ -98,6 +100,7 @@ def _planned(
         keep,
         rebasin,
         _device(method, len(given), device),
+        tensors,
     ), given
 
 
@@ -136,6 +139,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     keep: str | Sequence[str] = (),
     rebasin: bool = False,
+    tensors: Tensors = "same",
     device: str = "auto",
     threads: int | None = None,
     max_ram: int | None = None,
@@ -155,13 +159,22 @@ def merge(
     Tensors and files have the bytes of the command's.
 
     `seed` is of random draws, `dtype` of the result (default: each tensor as the base or first model has it), `keep` are parts of names
-    of tensors that are taken from there unmerged, `rebasin` reorders units, heads and channels to match it first, `device` is where
+    of tensors that are taken from there unmerged, `tensors` says which the result has where models differ (`union`, `intersection`), `rebasin` reorders units, heads and channels to match it first, `device` is where
     SVDs are taken, `max_ram` and `shard_size` are bytes, `force` replaces an earlier merge in `out`.
 
     Raises UserError for models that do not fit each other, for options that do not fit the models, and for a merge that fails.
     """
     plan, given = _planned(
-        models, base, strategy, method_options, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device
+        models,
+        base,
+        strategy,
+        method_options,
+        seed=seed,
+        dtype=dtype,
+        keep=keep,
+        rebasin=rebasin,
+        device=device,
+        tensors=tensors,
     )
     everyone = [*([base] if base is not None else []), *given]
     if out is not None:
@@ -206,17 +219,6 @@ def _is_module(model: object) -> bool:
 
 def _label(model: object, otherwise: str) -> str:
     return label_of(str(model)) if isinstance(model, (str, Path)) else otherwise
-
-
-def distinct(labels: Sequence[str]) -> list[str]:
-    """The labels, those that are there already with a number."""
-    out: list[str] = []
-    for label in labels:
-        while label in out:
-            stem, _, number = label.rpartition("-")
-            label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
-        out.append(label)
-    return out
 
 
 def _method(

@@ -68,6 +68,8 @@ class Checkpoint:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     passed_over: str = ""
     """Averaged weights (EMA) in the same file, which were not taken."""
+    notes: tuple[str, ...] = ()
+    """How it was recognised, where it is not plain tensors by name: a line each."""
     config: Path | None = None
     """The folder whose open_clip_config.json or config.json belongs to it."""
     recorded: tuple[Recorded, ...] = ()

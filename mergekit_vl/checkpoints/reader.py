@@ -6,7 +6,9 @@ the models, a truncated file is an error (with a memory map it would be a crash)
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,6 +20,7 @@ from mergekit_vl.checkpoints.checkpoint import (
     Recorded,
     TensorLocation,
 )
+from mergekit_vl.checkpoints.configs import CONFIGS
 from mergekit_vl.checkpoints.dtypes import check_supported
 from mergekit_vl.checkpoints.writer import METADATA_KEY
 from mergekit_vl.errors import UserError, first_line
@@ -34,9 +37,10 @@ WEIGHT_FILES = (
     "model.pth",
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
-CONFIGS = ("open_clip_config.json", "config.json")
 
 
+SHARD = re.compile(r"[-_.](\d{1,6})-of-(\d{1,6})(?=\.[a-z.]+$)")
+"""What ends the name of a part of a model."""
 MOST_HEADER = 16 << 20
 
 
@@ -81,9 +85,22 @@ def label_of(given: str) -> str:
     return name
 
 
+def distinct(labels: Sequence[str]) -> list[str]:
+    """The labels, each that is there already with the first free number: checkpoint-500, checkpoint-500-2."""
+    out: list[str] = []
+    for label in labels:
+        free, number = label, 2
+        while free in out:
+            free, number = f"{label}-{number}", number + 1
+        out.append(free)
+    return out
+
+
 def _open_folder(path: Path, label: str) -> Checkpoint:
     config = path if any((path / name).is_file() for name in CONFIGS) else None
     chosen = next((path / name for name in (*INDEX_FILES, *WEIGHT_FILES) if (path / name).is_file()), None)
+    if chosen is None and (shards := _unlisted_shards(path)):
+        return _open_shards(path, shards, label, config)
     if chosen is None:
         found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *PICKLES))
         found = [p for p in found if p.suffix == ".safetensors"] or found
@@ -96,7 +113,45 @@ def _open_folder(path: Path, label: str) -> Checkpoint:
     return checkpoint
 
 
-def _open_file(path: Path, label: str) -> Checkpoint:
+def _unlisted_shards(folder: Path) -> list[Path]:
+    """The shards of a model whose index is not there; safetensors before pickles. Raises UserError where one is missing."""
+    found = [(p, shard) for p in sorted(folder.iterdir()) if (shard := SHARD.search(p.name)) and p.is_file()]
+    found = [each for each in found if each[0].suffix == ".safetensors"] or found
+    if not found:
+        return []
+    stem, count = found[0][0].name[: found[0][1].start()], int(found[0][1][2])
+    paths = [p for p, shard in found if p.name[: shard.start()] == stem and int(shard[2]) == count]
+    if len(paths) < count:
+        what = f"{len(paths)} of {count} shards of {stem}, and no index"
+        raise UserError(what, where=str(folder), hint="copy all shards, with their .index.json, into one folder")
+    return paths if count > 1 else []
+
+
+def _open_shards(folder: Path, paths: Sequence[Path], label: str, config: Path | None) -> Checkpoint:
+    tensors: dict[str, TensorLocation] = {}
+    twins: dict[str, str] = {}
+    recorded: list[Recorded] = []
+    for path in paths:
+        shard = _open_file(path, label, part=True)
+        if both := [name for name in shard.tensors if name in tensors]:
+            raise UserError(f"{both[0]} is in two shards", where=str(path), hint=CHANGED)
+        tensors |= shard.tensors
+        twins |= shard.twins
+        recorded += shard.recorded
+    notes = (f"{len(paths)} shards without an index, read together",)
+    return Checkpoint(
+        label, folder, tensors, tuple(paths), twins=twins, recorded=tuple(recorded), notes=notes, config=config
+    )
+
+
+def _open_file(path: Path, label: str, *, part: bool = False) -> Checkpoint:
+    """A file that is a whole model, or, where `part`, a shard of one."""
+    if not part and (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
+        raise UserError(
+            f"it is shard {int(shard[1])} of {int(shard[2])} of a model, and not the model",
+            where=str(path),
+            hint=f"give the folder, {path.parent}, or the index of the shards",
+        )
     if path.name.endswith(".index.json"):
         return _open_index(path, label)
     size = check_regular(path)
@@ -189,7 +244,7 @@ def _open_index(path: Path, label: str) -> Checkpoint:
     recorded: list[Recorded] = []
     shards = {name: _shard(path, name) for name in dict.fromkeys(places.values())}
     for name, file in shards.items():
-        shard = _open_file(file, label)
+        shard = _open_file(file, label, part=True)
         tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
         twins |= shard.twins
         recorded += shard.recorded

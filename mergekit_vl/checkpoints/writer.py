@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_vl.checkpoints.configs import CONFIGS
 from mergekit_vl.checkpoints.dtypes import STORED, Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.system.atomic_files import exchange, made_parents, sync_folder
@@ -29,7 +30,7 @@ SYNC_EVERY = 0.02
 MERGING, REPLACED = "merging", "replaced"
 """Hidden folders beside an output: one that is being written or removed, and a whole one that has given up its name to it."""
 MEND = "choose another -o"
-OURS = ("README.md", "open_clip_config.json", "config.json")
+OURS = ("README.md", *CONFIGS)
 
 
 @dataclass(frozen=True)

@@ -206,13 +206,18 @@ def check(
     base: merge_command.Base = None,
     strategy: merge_command.StrategyName = None,
     rebasin: merge_command.Rebasin = False,
+    keep: merge_command.Keep = None,
+    tensors: merge_command.TensorsOf = None,
+    dtype: merge_command.DType = None,
     allow_env: arguments.AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
     if is_merge(recipe, base=base, strategy=strategy):
         if allow_env:
             raise UserError("a merge reads no environment", where="--allow-env", hint="leave it out")
-        return merge_command.check(recipe, base=base, strategy=strategy, rebasin=rebasin)
+        return merge_command.check(
+            recipe, base=base, strategy=strategy, rebasin=rebasin, keep=keep, dtype=dtype, tensors=tensors
+        )
     return _check_recipe(recipe[0], recipe[1:], allow_env or [])
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -19,6 +19,9 @@ from mergekit_vl.registry.calls import is_plugins
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 from mergekit_vl.system.regular_files import user_path
+
+if TYPE_CHECKING:
+    from mergekit_vl.merge_files.matching import Tensors
 
 MOST_THREADS = 1024
 
@@ -44,6 +47,14 @@ Keep = Annotated[
 Rebasin = Annotated[
     bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
 ]
+TensorsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--tensors",
+        metavar="same|union|intersection",
+        help="where models differ in their tensors: refuse, take all that any has, or those that all have",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="default: one per core")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where SVDs are taken; everything else is the CPU's")]
 MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
@@ -58,6 +69,7 @@ def merge(
     dtype: DType = None,
     keep: Keep = None,
     rebasin: Rebasin = False,
+    tensors: TensorsOf = None,
     shard_size: Annotated[
         str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
     ] = None,
@@ -71,7 +83,10 @@ def merge(
     from mergekit_vl.merge_files import streaming
 
     began = time.monotonic()
-    asked = ask(words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device)
+    asked = ask(
+        words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device,
+        tensors=tensors_of(tensors),
+    )  # fmt: skip
     with noted("nothing was written"), TerminalReporter(not quiet, after=2) as reporter, _quiet(asked.plan.method):
         for note in asked.notes:
             reporter.tell(note)
@@ -90,7 +105,27 @@ def merge(
         say(f"next: mergekit-vl verify {shlex.quote(str(out))}")
 
 
-def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebasin: bool = False) -> None:
+def tensors_of(given: str | None) -> Tensors | None:
+    """The value of --tensors."""
+    from mergekit_vl.merge_files.matching import Tensors
+
+    known: tuple[Tensors, ...] = get_args(Tensors)
+    found = next((each for each in known if each == given), None)
+    if given is not None and found is None:
+        raise unknown("--tensors", given, known, where="command line")
+    return found
+
+
+def check(
+    words: Sequence[str],
+    *,
+    base: str | None,
+    strategy: str | None,
+    rebasin: bool = False,
+    keep: Sequence[str] | None = None,
+    dtype: str | None = None,
+    tensors: str | None = None,
+) -> None:
     """What `check` prints for models: read from their headers alone."""
     import shutil
 
@@ -98,7 +133,8 @@ def check(words: Sequence[str], *, base: str | None, strategy: str | None, rebas
     from mergekit_vl.merge_files.plan import open_plan
 
     plain = not any(word.endswith(RECIPES) for word in words)
-    asked = ask(words, base=base, strategy="linear" if strategy is None and plain else strategy, rebasin=rebasin)
+    name = "linear" if strategy is None and plain else strategy
+    asked = ask(words, base=base, strategy=name, rebasin=rebasin, keep=keep, dtype=dtype, tensors=tensors_of(tensors))
     say(*asked.notes)
     with _quiet(asked.plan.method):
         opened = open_plan(asked.plan)
@@ -162,6 +198,7 @@ def verify(
         tuple(metadata["keep"]),
         metadata["rebasin"],
         device_of(metadata["device"]),
+        metadata.get("tensors", "same"),
     )
     differing = streaming.verify(plan, metadata, merged, threads=threads)
     if differing:

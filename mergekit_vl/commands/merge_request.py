@@ -18,6 +18,7 @@ from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
+    from mergekit_vl.merge_files.matching import Tensors
     from mergekit_vl.merge_files.plan import MergePlan
     from mergekit_vl.merging.method import ClosedForm, MethodInfo
     from mergekit_vl.recipes.merge_forms import WeightsForm
@@ -59,6 +60,7 @@ def ask(
     keep: Sequence[str] | None = None,
     rebasin: bool = False,
     device: str = "cpu",
+    tensors: Tensors | None = None,
 ) -> Asked:
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
     from mergekit_vl.merge_files.plan import MergePlan
@@ -87,6 +89,7 @@ def ask(
         _kept(keep or section.keep, where),
         rebasin or section.rebasin,
         _device(method, len(named.paths), device),
+        tensors or section.tensors,
     )
     return Asked(plan, [*notes, *more])
 
@@ -144,11 +147,13 @@ class _Named:
 
 def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Named:
     """From the entries of a recipe (paths, or mappings with path, label and weight) or the words of the command line."""
-    from mergekit_vl.checkpoints.reader import label_of
+    from mergekit_vl.checkpoints.reader import distinct, label_of
 
     if not models:
         raise UserError("no model to merge", where=where, hint="name the models, or a recipe")
-    paths, labels, weights = [], [], {}
+    paths: list[str] = []
+    labels: list[str] = []
+    weights: dict[str, object] = {}
     for model in ([base] if base is not None else []) + list(models):
         entry = model if isinstance(model, Mapping) else {"path": model}
         for key in entry:
@@ -156,10 +161,7 @@ def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Nam
                 raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
         if not isinstance(entry.get("path"), str):
             raise UserError(f"{model!r} is no model", where=where, hint="write {path: FILE, weight: 0.5}")
-        label = str(entry.get("label") or label_of(entry["path"]))
-        while label in labels:
-            stem, _, number = label.rpartition("-")
-            label = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else f"{label}-2"
+        label = distinct([*labels, str(entry.get("label") or label_of(entry["path"]))])[-1]
         paths.append(entry["path"])
         labels.append(label)
         if "weight" in entry:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mergekit_vl.alignment.symmetries import Symmetries, find, heads_told
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
+from mergekit_vl.checkpoints.configs import differing_settings
 from mergekit_vl.checkpoints.dtypes import FLOATS, NAMES, float_code
 from mergekit_vl.checkpoints.reader import open_checkpoint
 from mergekit_vl.checkpoints.writer import Slot
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files.classes import by_class_name
+from mergekit_vl.merge_files.matching import Tensors, matched
 from mergekit_vl.merging.chunks import Models, Tensor
 from mergekit_vl.merging.coefficients import depths, matches
 from mergekit_vl.merging.engine import checked
@@ -36,6 +40,8 @@ class MergePlan:
     """Whether every model but the base (or the first) is first reordered to match that one."""
     device: str = "cpu"
     """Where matrices are decomposed: cpu, or a GPU as torch names it."""
+    tensors: Tensors = "same"
+    """Which tensors the output has where the models differ: none are allowed to, all that any model has, or those that all have."""
 
 
 @dataclass
@@ -50,6 +56,10 @@ class AlignedCheckpoints:
     copied: tuple[str, ...]
     slots: tuple[Slot, ...]
     notes: list[str] = field(default_factory=list)
+    copied_from: dict[str, Checkpoint] = field(default_factory=dict)
+    """Of `copied`, those that the reference lacks, and the model that has them."""
+    recognised: tuple[str, ...] = ()
+    """What was read in another form than it is stored in, a line each."""
     symmetries: Symmetries | None = None
     """Where the models are aligned first: the reorderings that are tried."""
 
@@ -81,17 +91,37 @@ def open_plan(plan: MergePlan) -> AlignedCheckpoints:
 
 def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, ...]) -> AlignedCheckpoints:
     """The plan on checkpoints that are open, or held in memory; raises UserError for what cannot be merged; reads no tensor."""
-    everyone = (*((base,) if base else ()), *tuned)
+    found = matched((*((base,) if base else ()), *tuned), plan.keep, plan.tensors)
+    everyone, kept = found.models, found.kept
+    base, tuned = (everyone[0] if base else None), everyone[1 if base else 0 :]
     reference = everyone[0]
-    kept = _kept(plan, reference)
-    _check_same(everyone, kept, plan.keep)
+    sources, told = by_class_name(everyone, kept)
     tensors = _tensors(everyone, kept)
     merged = {tensor.name for tensor in tensors}
     labels = tuple(checkpoint.label for checkpoint in tuned)
-    models = Models(base, tuned, tensors, labels, plan.seed, base.label if base else "zero-shot", plan.device)
+    models = Models(
+        sources[0] if base else None,
+        tuple(sources[1 if base else 0 :]),
+        tensors,
+        labels,
+        plan.seed,
+        base.label if base else "zero-shot",
+        plan.device,
+    )
     copied = tuple(name for name in reference.tensors if name not in merged)
     info = checked(plan.method, models)
-    opened = AlignedCheckpoints(plan, info, base, tuned, models, copied, _slots(plan, reference))
+    opened = AlignedCheckpoints(
+        plan,
+        info,
+        base,
+        tuned,
+        models,
+        (*copied, *found.copied_from),
+        _slots(plan, reference, found.copied_from),
+        copied_from=found.copied_from,
+        recognised=(*(f"{c.label}: {note}" for c in everyone for note in c.notes), *found.notes, *told),
+    )
+    opened.recognised += tuple(_kept(opened))
     opened.notes = _notes(opened)
     if plan.rebasin:
         opened.symmetries = _symmetries(opened, kept)
@@ -99,15 +129,7 @@ def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, .
     return opened
 
 
-def _kept(plan: MergePlan, reference: Checkpoint) -> set[str]:
-    """The tensors that are not merged."""
-    for key in plan.keep:
-        if not any(matches(name, key) for name in reference.tensors):
-            raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
-    return {name for name in reference.tensors if any(matches(name, key) for key in plan.keep)}
-
-
-def _tensors(everyone: tuple[Checkpoint, ...], kept: set[str]) -> tuple[Tensor, ...]:
+def _tensors(everyone: tuple[Checkpoint, ...], kept: Collection[str]) -> tuple[Tensor, ...]:
     """The float tensors that are merged, with the dtype of the arithmetic."""
     reference = everyone[0]
     floats = [name for name in reference.floats if name not in kept]
@@ -124,42 +146,24 @@ def _tensors(everyone: tuple[Checkpoint, ...], kept: set[str]) -> tuple[Tensor, 
     )
 
 
-def _slots(plan: MergePlan, reference: Checkpoint) -> tuple[Slot, ...]:
+def _slots(plan: MergePlan, reference: Checkpoint, copied_from: Mapping[str, Checkpoint]) -> tuple[Slot, ...]:
     """The tensors of the output, as they are stored."""
     code = float_code(plan.dtype) if plan.dtype is not None else None
     return tuple(
         Slot(name, code if code and stored.code in FLOATS else stored.code, stored.shape)
-        for name, stored in reference.tensors.items()
+        for name, stored in [
+            *reference.tensors.items(),
+            *((name, checkpoint.tensors[name]) for name, checkpoint in copied_from.items()),
+        ]
     )
 
 
-def _symmetries(opened: AlignedCheckpoints, kept: set[str]) -> Symmetries:
+def _symmetries(opened: AlignedCheckpoints, kept: Collection[str]) -> Symmetries:
     if len(opened.all) < 2:
         raise UserError("--rebasin has one model and none that it is to match", hint="name more models, or a --base")
     reference = opened.reference
     heads = next((told for c in opened.all if (told := heads_told(c.config))), {})
-    return find({name: reference.tensors[name].shape for name in reference.floats}, heads, kept)
-
-
-def _check_same(everyone: tuple[Checkpoint, ...], kept: set[str], keep: tuple[str, ...]) -> None:
-    first = everyone[0]
-    for other in everyone[1:]:
-        differing = []
-        for name in [*first.tensors, *(n for n in other.tensors if n not in first.tensors)]:
-            if name in kept or (name not in first.tensors and any(matches(name, key) for key in keep)):
-                continue
-            shapes = [c.tensors[name].shape if name in c.tensors else "missing" for c in (first, other)]
-            kinds = [c.tensors[name].code in FLOATS for c in (first, other) if name in c.tensors]
-            if shapes[0] != shapes[1]:
-                differing.append(f"{name}: {shapes[0]} against {shapes[1]}")
-            elif len(set(kinds)) > 1:
-                differing.append(f"{name}: {first.tensors[name].code} against {other.tensors[name].code}")
-        if differing:
-            more = f" and {len(differing) - 3} more tensors" if len(differing) > 3 else ""
-            raise UserError(
-                f"{first.label} and {other.label} differ in {'; '.join(differing[:3])}{more}",
-                hint="merge models of one architecture, or --keep what differs as the first has it",
-            )
+    return find({name: reference.tensors[name].shape for name in reference.floats}, heads, set(kept))
 
 
 def warnings(opened: AlignedCheckpoints) -> list[str]:
@@ -172,6 +176,13 @@ def warnings(opened: AlignedCheckpoints) -> list[str]:
         )
     if opened.base and opened.info.ignores_base:
         found.append(f"{plan.strategy} merges the tuned models alone: of the base it takes nothing but integer tensors")
+    settings = differing_settings([(c.label, c.config) for c in opened.all])
+    if settings:
+        giver = next(c.label for c in opened.all if c.config)
+        more = f" and {len(settings) - 4} more" if len(settings) > 4 else ""
+        found.append(
+            f"the models' configs differ: {'; '.join(settings[:4])}{more}; the merged model gets the config of {giver}"
+        )
     found += [
         f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: save them alone to merge them"
         for c in opened.all
@@ -182,10 +193,27 @@ def warnings(opened: AlignedCheckpoints) -> list[str]:
     return found
 
 
+def _kept(opened: AlignedCheckpoints) -> list[str]:
+    """For each --keep, how many tensors it covers, and how many are merged."""
+    lines = []
+    reference, n = opened.reference, len(opened.models.tensors)
+    for key in opened.plan.keep:
+        names = [name for name in reference.tensors if matches(name, key)]
+        share = sum(reference.tensors[name].size for name in names) / max(
+            1, sum(t.size for t in reference.tensors.values())
+        )
+        some = f": {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+        lines.append(
+            f"--keep {key}: {len(names)} of {len(reference.tensors)} tensors ({100 * share:.1f}% of the elements){some}, "
+            f"are {reference.label}'s; {n} are merged"
+        )
+    return lines
+
+
 def _notes(opened: AlignedCheckpoints) -> list[str]:
     reference, plan = opened.reference, opened.plan
-    notes = warnings(opened)
-    whole = [name for name in opened.copied if reference.tensors[name].code not in FLOATS]
+    notes = [*opened.recognised, *warnings(opened)]
+    whole = [name for name in opened.copied if name in reference.tensors and reference.tensors[name].code not in FLOATS]
     if whole:
         notes.append(
             f"{len(whole)} integer tensors ({', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}) come from {reference.label}"

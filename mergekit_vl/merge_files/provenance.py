@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -14,6 +14,7 @@ from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.reader import facts, open_checkpoint, read_header
 from mergekit_vl.checkpoints.writer import METADATA_KEY
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files.matching import Tensors
 from mergekit_vl.merge_files.plan import AlignedCheckpoints
 from mergekit_vl.printable import in_code, in_markdown
 from mergekit_vl.system.regular_files import check_shape
@@ -41,6 +42,8 @@ class Metadata(TypedDict):
     keep: list[str]
     rebasin: bool
     device: str
+    tensors: NotRequired[Tensors]
+    """Where it is not "same"."""
 
 
 def canonical(metadata: Metadata) -> str:
@@ -70,6 +73,8 @@ def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> Metadata
         "rebasin": plan.rebasin,
         "device": plan.device,
     }
+    if plan.tensors != "same":
+        told["tensors"] = plan.tensors
     return cast("Metadata", {**_adapter(opened), **told})
 
 

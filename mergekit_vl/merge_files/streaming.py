@@ -13,8 +13,8 @@ import numpy as np
 
 from mergekit_vl.alignment import rebasin
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
+from mergekit_vl.checkpoints.configs import CONFIGS
 from mergekit_vl.checkpoints.dtypes import FLOATS, STORED, Array, Narrowing
-from mergekit_vl.checkpoints.reader import CONFIGS
 from mergekit_vl.checkpoints.writer import Output, claimed
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.forecast import passes
@@ -33,17 +33,17 @@ def align(opened: AlignedCheckpoints, reporter: Reporter = SILENT) -> None:
     if opened.symmetries is None:
         return
     shapes, groups, sources = opened.shapes, opened.symmetries.groups, list[Source]()
-    for checkpoint in opened.tuned:
+    for checkpoint, source in zip(opened.tuned, opened.models.tuned):
         if checkpoint is opened.reference:
-            sources.append(checkpoint)
+            sources.append(source)
             continue
         with one_blas_thread():
-            found = rebasin.align(opened.reference, checkpoint, shapes, groups)
+            found = rebasin.align(opened.reference, source, shapes, groups)
         reporter.tell(
             f"rebasin: {checkpoint.label} matches {opened.reference.label} after {found.moved} of {len(groups)} permutations, "
             f"cosine {found.before:.4f} before, {found.after:.4f} now"
         )
-        sources.append(rebasin.Permuted(checkpoint, shapes, found.orders))
+        sources.append(rebasin.Permuted(source, shapes, found.orders))
     opened.models = dataclasses.replace(opened.models, tuned=tuple(sources))
 
 
@@ -129,6 +129,8 @@ def _prepared(
     reporter: Reporter,
 ) -> int:
     """Tell what is to be told, and align the models; elements of a chunk."""
+    for note in opened.recognised:
+        reporter.tell(note)
     for note in warnings(opened):
         reporter.warn(note)
     chunk_size = chunk_size or chunk_for(opened, threads, max_ram)
@@ -203,9 +205,9 @@ def _copy(
     reporter: Reporter,
 ) -> None:
     """A tensor that is not merged, as the first model has it; an integer one on which the models disagree is named."""
-    reference = opened.reference
+    reference = opened.copied_from.get(name, opened.reference)
     stored = reference.tensors[name]
-    compare = stored.code not in FLOATS
+    compare = stored.code not in FLOATS and reference is opened.reference
     others = [c for c in opened.all[1:] if compare and name in c.tensors and c.tensors[name].shape == stored.shape]
     differing = set()
     for start in range(0, stored.size, chunk_size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
 from pydantic import BeforeValidator
@@ -21,6 +21,7 @@ class WeightsForm(Form):
     seed: Annotated[int, Ge(0)] = 0
     keep: Annotated[list[str], BeforeValidator(lambda keep: [keep] if isinstance(keep, str) else keep)] = []
     rebasin: bool = False
+    tensors: Literal["same", "union", "intersection"] = "same"
     strategy: Annotated[
         dict[str, Any], BeforeValidator(lambda name: {"name": name} if isinstance(name, str) else name)
     ] = {}
@@ -32,10 +33,11 @@ class WeightsForm(Form):
         "seed": Told("seed={value}", "a whole number from 0"),
         "keep": Told("keep={value}", "parts of tensors' names"),
         "rebasin": Told("rebasin={value}", "write rebasin: true"),
+        "tensors": Told("tensors={value}", "same, union or intersection"),
         "strategy": Told("strategy={value}", "write strategy: {{name: ties, density: 0.2}}"),
     }
     KEYS: ClassVar[Mapping[str, Keys]] = {
-        "": Keys(("base", "models", "strategy", "seed", "dtype", "keep", "rebasin"), within="weights")
+        "": Keys(("base", "models", "strategy", "seed", "dtype", "keep", "rebasin", "tensors"), within="weights")
     }
 
 

@@ -448,7 +448,7 @@ BAD = {
     "another size": (["resized", "-o", "out", "--strategy", "linear"], "the shards hold 8 bytes, the index tells of 12"),
     "many files": ([".", "-o", "out", "--strategy", "linear"], "which weights? found A.safetensors, B.safetensors"),
     "other architecture": (["A.safetensors", "other.safetensors", "-o", "out", "--strategy", "linear"], "visual.blocks.0.w: (40, 300) against missing and 2 more tensors"),
-    "other shape": (["A.safetensors", "shape.safetensors", "-o", "out", "--strategy", "linear"], "logit_scale: () against (1,)"),
+    "other shape": (["A.safetensors", "shape.safetensors", "-o", "out", "--strategy", "linear"], "logit_scale: () against (2,)"),
     "not finite": (["A.safetensors", "nan.safetensors", "-o", "out", "--strategy", "linear"], "nan: logit_scale has values that are not finite"),
     "float8": (["f8.safetensors", "-o", "out", "--strategy", "linear"], "dtype F8_E4M3 cannot be merged"),
     "exists": ([*TWO[:4], "-o", "done", "--strategy", "linear"], "done: exists (--force replaces it)"),
@@ -496,7 +496,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
         }
         Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"w": np.zeros(2, np.float32)}, "other.safetensors")
-    save_file(tensors(4) | {"logit_scale": np.zeros(1, np.float32)}, "shape.safetensors")
+    save_file(tensors(4) | {"logit_scale": np.zeros(2, np.float32)}, "shape.safetensors")
     save_file(tensors(4) | {"logit_scale": np.array(np.nan, np.float32)}, "nan.safetensors")
     save_file({"w": np.array([1e6], np.float32)}, "large.safetensors")
     header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()

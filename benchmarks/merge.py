@@ -165,6 +165,29 @@ def differences(ours: Path, theirs: Path, base: Path) -> str:
     return f"max |ours - theirs| {largest:.1e} at max |ours - base| {change:.1e}; elements changed {kept[0] / kept[1]:.5f} of theirs, L1 change {mass[0] / mass[1]:.5f} of theirs"
 
 
+def commands_of(folder: Path, given: argparse.Namespace) -> dict[tuple[str, str], list[str]]:
+    """By row and tool the command that is measured; writes the recipes that they read."""
+    mine = [sys.executable, "-m", "mergekit_vl.commands.app"]
+    commands: dict[tuple[str, str], list[str]] = {}
+    for method, config in METHODS.items():
+        for model in ("ZS", "A", "B"):
+            config = config.replace(f": {model}", f": {model}.safetensors")
+        (folder / f"{method}.yaml").write_text(config)
+        commands[method, "ours"] = [*mine, "merge", f"{method}.yaml", "-o", "OUT"]
+        if given.mergekit:
+            commands[method, "mergekit"] = [given.mergekit, f"{method}.yaml", "OUT"]
+        if given.sd_mecha and method in MECHA:
+            code = MECHA_CODE.format(recipe=MECHA[method], out="OUT.safetensors")
+            commands[method, "sd-mecha"] = [given.sd_mecha, "-c", code]
+    for row, (strategy, *options) in ({} if given.rivals_only else OWN).items():
+        words = ["A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", strategy, *options]
+        commands[row, "ours"] = [*mine, "merge", *words, "-o", "OUT"]
+    commands["--help", "ours"] = [*mine, "--help"]
+    if given.mergekit:
+        commands["--help", "mergekit"] = [given.mergekit, "--help"]
+    return commands
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--mergekit", help="mergekit's mergekit-pytorch")
@@ -175,27 +198,10 @@ def main() -> None:
     arguments.add_argument("--json", type=Path, help="write every measurement here")
     given = arguments.parse_args()
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    mine = [sys.executable, "-m", "mergekit_vl.commands.app"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder, vit_b_16())
-        commands: dict[tuple[str, str], list[str]] = {}
-        for method, config in METHODS.items():
-            for model in ("ZS", "A", "B"):
-                config = config.replace(f": {model}", f": {model}.safetensors")
-            (folder / f"{method}.yaml").write_text(config)
-            commands[method, "ours"] = [*mine, "merge", f"{method}.yaml", "-o", "OUT"]
-            if given.mergekit:
-                commands[method, "mergekit"] = [given.mergekit, f"{method}.yaml", "OUT"]
-            if given.sd_mecha and method in MECHA:
-                code = MECHA_CODE.format(recipe=MECHA[method], out="OUT.safetensors")
-                commands[method, "sd-mecha"] = [given.sd_mecha, "-c", code]
-        for row, (strategy, *options) in ({} if given.rivals_only else OWN).items():
-            words = ["A.safetensors", "B.safetensors", "--base", "ZS.safetensors", "--strategy", strategy, *options]
-            commands[row, "ours"] = [*mine, "merge", *words, "-o", "OUT"]
-        commands["--help", "ours"] = [*mine, "--help"]
-        if given.mergekit:
-            commands["--help", "mergekit"] = [given.mergekit, "--help"]
+        commands = commands_of(folder, given)
         if given.only:
             commands = {key: c for key, c in commands.items() if any(word in key[0] for word in given.only)}
         measured: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in commands}

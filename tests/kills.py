@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not live through a fork
@@ -134,6 +134,21 @@ def imported(name: str) -> None:
         tasks.PER_CLASS = {"train": 2, "val": 1, "test": 2}
 
 
+def faults(name: str, words: list[str], old: object, new: object, plain_renames: bool) -> Iterator[str]:
+    """What is wrong after a kill, and after the same command ran once more."""
+    if name == "merge" and not plain_renames and contents(Path("out")) not in (old, new):
+        yield "neither the old nor the new result"
+    if (Path("out") / "report.json").exists() or (Path("out") / "bench.json").exists():
+        if result(name) != new:
+            yield "a result that is called done is not whole"
+    if (code := forked(lambda: command(words, plain_renames=plain_renames))) != 0:
+        yield f"the same command ends with {code}"
+    elif result(name) != new:
+        yield "other bytes"
+    if left := left_over(Path()):
+        yield f"left over {left}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=COMMANDS)
@@ -173,17 +188,7 @@ def main() -> None:
             at = number
             code = forked(lambda: command(words, at=at, plain_renames=given.plain_renames))  # noqa: B023
         killed += code == -signal.SIGKILL
-        if given.name == "merge" and not given.plain_renames and contents(Path("out")) not in (old, new):
-            wrong.append(f"{number}: neither the old nor the new result")
-        if (Path("out") / "report.json").exists() or (Path("out") / "bench.json").exists():
-            if result(given.name) != new:
-                wrong.append(f"{number}: a result that is called done is not whole")
-        if (code := forked(lambda: command(words, plain_renames=given.plain_renames))) != 0:
-            wrong.append(f"{number}: the same command ends with {code}")
-        elif result(given.name) != new:
-            wrong.append(f"{number}: other bytes")
-        if left := left_over(Path()):
-            wrong.append(f"{number}: left over {left}")
+        wrong += [f"{number}: {what}" for what in faults(given.name, words, old, new, given.plain_renames)]
     told = {"points": points, "tried": len(tries), "killed": killed, "seconds": round(seconds, 2), "wrong": wrong}
     print(json.dumps(told))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -247,9 +247,15 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
     tuned = list(made.tuned_labels)
     if made.joint and not any(isinstance(tuner, TunedSpec) for tuner in made.tuners):
         tuned = [f"{label} on {name}" for label in tuned for name in dataset_names]
-    entries = [Entry(made.base_label, "zero-shot"), *(Entry(label, "tuned") for label in tuned)]
-    by_label = {spec.label: spec for spec, _ in plan.strategies}
-    classes = {spec.label: cls for spec, cls in plan.strategies}
+    fixed = [Entry(made.base_label, "zero-shot"), *(Entry(label, "tuned") for label in tuned)]
+    taken = {spec.label for spec, _ in plan.strategies}
+    controls = [entry for entry in _controls(plan, tuned, how) if entry.label not in taken]
+    return [*fixed, *controls, *_merged(plan, len(tuned), how)]
+
+
+def _controls(plan: Plan, tuned: Sequence[str], how: Mapping[str, object]) -> list[Entry]:
+    """The rows that every bench has: tuned models trained on, the best of them, and their average."""
+    made, entries = plan.experiment, []
     if plan.trainer is not None:
         strategy, cls = plan.trainer
         own = next((spec.options for spec, of in plan.strategies if of is cls), None)
@@ -263,7 +269,14 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
     average, of = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
     spec = Spec(average, {}, "the row average", "average", grid={})
     entries.append(Entry("average", "control", (average,), spec, of))
-    entries = [entry for entry in entries if entry.kind in ("zero-shot", "tuned") or entry.label not in by_label]
+    return entries
+
+
+def _merged(plan: Plan, n_tuned: int, how: Mapping[str, object]) -> list[Entry]:
+    """The rows of the strategies, each with the chain of those that it is made of."""
+    by_label = {spec.label: spec for spec, _ in plan.strategies}
+    classes = {spec.label: cls for spec, cls in plan.strategies}
+    entries = []
     for spec, kind in plan.strategies:
         chain, parent, parents = [], spec, []
         while True:
@@ -272,7 +285,7 @@ def lineup(plan: Plan, dataset_names: Sequence[str]) -> list[Entry]:
                 break
             parent = by_label[parent.of]
             parents.append(classes[parent.label])
-        grid = configurations(kind, spec, len(tuned), plan.search) if isinstance(kind, type) else []
+        grid = configurations(kind, spec, n_tuned, plan.search) if isinstance(kind, type) else []
         tried = [given for given, _ in grid]
         definition = (chain, tried, how, plan.retunes())
         entries.append(Entry(spec.label, "merged", definition, spec, kind, tuple(parents)))

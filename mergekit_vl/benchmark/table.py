@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def table(bench: Bench, cells: Sequence[CellRecord], shots: int | None) -> BenchTable:
-    """Rows that are there in every cell, averaged; rows whose answers are equal to the bit in all of them share one."""
+    """Rows that are there in every cell, averaged; rows whose logits are equal to the bit in all of them share one."""
     equal = _equal(bench, cells)
     rows = sorted(equal)
     if not rows:
@@ -45,25 +45,18 @@ def table(bench: Bench, cells: Sequence[CellRecord], shots: int | None) -> Bench
     tuned = [entry.label for entry in bench.entries if entry.kind == "tuned"]
     tuned_row = next((label for label in labels if label in tuned), None)
     places = np.array([ranks([row.score for row in cell.rows]) for cell in results]).mean(0)
-    made = []
-    for i, of_row, place in zip(rows, summary(results), places):
-        shared = [next(n for n, entry in enumerate(bench.entries) if entry.label == label) for label in equal[i]]
-        records = [_done(cell, i) for cell in cells]
-        chosen = _chosen(records)
-        for n in shared:  # rows that share this one have choices of their own
-            own = _chosen([_done(cell, n) for cell in cells])
-            chosen |= {f"{bench.entries[n].label}: {what}": values for what, values in own.items()}
-        made.append(
-            _row(
-                dataclasses.replace(of_row, chosen=chosen),
-                records,
-                results,
-                equal[i],
-                labels[0],
-                tuned_row,
-                float(place),
-            )
+    made = [
+        _row(
+            dataclasses.replace(averaged, chosen=_choices(bench, cells, i, equal[i])),
+            [_done(cell, i) for cell in cells],
+            results,
+            equal[i],
+            labels[0],
+            tuned_row,
+            float(place),
         )
+        for i, averaged, place in zip(rows, summary(results), places)
+    ]
     return BenchTable(
         shots,
         metric=results[0].metric,
@@ -97,8 +90,16 @@ def _done(cell: CellRecord, row: int) -> Record:
     return found
 
 
-def _chosen(records: Sequence[Record]) -> dict[str, tuple[Chosen, ...]]:
-    return choices.counted([record.choices for record in records])
+def _choices(
+    bench: Bench, cells: Sequence[CellRecord], row: int, equal: Sequence[str]
+) -> dict[str, tuple[Chosen, ...]]:
+    """What was chosen for a row over all cells, and for the rows `equal` that share it."""
+    chosen = choices.counted([_done(cell, row).choices for cell in cells])
+    places = {entry.label: n for n, entry in enumerate(bench.entries)}
+    for label in equal:
+        own = choices.counted([_done(cell, places[label]).choices for cell in cells])
+        chosen |= {f"{label}: {what}": values for what, values in own.items()}
+    return chosen
 
 
 def _row(

@@ -62,32 +62,7 @@ def read_archive(descriptor: int) -> Archive:
 
 def _directory(descriptor: int) -> tuple[list[_Entry], int]:
     """What the directory lists, and where it begins."""
-    size = os.fstat(descriptor).st_size
-    tail = os.pread(descriptor, min(size, 22 + MANY), max(0, size - 22 - MANY))
-    ends = []
-    place = tail.find(END)
-    while place >= 0:
-        if place + 22 <= len(tail) and place + 22 + int.from_bytes(tail[place + 20 : place + 22], "little") == len(
-            tail
-        ):
-            ends.append(place)
-        place = tail.find(END, place + 1)
-    if not ends:
-        raise Damaged("a zip without its end: it was cut short, or something was added")
-    if len(ends) > 1:
-        raise Damaged("a zip with two ends")
-    at = size - len(tail) + ends[0]
-    disk, first, here, count, length, start = struct.unpack_from("<4H2I", tail, ends[0] + 4)
-    if at >= 20 and os.pread(descriptor, 4, at - 20) == LOCATOR:
-        _, where, _ = struct.unpack("<IQI", os.pread(descriptor, 16, at - 16))
-        sign, rest, _, _, *wide = struct.unpack("<4sQ2H2I4Q", os.pread(descriptor, 56, min(where, size)))
-        narrow = (disk, first, here, count, length, start)
-        if sign != END64 or where + 12 + rest != at - 20:
-            raise Damaged("a zip whose end is not where it says")
-        if any(n not in (w, MANY if i < 4 else LARGE) for i, (n, w) in enumerate(zip(narrow, wide))):
-            raise Damaged("a zip with two different ends")
-        disk, first, here, count, length, start = wide
-        at = where
+    at, disk, first, here, count, length, start = _end(descriptor, os.fstat(descriptor).st_size)
     if disk or first or here != count:
         raise Damaged("a zip in several parts")
     if start + length != at:
@@ -103,6 +78,38 @@ def _directory(descriptor: int) -> tuple[list[_Entry], int]:
     if place != length:
         raise Damaged("a zip whose directory holds more than it counts")
     return entries, start
+
+
+def _end(descriptor: int, size: int) -> tuple[int, ...]:
+    """Where the end of the archive begins, and its numbers: of 64 bits where there are such."""
+    tail = os.pread(descriptor, min(size, 22 + MANY), max(0, size - 22 - MANY))
+    ends = _ends(tail)
+    if not ends:
+        raise Damaged("a zip without its end: it was cut short, or something was added")
+    if len(ends) > 1:
+        raise Damaged("a zip with two ends")
+    at = size - len(tail) + ends[0]
+    narrow = struct.unpack_from("<4H2I", tail, ends[0] + 4)
+    if at < 20 or os.pread(descriptor, 4, at - 20) != LOCATOR:
+        return at, *narrow
+    _, where, _ = struct.unpack("<IQI", os.pread(descriptor, 16, at - 16))
+    sign, rest, _, _, *wide = struct.unpack("<4sQ2H2I4Q", os.pread(descriptor, 56, min(where, size)))
+    if sign != END64 or where + 12 + rest != at - 20:
+        raise Damaged("a zip whose end is not where it says")
+    if any(n not in (w, MANY if i < 4 else LARGE) for i, (n, w) in enumerate(zip(narrow, wide))):
+        raise Damaged("a zip with two different ends")
+    return where, *wide
+
+
+def _ends(tail: bytes) -> list[int]:
+    """Where an end begins whose comment reaches exactly to the end of the file."""
+    ends, place = [], tail.find(END)
+    while place >= 0:
+        comment = int.from_bytes(tail[place + 20 : place + 22], "little")
+        if place + 22 <= len(tail) and place + 22 + comment == len(tail):
+            ends.append(place)
+        place = tail.find(END, place + 1)
+    return ends
 
 
 def _entry(directory: bytes, at: int) -> tuple[_Entry, int]:

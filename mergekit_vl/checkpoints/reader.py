@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -177,44 +177,56 @@ def _looks_like_safetensors(start: bytes) -> bool:
 def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
     """The tensors and metadata of a safetensors file, in the order of their bytes; raises UserError for a damaged one."""
     size = check_regular(path)
+    header, start = _header(path, size)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its metadata are not texts by name")
+    return _located(path, header, start, size), metadata
 
-    def damaged(what: str) -> UserError:
-        return UserError(f"damaged or truncated safetensors: {what}", where=str(path), hint="copy the file again")
 
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"damaged or truncated safetensors: {what}", where=str(path), hint="copy the file again")
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, object], int]:
+    """The header of a file of `size` bytes as JSON, and where the tensors' bytes start."""
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if length > MOST_HEADER and _looks_like_safetensors(start + file.read(1)):
-            raise damaged(f"a header of {length / 1e6:,.0f} MB, and {MOST_HEADER >> 20} MB are the most")
+            raise _damaged(path, f"a header of {length / 1e6:,.0f} MB, and {MOST_HEADER >> 20} MB are the most")
         if not 2 <= length <= size - 8:
-            raise damaged("no header" if size >= 8 else "it is empty" if not size else "it ends in its header")
+            what = "no header" if size >= 8 else "it is empty" if not size else "it ends in its header"
+            raise _damaged(path, what)
         file.seek(8)
         header = parse_json(file.read(length), where=str(path), what="damaged safetensors, its header is not JSON")
     if not isinstance(header, dict):
-        raise damaged("its header is not JSON of tensors")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged("its metadata are not texts by name")
+        raise _damaged(path, "its header is not JSON of tensors")
+    return header, 8 + length
+
+
+def _located(path: Path, header: Mapping[str, object], start: int, size: int) -> dict[str, TensorLocation]:
+    """The tensors of a header: one after the other from `start` on, to the end of the file."""
     if len(header) > MOST_TENSORS:
-        raise damaged(f"{len(header):,} tensors, and {MOST_TENSORS:,} are the most")
+        raise _damaged(path, f"{len(header):,} tensors, and {MOST_TENSORS:,} are the most")
     entries = []
     for name, entry in header.items():
         if len(name.encode()) > LONGEST_NAME:
-            raise damaged(f"{name[:40]} ... is a name of more than {LONGEST_NAME} bytes")
+            raise _damaged(path, f"{name[:40]} ... is a name of more than {LONGEST_NAME} bytes")
         try:
             entries.append((*_place_of(entry), name))
         except ValueError as error:
-            raise damaged(f"{name} has {error}") from None
+            raise _damaged(path, f"{name} has {error}") from None
     tensors, end = {}, 0
     for first, last, code, shape, name in sorted(entries, key=lambda entry: entry[:2]):
         check_supported(code, where=f"{path}: {name}")
-        tensor = TensorLocation(code, shape, path, 8 + length + first)
+        tensor = TensorLocation(code, shape, path, start + first)
         if first != end or last - first != tensor.bytes:
-            raise damaged(f"{name} does not fit its place")
+            raise _damaged(path, f"{name} does not fit its place")
         tensors[name], end = tensor, last
-    if size != 8 + length + end:
-        raise damaged(f"{size} bytes where its header tells of {8 + length + end}")
-    return tensors, metadata
+    if size != start + end:
+        raise _damaged(path, f"{size} bytes where its header tells of {start + end}")
+    return tensors
 
 
 def _place_of(entry: object) -> tuple[int, int, str, tuple[int, ...]]:

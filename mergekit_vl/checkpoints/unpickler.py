@@ -331,153 +331,170 @@ def _tensor(arguments: tuple[object, ...], dtype: str = "") -> Tensor:
     return Tensor(storage, offset, shape, strides, dtype)
 
 
+def _push(value: object) -> Callable[[_Reader], None]:
+    return lambda r: r.stack.append(value)
+
+
+def _passing(count: int, value: object) -> Callable[[_Reader], None]:
+    def operation(r: _Reader) -> None:
+        r.skip(count)
+        r.stack.append(value)
+
+    return operation
+
+
+def _tuple_of(count: int) -> Callable[[_Reader], None]:
+    def operation(r: _Reader) -> None:
+        values = tuple(r.stack[-count:])
+        if len(values) < count or _MARK in values:
+            raise IndexError
+        del r.stack[-count:]
+        r.keep_tuple(values)
+
+    return operation
+
+
+def _text(form: str, encoding: str) -> Callable[[_Reader], None]:
+    return lambda r: r.text(r.number(form), encoding)
+
+
+def _raw(form: str) -> Callable[[_Reader], None]:
+    def operation(r: _Reader) -> None:
+        r.skip(r.number(form))
+        r.stack.append(INERT)
+
+    return operation
+
+
+def _call(r: _Reader) -> None:
+    arguments, function = r.pop(), r.pop()
+    r.call(function, arguments)
+
+
+def _call_with_options(r: _Reader) -> None:
+    _, arguments, function = r.pop(), r.pop(), r.pop()
+    r.call(function, arguments)
+
+
+def _instance(r: _Reader) -> None:
+    module, name = r.line(), r.line()
+    r.call(r.name(module.decode(), name.decode()), tuple(r.to_mark()))
+
+
+def _instance_of(r: _Reader) -> None:
+    function, *arguments = r.to_mark()
+    r.call(function, tuple(arguments))
+
+
+def _global_by_names(r: _Reader) -> None:
+    name, module = r.pop(), r.pop()
+    if not isinstance(name, str) or not isinstance(module, str):
+        raise Damaged("its pickle names a class by something else than text")
+    r.stack.append(r.name(module, name))
+
+
+def _pairs(r: _Reader) -> None:
+    values = r.to_mark()
+    r.keep(Pairs())
+    r.set_items(values)
+
+
+def _set_item(r: _Reader) -> None:
+    value, key = r.pop(), r.pop()
+    r.set_items([key, value])
+
+
+def _append(r: _Reader) -> None:
+    value = r.pop()
+    r.add_items([value])
+
+
+def _discard(r: _Reader) -> None:
+    if r.stack and r.stack[-1] is _MARK:
+        r.to_mark()
+    else:
+        r.pop()
+
+
+def _forget_line(r: _Reader) -> None:
+    r.line()
+    r.stack.append(INERT)
+
+
+def _line_of_text(*, quoted: bool) -> Callable[[_Reader], None]:
+    def operation(r: _Reader) -> None:
+        line = r.line()
+        if quoted:
+            if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
+                raise Damaged("its pickle has a string without quotes")
+            line = line[1:-1]
+        r.keep(TOO_LONG if b"\\" in line else line.decode("latin1"))
+
+    return operation
+
+
+def _protocol(r: _Reader) -> None:
+    if r.take(1)[0] > 5:
+        raise Damaged("its pickle is of an unknown protocol")
+
+
+def _frozen(r: _Reader) -> None:
+    r.to_mark()
+    r.stack.append(INERT)
+
+
 def _table() -> list[Callable[[_Reader], object] | None]:
     table: list[Callable[[_Reader], object] | None] = [None] * 256
-
-    def push(value: object) -> Callable[[_Reader], None]:
-        return lambda r: r.stack.append(value)
-
-    def passing(count: int, value: object) -> Callable[[_Reader], None]:
-        def operation(r: _Reader) -> None:
-            r.skip(count)
-            r.stack.append(value)
-
-        return operation
-
-    def tuple_of(count: int) -> Callable[[_Reader], None]:
-        def operation(r: _Reader) -> None:
-            values = tuple(r.stack[-count:])
-            if len(values) < count or _MARK in values:
-                raise IndexError
-            del r.stack[-count:]
-            r.keep_tuple(values)
-
-        return operation
-
-    def text(form: str, encoding: str) -> Callable[[_Reader], None]:
-        return lambda r: r.text(r.number(form), encoding)
-
-    def raw(form: str) -> Callable[[_Reader], None]:
-        def operation(r: _Reader) -> None:
-            r.skip(r.number(form))
-            r.stack.append(INERT)
-
-        return operation
-
-    def call(r: _Reader) -> None:
-        arguments, function = r.pop(), r.pop()
-        r.call(function, arguments)
-
-    def call_with_options(r: _Reader) -> None:
-        _, arguments, function = r.pop(), r.pop(), r.pop()
-        r.call(function, arguments)
-
-    def instance(r: _Reader) -> None:
-        module, name = r.line(), r.line()
-        r.call(r.name(module.decode(), name.decode()), tuple(r.to_mark()))
-
-    def instance_of(r: _Reader) -> None:
-        function, *arguments = r.to_mark()
-        r.call(function, tuple(arguments))
-
-    def global_by_names(r: _Reader) -> None:
-        name, module = r.pop(), r.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise Damaged("its pickle names a class by something else than text")
-        r.stack.append(r.name(module, name))
-
-    def pairs(r: _Reader) -> None:
-        values = r.to_mark()
-        r.keep(Pairs())
-        r.set_items(values)
-
-    def set_item(r: _Reader) -> None:
-        value, key = r.pop(), r.pop()
-        r.set_items([key, value])
-
-    def append(r: _Reader) -> None:
-        value = r.pop()
-        r.add_items([value])
-
-    def discard(r: _Reader) -> None:
-        if r.stack and r.stack[-1] is _MARK:
-            r.to_mark()
-        else:
-            r.pop()
-
-    def forget_line(r: _Reader) -> None:
-        r.line()
-        r.stack.append(INERT)
-
-    def line_of_text(*, quoted: bool) -> Callable[[_Reader], None]:
-        def operation(r: _Reader) -> None:
-            line = r.line()
-            if quoted:
-                if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
-                    raise Damaged("its pickle has a string without quotes")
-                line = line[1:-1]
-            r.keep(TOO_LONG if b"\\" in line else line.decode("latin1"))
-
-        return operation
-
-    def protocol(r: _Reader) -> None:
-        if r.take(1)[0] > 5:
-            raise Damaged("its pickle is of an unknown protocol")
-
-    def frozen(r: _Reader) -> None:
-        r.to_mark()
-        r.stack.append(INERT)
-
     table[ord("(")] = _Reader.mark
-    table[ord("0")] = discard
+    table[ord("0")] = _discard
     table[ord("1")] = _Reader.to_mark
     table[ord("2")] = lambda r: r.stack.append(r.top())
-    table[ord("F")] = forget_line
+    table[ord("F")] = _forget_line
     table[ord("I")] = table[ord("L")] = _Reader.decimal
     table[ord("J")] = lambda r: r.integer(r.take(4))
     table[ord("K")] = lambda r: r.keep(r.number("<B"))
     table[ord("M")] = lambda r: r.keep(r.number("<H"))
-    table[ord("N")] = push(None)
-    table[ord("P")] = forget_line
+    table[ord("N")] = _push(None)
+    table[ord("P")] = _forget_line
     table[ord("Q")] = lambda r: r.persistent(r.pop())
-    table[ord("R")] = call
-    table[ord("S")], table[ord("V")] = line_of_text(quoted=True), line_of_text(quoted=False)
-    table[ord("T")], table[ord("U")] = text("<i", "latin1"), text("<B", "latin1")
-    table[ord("X")] = text("<I", "utf-8")
-    table[ord("a")] = append
+    table[ord("R")] = _call
+    table[ord("S")], table[ord("V")] = _line_of_text(quoted=True), _line_of_text(quoted=False)
+    table[ord("T")], table[ord("U")] = _text("<i", "latin1"), _text("<B", "latin1")
+    table[ord("X")] = _text("<I", "utf-8")
+    table[ord("a")] = _append
     table[ord("b")] = _Reader.build
     table[ord("c")] = _Reader.constant
-    table[ord("d")] = pairs
+    table[ord("d")] = _pairs
     table[ord("}")] = lambda r: r.keep(Pairs())
     table[ord("e")] = lambda r: r.add_items(r.to_mark())
     table[ord("g")] = lambda r: r.stack.append(r.memo[int(r.line())])
     table[ord("h")] = lambda r: r.stack.append(r.memo[r.number("<B")])
     table[ord("j")] = lambda r: r.stack.append(r.memo[r.number("<I")])
-    table[ord("i")] = instance
+    table[ord("i")] = _instance
     table[ord("l")] = lambda r: r.keep(r.to_mark())
     table[ord("]")] = lambda r: r.keep([])
-    table[ord("o")] = instance_of
+    table[ord("o")] = _instance_of
     table[ord("p")] = lambda r: r.remember(int(r.line()))
     table[ord("q")] = lambda r: r.remember(r.number("<B"))
     table[ord("r")] = lambda r: r.remember(r.number("<I"))
-    table[ord("s")] = set_item
+    table[ord("s")] = _set_item
     table[ord("t")] = lambda r: r.keep_tuple(tuple(r.to_mark()))
-    table[ord(")")] = push(())
+    table[ord(")")] = _push(())
     table[ord("u")] = lambda r: r.set_items(r.to_mark())
-    table[ord("G")] = passing(8, INERT)
-    table[0x80] = protocol
-    table[0x81] = call
-    table[0x85], table[0x86], table[0x87] = tuple_of(1), tuple_of(2), tuple_of(3)
-    table[0x88], table[0x89] = push(True), push(False)
+    table[ord("G")] = _passing(8, INERT)
+    table[0x80] = _protocol
+    table[0x81] = _call
+    table[0x85], table[0x86], table[0x87] = _tuple_of(1), _tuple_of(2), _tuple_of(3)
+    table[0x88], table[0x89] = _push(True), _push(False)
     table[0x8A], table[0x8B] = lambda r: r.long(r.number("<B")), lambda r: r.long(r.number("<i"))
-    table[ord("B")], table[ord("C")] = raw("<I"), raw("<B")
-    table[0x8C], table[0x8D] = text("<B", "utf-8"), text("<Q", "utf-8")
-    table[0x8E], table[0x96] = raw("<Q"), raw("<Q")
-    table[0x8F] = push(INERT)
+    table[ord("B")], table[ord("C")] = _raw("<I"), _raw("<B")
+    table[0x8C], table[0x8D] = _text("<B", "utf-8"), _text("<Q", "utf-8")
+    table[0x8E], table[0x96] = _raw("<Q"), _raw("<Q")
+    table[0x8F] = _push(INERT)
     table[0x90] = lambda r: r.to_mark() and None
-    table[0x91] = frozen
-    table[0x92] = call_with_options
-    table[0x93] = global_by_names
+    table[0x91] = _frozen
+    table[0x92] = _call_with_options
+    table[0x93] = _global_by_names
     table[0x94] = lambda r: r.remember(len(r.memo))
     table[0x95] = lambda r: r.skip(8)
     return table

@@ -155,12 +155,7 @@ def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Nam
     labels: list[str] = []
     weights: dict[str, object] = {}
     for model in ([base] if base is not None else []) + list(models):
-        entry = model if isinstance(model, Mapping) else {"path": model}
-        for key in entry:
-            if key not in ("path", "label", "weight"):
-                raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
-        if not isinstance(entry.get("path"), str):
-            raise UserError(f"{model!r} is no model", where=where, hint="write {path: FILE, weight: 0.5}")
+        entry = _entry(model, where)
         label = distinct([*labels, str(entry.get("label") or label_of(entry["path"]))])[-1]
         paths.append(entry["path"])
         labels.append(label)
@@ -172,13 +167,40 @@ def _name_models(models: Sequence[Any], base: str | None, *, where: str) -> _Nam
     )
 
 
+def _entry(model: Any, where: str) -> Mapping[str, Any]:
+    """A model of a recipe or of the command line as a mapping with path, and perhaps label and weight."""
+    entry = model if isinstance(model, Mapping) else {"path": model}
+    for key in entry:
+        if key not in ("path", "label", "weight"):
+            raise unknown("key", key, ("path", "label", "weight"), where=f"{where}: models")
+    if not isinstance(entry.get("path"), str):
+        raise UserError(f"{model!r} is no model", where=where, hint="write {path: FILE, weight: 0.5}")
+    return entry
+
+
 def _choose(
     cls: type, info: MethodInfo, chosen: dict[str, object], settings: Sequence[str], named: _Named, *, where: str
 ) -> dict[str, object]:
     """The strategy's options: the recipe's, then key=value, then the models' weights under the option that takes them."""
     known = tuple(options.key_of(f) for f in dataclasses.fields(cls) if f.init)
     weighed = (*(named.base_label if info.weighs_base else ()), *named.labels)
-    weights = dict(named.weights)
+    weights = {**named.weights, **_set(chosen, settings, known, weighed)}
+    if not weights:
+        return chosen
+    by_word = any(word.partition("=")[0] == info.weights for word in settings)
+    if by_word or (info.weights in chosen and named.weights):
+        both = f"{info.weights}= and weights by label ({', '.join(weights)})"
+        raise UserError(both, where="command line" if by_word else where, hint="give one of them")
+    if info.weights not in known:
+        raise UserError("takes no weight per model", where=where, hint=f"its options are {', '.join(known) or 'none'}")
+    return {**chosen, info.weights: _in_order(weights, weighed, where)}
+
+
+def _set(
+    chosen: dict[str, object], settings: Sequence[str], known: Sequence[str], weighed: Sequence[str]
+) -> dict[str, object]:
+    """Applies the words key=value to the options `chosen`; weights of models, by label, are given back."""
+    weights: dict[str, object] = {}
     for word in settings:
         key, _, value = word.partition("=")
         if key in weighed and key not in known:
@@ -189,20 +211,16 @@ def _choose(
             set_option(chosen, word, key, value)
         else:
             raise unknown("option or model", key, (*known, *weighed), where="command line")
-    if not weights:
-        return chosen
-    by_word = any(word.partition("=")[0] == info.weights for word in settings)
-    if by_word or (info.weights in chosen and named.weights):
-        both = f"{info.weights}= and weights by label ({', '.join(weights)})"
-        raise UserError(both, where="command line" if by_word else where, hint="give one of them")
-    if info.weights not in known:
-        raise UserError("takes no weight per model", where=where, hint=f"its options are {', '.join(known) or 'none'}")
-    for label in weighed:
-        if label not in weights:
-            raise UserError(f"{label} has no weight", where=where, hint=f"write {label}=NUMBER too")
+    return weights
+
+
+def _in_order(weights: Mapping[str, object], weighed: Sequence[str], where: str) -> list[object]:
+    """The weights in the order of the models `weighed`, one for each."""
+    if missing := [label for label in weighed if label not in weights]:
+        raise UserError(f"{missing[0]} has no weight", where=where, hint=f"write {missing[0]}=NUMBER too")
     if left := [label for label in weights if label not in weighed]:
         raise UserError(f"the base {left[0]} takes no weight", where=where, hint="leave it out")
-    return {**chosen, info.weights: [weights[label] for label in weighed]}
+    return [weights[label] for label in weighed]
 
 
 def closed_form(name: str, *, where: str) -> tuple[type, MethodInfo]:

@@ -98,6 +98,21 @@ def _finite(chunk: Chunk, merged: Array, where: str = "") -> Array:
     raise Failed(f"{chunk.tensor.name} overflows when it is merged", hint="use smaller weights")
 
 
+def _in_threads(work: Callable[[], None], threads: int, errors: list[BaseException]) -> None:
+    """Calls `work` in this many threads and waits for them; an interrupt comes to the errors, at which they stop after their chunk."""
+    team = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    try:
+        for thread in team:
+            thread.start()
+        for thread in team:
+            thread.join()
+    except BaseException as interrupt:  # Ctrl-C reaches this thread only
+        errors.append(interrupt)
+        for thread in team:
+            if thread.ident:
+                thread.join()
+
+
 def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
     """`run(function, jobs)` over this many threads: results in the order of the jobs, the first error stops the rest.
 
@@ -136,17 +151,7 @@ def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
         if threads == 1:
             work()
         else:
-            team = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-            try:
-                for thread in team:
-                    thread.start()
-                for thread in team:
-                    thread.join()
-            except BaseException as interrupt:  # Ctrl-C reaches this thread only: the others stop after their chunk
-                errors.append(interrupt)
-                for thread in team:
-                    if thread.ident:
-                        thread.join()
+            _in_threads(work, threads, errors)
         if errors:
             raise errors[0]
         return [results[i] for i in sorted(results)]

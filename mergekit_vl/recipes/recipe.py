@@ -93,29 +93,34 @@ class Recipe:
 
 def with_datasets(recipe: Recipe, names: Sequence[str], registry: Registry) -> Recipe:
     """The recipe on these datasets: its own by label or by the option that names one, or others of the kind of its first."""
-    from mergekit_vl.datasets.base import named_by
-
-    stored, given = recipe.plain["dataset"], recipe.values["dataset"]
-    own = given if isinstance(given, list) else [given]
-    kept = stored if isinstance(stored, list) else [stored]
-
-    def key_of(plain: Mapping[str, Any]) -> str | None:
-        return named_by(registry.find("datasets", plain["name"]).resolve())
-
+    stored, given = _as_list(recipe.plain["dataset"]), _as_list(recipe.values["dataset"])
+    key = _naming_key(given[0], registry)
     chosen = []
     for name in names:
-        found = [
-            plain
-            for d, plain in zip(own, kept)
-            if name in (d.get("label"), d["name"]) or name == str(d.get(key_of(d) or "", ""))
-        ]
-        key = key_of(own[0])
-        if not found and key is None:
-            raise unknown("dataset", name, [str(d.get("label", d["name"])) for d in own], where="--datasets")
-        chosen += found or [{k: v for k, v in kept[0].items() if k != "label"} | {key: name}]
+        own = [kept for dataset, kept in zip(given, stored) if _is_called(name, dataset, registry)]
+        if not own and key is None:
+            raise unknown("dataset", name, [str(d.get("label", d["name"])) for d in given], where="--datasets")
+        chosen += own or [{k: v for k, v in stored[0].items() if k != "label"} | {key: name}]
     return parse(
         {**recipe.plain, "dataset": chosen}, name=recipe.name, where=recipe.name, environment=recipe.environment
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _naming_key(dataset: Mapping[str, Any], registry: Registry) -> str | None:
+    """The option that tells one dataset of this kind from another."""
+    from mergekit_vl.datasets.base import named_by
+
+    return named_by(registry.find("datasets", dataset["name"]).resolve())
+
+
+def _is_called(name: str, dataset: Mapping[str, Any], registry: Registry) -> bool:
+    if name in (dataset.get("label"), dataset["name"]):
+        return True
+    return name == str(dataset.get(_naming_key(dataset, registry) or "", ""))
 
 
 def dataset_specs(given: Sequence[Mapping[str, object]], *, where: str) -> tuple[Spec, ...]:

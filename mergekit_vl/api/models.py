@@ -14,7 +14,16 @@ from mergekit_vl.datasets.base import Dataset
 from mergekit_vl.datasets.image_files import MOST_MEGAPIXELS, check_megapixels
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments.open_run import LoadedModel, open_model
-from mergekit_vl.experiments.use import Evaluated, View, best, evaluate_on, from_files, image_files, probabilities
+from mergekit_vl.experiments.use import (
+    Evaluated,
+    View,
+    best,
+    evaluate_on,
+    from_files,
+    image_files,
+    load_for,
+    probabilities,
+)
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes
 from mergekit_vl.registry.plugins import registry
@@ -52,7 +61,7 @@ def evaluate(
     model: LoadedModel | Model | str | Path,
     data: Dataset | DatasetOptions | str | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     device: str = "auto",
     cache: bool = True,
     reporter: Reporter = PYTHON_WARNINGS,
@@ -61,13 +70,13 @@ def evaluate(
     """Score a model on a split of a dataset, against all of its class names, by the evaluator of every report.
 
     `data` is a Dataset, a dataset with its options (`Microworld(task="...")`), or a registered name with its options:
-    `evaluate(model, "folder", path="~/pets")`. Without it, it is the first dataset of the model's run. `split` is test, val, train, or
-    a shift of the dataset. Features are kept on disk unless `cache` is False.
+    `evaluate(model, "folder", path="~/pets")`. Without it, it is the first dataset of the model's run. `split` is test, val, train,
+    all, or a shift of the dataset; by default test, and all images of a folder that has no split folders. Features are kept on disk unless `cache` is False.
     """
     used = _used(model, device)
-    dataset = _dataset(used, data, dataset_options, reporter)
+    dataset, part = _dataset(used, data, dataset_options, split, reporter)
     store = FeatureStore(reporter=reporter) if cache else FeatureStore(None, reporter=reporter)
-    return evaluate_on(used.model, used.label, dataset, split, store)
+    return evaluate_on(used.model, used.label, dataset, part, store)
 
 
 @dataclass(frozen=True)
@@ -134,21 +143,27 @@ def _used(model: LoadedModel | Model | str | Path, device: str) -> LoadedModel:
 
 
 def _dataset(
-    used: LoadedModel, data: Dataset | DatasetOptions | str | None, given: Mapping[str, object], reporter: Reporter
-) -> Dataset:
+    used: LoadedModel,
+    data: Dataset | DatasetOptions | str | None,
+    given: Mapping[str, object],
+    split: str | None,
+    reporter: Reporter,
+) -> tuple[Dataset, str]:
+    """The dataset, and the split that is scored."""
     if given and not isinstance(data, str | None):
         raise UserError(f"{next(iter(given))}= beside a dataset that is made", where="evaluate", hint="leave it out")
     if isinstance(data, Dataset):
-        return data
+        return data, split or "test"
+    of_run = data is None
     if data is None:
         if used.recipe is None:
             raise UserError("no dataset", where="evaluate", hint='name one: evaluate(model, "folder", path="~/pets")')
         spec = used.recipe.datasets[0]
         data, given = spec.name, {**spec.options, **given}
-    if not isinstance(data, str):
-        return data.load(reporter)
-    cls: type[DatasetOptions] = registry().find("datasets", data, where="evaluate").resolve()
-    return options.build(cls, given, where=f"dataset {data}").load(reporter)
+    if isinstance(data, str):
+        cls: type[DatasetOptions] = registry().find("datasets", data, where="evaluate").resolve()
+        data = options.build(cls, given, where=f"dataset {data}")
+    return load_for(data, split, reporter, of_run=of_run)
 
 
 def _classes(used: LoadedModel, given: Classes | Sequence[str] | None) -> Classes:

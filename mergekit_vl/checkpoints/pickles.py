@@ -2,7 +2,7 @@
 
 torch.save writes an uncompressed zip: `data.pkl` describes the objects, `data/<key>` holds each storage. `unpickler.py` builds
 containers and tensors' descriptions; every other object becomes an inert placeholder, so optimizers, schedulers and the like in a
-training checkpoint (Dassl pickles live ones) are skipped and none of their code runs. A TorchScript archive (OpenAI's CLIP) is
+training checkpoint (Dassl pickles live ones) are skipped and none of their code runs. A whole module (`torch.save(model)`) is read for its tensors alone. A TorchScript archive (OpenAI's CLIP) is
 such a zip too, whose objects are modules: their tensors are named by the path of attributes, and no code of it is read. Files
 older than torch 1.6 are no zip but five pickles followed by the storages one after another.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,15 +20,14 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from mergekit_vl.checkpoints.archives import Archive, Member, read_archive
 from mergekit_vl.checkpoints.checkpoint import (
-    LONGEST_NAME,
     MOST_DIMENSIONS,
-    MOST_TENSORS,
     Checkpoint,
     Recorded,
     TensorLocation,
 )
 from mergekit_vl.checkpoints.dtypes import STORED, Array, check_supported
-from mergekit_vl.checkpoints.unpickler import MOST_BYTES, Damaged, Foreign, Pairs, Script, Storage, Tensor, load
+from mergekit_vl.checkpoints.state_dicts import Taken, taken
+from mergekit_vl.checkpoints.unpickler import MOST_BYTES, Damaged, Foreign, Pairs, Storage, Tensor, load
 from mergekit_vl.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,22 +57,14 @@ TORCH_DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 TORCH_DTYPES |= {"uint16": "U16", "uint32": "U32", "uint64": "U64"}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """How torch marks its files before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
-STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema")
-"""Where training checkpoints keep the weights: open_clip and timm write `state_dict`."""
-
-
-WRAPPED = re.compile(r"\A(?:module\.)*")
 EXPANDED, SPARE = 8, 32 << 20
 """All tensors take at most EXPANDED times the bytes of their file, and SPARE bytes: tied and expanded ones are written out."""
-DEEPEST = 100
-"""Modules within modules of a TorchScript archive."""
-
 Place = Callable[[Storage], Member]
 """Where a storage's bytes lie."""
 
 
-def open_pickle(path: Path, label: str) -> Checkpoint:
-    """The weights of a pickled checkpoint; raises UserError for a file that is not one."""
+def open_pickle(path: Path, label: str, weights: str = "plain") -> Checkpoint:
+    """The weights of a pickled checkpoint, of several in it those that `weights` asks for; raises UserError for a file that is not one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
@@ -82,12 +72,12 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
             content, place, crcs = _read_zip(descriptor, path)
         else:
             (content, place), crcs = _read_legacy(descriptor, size, path), False
-        taken, passed_over = _state_dict(content, path)
+        found: Taken = taken(content, path, weights)
         tensors: dict[str, TensorLocation] = {}
         twins: dict[str, str] = {}
         owners: dict[TensorLocation, str] = {}
         members: dict[int, Member] = {}
-        for name, tensor in taken.items():
+        for name, tensor in found.tensors.items():
             stored, member = _placed(name, tensor, place, path)
             if stored.size and stored in owners:
                 twins[name] = owners[stored]
@@ -101,7 +91,16 @@ def open_pickle(path: Path, label: str) -> Checkpoint:
     finally:
         os.close(descriptor)
     recorded = tuple(Recorded(path, m.start, m.size, m.crc) for m in members.values()) if crcs else ()
-    return Checkpoint(label, path, tensors, (path,), twins=twins, passed_over=passed_over, recorded=recorded)
+    return Checkpoint(
+        label,
+        path,
+        tensors,
+        (path,),
+        twins=twins,
+        passed_over=found.passed_over,
+        recorded=recorded,
+        notes=found.notes,
+    )
 
 
 def _read_zip(descriptor: int, path: Path) -> tuple[object, Place, bool]:
@@ -239,68 +238,6 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= n
     return True
-
-
-def _state_dict(content: object, path: Path) -> tuple[dict[str, Tensor | Foreign], str]:
-    """The mapping of names to tensors, looked for where training scripts put it; `module.` of data-parallel training is taken off.
-
-    With it the name of averaged weights beside them, which timm's loader would take unless it is told not to.
-    """
-    passed_over = ""
-    if isinstance(content, Script):
-        content = _script_tensors(content)
-    found = content.named() if isinstance(content, Pairs) else {}
-    for key in STATE_DICTS:
-        inner = found.get(key)
-        if isinstance(inner, Pairs):
-            averaged = [k for k in found if "ema" in k and k != key and isinstance(found[k], Pairs)]
-            passed_over = averaged[0] if averaged else ""
-            content, found = inner, inner.named()
-            break
-    if isinstance(content, Pairs) and any(
-        isinstance(value, Tensor | Foreign) for key, value in content.items if not isinstance(key, str | int)
-    ):
-        raise Damaged(f"a tensor has no name, or one of more than {LONGEST_NAME} bytes")
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor | Foreign)}
-    if not tensors:
-        raise UserError(
-            "no weights in it",
-            where=str(path),
-            hint=f"save a module's state_dict(): it needs plain tensors by name, or those under {', '.join(STATE_DICTS)}",
-        )
-    if len(tensors) > MOST_TENSORS:
-        raise Damaged(f"it has {len(tensors):,} tensors, and {MOST_TENSORS:,} are the most")
-    wrapped = min(len(name) - len(WRAPPED.sub("", name)) for name in tensors)
-    plain = {name[wrapped:].replace("_orig_mod.", ""): value for name, value in tensors.items()}
-    if len(plain) < len(tensors) or "__metadata__" in plain:
-        raise Damaged("two tensors have the same name, or one is called __metadata__")
-    return plain, passed_over
-
-
-def _script_tensors(module: Script) -> Pairs:
-    """The tensors of a TorchScript module, named as its state_dict names them; a module that is shared has every name."""
-    found: list[tuple[object, object]] = []
-    waiting = [("", module, 0)]
-    seen = 0
-    while waiting:
-        prefix, each, depth = waiting.pop()
-        if depth > DEEPEST:
-            raise Damaged(f"its modules are more than {DEEPEST} deep, or one holds itself")
-        inner = []
-        for name, value in each.state.items if each.state else ():
-            seen += 1
-            if seen > MOST_TENSORS or len(prefix) > LONGEST_NAME:
-                raise Damaged(
-                    f"its modules have more than {MOST_TENSORS:,} attributes, or names above {LONGEST_NAME} bytes"
-                )
-            if not isinstance(name, str):
-                continue
-            if isinstance(value, Script):
-                inner.append((f"{prefix}{name}.", value, depth + 1))
-            elif isinstance(value, Tensor | Foreign):
-                found.append((prefix + name, value))
-        waiting += reversed(inner)
-    return Pairs(found)
 
 
 def from_torch(state: Mapping[str, torch.Tensor], path: Path | str, label: str) -> Checkpoint:

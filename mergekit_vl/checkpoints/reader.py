@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +24,7 @@ from mergekit_vl.checkpoints.checkpoint import (
 )
 from mergekit_vl.checkpoints.configs import CONFIGS
 from mergekit_vl.checkpoints.dtypes import check_supported
+from mergekit_vl.checkpoints.foreign import SNIFFED, among, hub_hint, recognised
 from mergekit_vl.checkpoints.writer import METADATA_KEY
 from mergekit_vl.errors import UserError, first_line
 from mergekit_vl.system.regular_files import check_regular, parse_json, read_regular, user_path
@@ -42,6 +45,20 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 SHARD = re.compile(r"[-_.](\d{1,6})-of-(\d{1,6})(?=\.[a-z.]+$)")
 """What ends the name of a part of a model."""
 MOST_HEADER = 16 << 20
+
+
+WEIGHTS: ContextVar[str] = ContextVar("weights", default="plain")
+"""Of files that hold several sets of weights, which are taken: `plain`, `ema`, or the key of one."""
+
+
+@contextmanager
+def taking(weights: str | None) -> Iterator[None]:
+    """Inside, files are opened for these of their weights; None changes nothing."""
+    token = WEIGHTS.set(weights or WEIGHTS.get())
+    try:
+        yield
+    finally:
+        WEIGHTS.reset(token)
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -73,7 +90,8 @@ def open_checkpoint(given: str, label: str = "") -> Checkpoint:
             return _open_file(path, label)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=given, hint="check its permissions") from None
-    raise UserError("no such model", where=given, hint="give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG")
+    hint = hub_hint(given) or "give a file, a folder, hf-hub:ORG/NAME or open_clip:ARCH/TAG"
+    raise UserError("no such model", where=given, hint=hint)
 
 
 def label_of(given: str) -> str:
@@ -105,6 +123,10 @@ def _open_folder(path: Path, label: str) -> Checkpoint:
         found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *PICKLES))
         found = [p for p in found if p.suffix == ".safetensors"] or found
         if len(found) != 1:
+            if not found and (other := among(sorted(p.name for p in path.iterdir()))):
+                raise UserError(
+                    f"it holds {other.what}, and no weights that are read here", where=str(path), hint=other.step
+                )
             names = ", ".join(p.name for p in found[:5]) or "none"
             raise UserError(f"which weights? found {names}", where=str(path), hint="name the file itself")
         chosen = found[0]
@@ -156,16 +178,20 @@ def _open_file(path: Path, label: str, *, part: bool = False) -> Checkpoint:
         return _open_index(path, label)
     size = check_regular(path)
     with open(path, "rb") as file:
-        start = file.read(min(size, 16))
+        start = file.read(min(size, SNIFFED))
     if (
         start[:2] == b"PK"
         or (  # what it is before what it is called: Dassl writes model.pth.tar-50
             not _looks_like_safetensors(start) and (start[:1] == b"\x80" or path.suffix in PICKLES)
         )
     ):
+        if other := recognised(start, path.name):
+            raise UserError(f"it is {other.what}", where=str(path), hint=other.step)
         from mergekit_vl.checkpoints.pickles import open_pickle
 
-        return open_pickle(path, label)
+        return open_pickle(path, label, WEIGHTS.get())
+    if not _looks_like_safetensors(start) and (other := recognised(start, path.name)):
+        raise UserError(f"it is {other.what}", where=str(path), hint=other.step)
     tensors, metadata = read_header(path)
     return Checkpoint(label, path, tensors, (path,), metadata)
 

@@ -1,7 +1,7 @@
 """A restricted interpreter for the pickles of checkpoints: it imports nothing, calls nothing, and hashes nothing but names.
 
-It builds the containers and tensor descriptions that `pickles.py` reads. Every other object becomes the constant `INERT`, which has
-no state, so no file can change how the next one is read. Dictionaries are kept as pairs: keys from a stranger are never hashed, since
+It builds the containers and tensor descriptions that `pickles.py` reads. Every other object becomes an `Object`, the name of its class beside its
+state as data, made anew each time, or the constant `INERT`, which has no state; so no file can change how the next one is read. Dictionaries are kept as pairs: keys from a stranger are never hashed, since
 deep, shared or colliding ones would cost more than their bytes. Every count is bounded.
 """
 
@@ -63,6 +63,15 @@ class Script:
     """A module of a TorchScript archive."""
 
     state: Pairs | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Object:
+    """An object of a class that is not ours to build: a module of torch, say."""
+
+    kind: Global
+    state: Pairs | None = None
+    """Its attributes by name, or what a dictionary of its own class holds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,6 +241,10 @@ class _Reader:
         if len(values) % 2:
             raise IndexError
         target = self.top()
+        if isinstance(target, Object):
+            if target.state is None:
+                target.state = Pairs()
+            target = target.state
         if isinstance(target, Pairs):
             target.items = target.items or []
             target.items.extend(zip(values[::2], values[1::2]))
@@ -243,7 +256,7 @@ class _Reader:
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
-        if isinstance(target, Script) and isinstance(state, Pairs):
+        if isinstance(target, Script | Object) and isinstance(state, Pairs):
             target.state = state
 
     def call(self, function: object, arguments: object) -> None:
@@ -274,7 +287,7 @@ class _Reader:
 
 
 def _made(function: object, arguments: tuple[object, ...]) -> object:
-    """What calling a class or function gives: plain data for the few that describe tensors, INERT for all others."""
+    """What calling a class or function gives: plain data for the few that describe tensors, an Object by name for all others."""
     if not isinstance(function, Global):
         return INERT
     module, name = function.module, function.name
@@ -291,7 +304,16 @@ def _made(function: object, arguments: tuple[object, ...]) -> object:
         return _rebuilt(name, arguments)
     if (module, name) in (("torch.nn.parameter", "Parameter"), ("torch", "Tensor")):
         return Foreign(name)
-    return INERT
+    if name == "_reconstructor" and module in ("copyreg", "copy_reg") and arguments:
+        return Object(arguments[0]) if isinstance(arguments[0], Global) else INERT
+    if (
+        name == "set"
+        and module in ("builtins", "__builtin__")
+        and len(arguments) == 1
+        and isinstance(arguments[0], list)
+    ):
+        return tuple(arguments[0])
+    return Object(function)
 
 
 def _rebuilt(name: str, arguments: tuple[object, ...]) -> object:

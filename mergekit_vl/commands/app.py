@@ -143,7 +143,12 @@ def eval_(
     model: arguments.ModelArgument,
     words: Annotated[list[str] | None, typer.Argument(help="options of the dataset: path=~/pets")] = None,
     dataset: Annotated[str | None, typer.Option(help="see mergekit-vl list datasets; default the run's own")] = None,
-    split: Annotated[str, typer.Option(help="test, val, train, or a shift of the dataset")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="test, val, train, all, or a shift of the dataset; default test, of a folder without split folders all"
+        ),
+    ] = None,
     row: arguments.Row = None,
     checkpoint: arguments.Checkpoint = None,
     allow_env: arguments.AllowEnv = None,

@@ -25,7 +25,7 @@ def evaluate_model(
     registry: Registry,
     *,
     dataset: str | None,
-    split: str,
+    split: str | None,
     row: str | None,
     checkpoint: Path | None,
     device: str,
@@ -34,13 +34,13 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Scores of a model on a split of a dataset, as CLIP_benchmark writes them, with ours beside."""
     from mergekit_vl.experiments.open_run import open_model
-    from mergekit_vl.experiments.use import evaluate_on
+    from mergekit_vl.experiments.use import evaluate_on, load_for
     from mergekit_vl.models.features import FeatureStore
 
     reporter.progress(0, 0, "loading the model")
     used = open_model(given, registry, row=row, device=device, checkpoint=checkpoint, allow_env=allow_env)
-    data = _dataset(used, dataset, words, registry).load(reporter)
-    return evaluate_on(used.model, used.label, data, split, FeatureStore(reporter=reporter)).to_json()
+    data, part = load_for(_dataset(used, dataset, words, registry), split, reporter, of_run=dataset is None)
+    return evaluate_on(used.model, used.label, data, part, FeatureStore(reporter=reporter)).to_json()
 
 
 def _dataset(used: LoadedModel, name: str | None, words: Sequence[str], registry: Registry) -> Any:

@@ -92,6 +92,20 @@ class DatasetOptions(Options, Protocol):
 
 
 @runtime_checkable
+class CanBeWhole(Protocol):
+    """A dataset that can be scored as it is, all of its images, where no split is asked for."""
+
+    @property
+    def divided(self) -> bool:
+        """Whether it has a test split of its own."""
+        ...
+
+    def whole(self, reporter: Reporter) -> Dataset:
+        """All images as test."""
+        ...
+
+
+@runtime_checkable
 class HasNamedBy(Protocol):
     @property
     def named_by(self) -> str:

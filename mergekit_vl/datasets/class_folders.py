@@ -1,44 +1,93 @@
-"""Folders of classes: which there are, whatever links lead to them, the images that they hold, and the names of the classes."""
+"""Folders of classes: which there are, whatever links lead to them, the images that they hold, and how they are split."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mergekit_vl.datasets.image_files import readable_suffixes
-from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.datasets.image_files import LEFT_OUT, readable_suffixes, told_left_out
+from mergekit_vl.errors import UserError
 from mergekit_vl.printable import counted, first_names
-from mergekit_vl.system.regular_files import check_utf8, read_text
+from mergekit_vl.system.regular_files import check_utf8
 
-VAL_NAMES = ("val", "valid", "validation")
+SPLITS = {
+    "train": ("train", "training", "trn", "train_set", "training_set"),
+    "val": ("val", "valid", "validation", "dev", "val_set", "validation_set"),
+    "test": ("test", "testing", "tst", "test_set"),
+}
+"""What people call the folders of splits, in any case, with `-` or a space for `_`."""
 Identity = tuple[int, int]
 """A folder's device and number there, whatever links lead to it."""
 Classes = dict[str, list[str]]
 """Class folder, relative to its split -> its images, relative to the root."""
 
 
-def scan(root: Path) -> dict[str, Classes]:
-    """Classes of 'train', 'test' and perhaps 'val', or of '' for a single folder."""
-    train, test = root / "train", root / "test"
-    if train.is_dir() and test.is_dir():
-        folders = {"train": train, "test": test}
-        if val := next((root / name for name in VAL_NAMES if (root / name).is_dir()), None):
-            folders["val"] = val
-        return {split: classes_in(folder, root) for split, folder in folders.items()}
-    found = classes_in(root, root)
-    for split, other in (("train", "test"), ("test", "train")):
-        if (root / split).is_dir() and not found.get(
-            split
-        ):  # one that holds images itself is a class: trains are vehicles
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders that are splits, by what they are; raises UserError where two are the same.
+
+    A folder of that name that holds images itself beside folders of other names is a class: trains are vehicles.
+    """
+    found: dict[str, list[str]] = {}
+    others = False
+    for name, is_folder in entries_of(root):
+        if not is_folder:
+            continue
+        plain = name.lower().replace("-", "_").replace(" ", "_")
+        split = next((split for split, names in SPLITS.items() if plain in names), None)
+        if split is None:
+            others = True
+        else:
+            found.setdefault(split, []).append(name)
+    flat = [name for names in found.values() for name in names if _holds_images(root / name)]
+    if flat and others:
+        return {}
+    for split, names in found.items():
+        if len(names) > 1:
             raise UserError(
-                f"a {split} folder but no {other} folder",
-                where=str(root),
-                hint=f"add {other}, or set dataset.path={root / split} to split that one",
+                f"{' and '.join(names)} are both names of {split}", where=str(root), hint="keep one, or rename one"
             )
-    return {"": found}
+    if flat:
+        raise UserError(
+            f"{' and '.join(flat)} hold{'s' * (len(flat) == 1)} images and no class folders",
+            where=str(root),
+            hint=f"put the images into a folder for each class: {root / flat[0]}/CLASS/IMAGE",
+        )
+    return {split: root / names[0] for split, names in found.items()}
+
+
+def _holds_images(folder: Path) -> bool:
+    readable = readable_suffixes()
+    return any(not is_folder and Path(name).suffix.lower() in readable for name, is_folder in entries_of(folder))
+
+
+def scan(root: Path, tell: Callable[[str], object]) -> dict[str, Classes]:
+    """Classes of 'train', 'test' and 'val' as far as there are folders for them, or of '' for a folder without splits."""
+    folders = split_folders(root)
+    if not folders:
+        return {"": classes_in(root, root)}
+    if {path.name for path in folders.values()} != folders.keys():
+        told = ", ".join(f"{path.name} is {split}" for split, path in folders.items())
+        tell(f"{root.name}: {told}")
+    return {
+        split: classes_in(folder, root) for split, folder in sorted(folders.items(), key=lambda each: each[0] == "val")
+    }
+
+
+def check_divided(root: Path, found: Mapping[str, Classes]) -> None:
+    """Raise UserError where folders of splits leave nothing to train on, or nothing to test on."""
+    if "" in found or ("train" in found and len(found) > 1):
+        return
+    there = ", ".join(found)
+    lacking, hint = ("test", "add test or val") if "train" in found else ("train", "add train")
+    folder = next(path for split, path in split_folders(root).items() if split in found)
+    raise UserError(
+        f"a {there} folder but no {lacking} folder",
+        where=str(root),
+        hint=f"{hint}, or set dataset.path={folder} to split that one",
+    )
 
 
 def classes_in(folder: Path, root: Path) -> Classes:
@@ -49,6 +98,7 @@ def classes_in(folder: Path, root: Path) -> Classes:
     readable = readable_suffixes()
     classes: Classes = {}
     again: list[str] = []
+    left_out: Counter[str] = Counter()
     first = _identity(folder)
     parents: dict[Identity, Identity | None] = {_identity(p): None for p in folder.resolve().parents}
     parents[first] = None
@@ -68,11 +118,18 @@ def classes_in(folder: Path, root: Path) -> Classes:
                 again.append(there.relative_to(root).as_posix())
         waiting += below
         images = [name for name, is_folder in entries if not is_folder and Path(name).suffix.lower() in readable]
+        left_out.update(
+            ending
+            for name, is_folder in entries
+            if not is_folder and (ending := Path(name).suffix.lower()) in LEFT_OUT and ending not in readable
+        )
         if here != folder and (images or not below):
             files = [(here / name).relative_to(root).as_posix() for name in images]
             for name in (here.relative_to(root).as_posix(), *files):
                 check_utf8(name, where=str(root))
             classes[here.relative_to(folder).as_posix()] = files
+    if left_out:
+        warnings.warn(f"{folder}: {told_left_out(left_out)}", stacklevel=2)
     if again:
         warnings.warn(
             f"{root}: {counted(again, 'folder')} left out that links show again: {first_names(sorted(again))}",
@@ -117,51 +174,3 @@ def _identity(folder: Path) -> Identity:
             f"cannot be listed: {error.strerror}", where=str(folder), hint="check its permissions"
         ) from None
     return status.st_dev, status.st_ino
-
-
-def names_of(folders: Sequence[str]) -> tuple[str, ...]:
-    """The last folder's name, with as many parents before it as it takes to be unique."""
-    parts = [folder.split("/") for folder in folders]
-    depth = [1] * len(parts)
-    while True:
-        names = [" ".join(p[-d:]).replace("_", " ") for p, d in zip(parts, depth)]
-        counts = Counter(names)
-        longer = [min(d + (counts[name] > 1), len(p)) for p, d, name in zip(parts, depth, names)]
-        if longer == depth:
-            return tuple(names)
-        depth = longer
-
-
-def names_in(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """The class names that a file gives to the folders."""
-    where = str(file)
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if any("\t" in line for line in lines):
-        last = Counter(folder.split("/")[-1] for folder in folders)
-        known = {folder.split("/")[-1]: folder for folder in folders if last[folder.split("/")[-1]] == 1} | {
-            f: f for f in folders
-        }
-        named: dict[str, str] = {}
-        for line in lines:
-            given, tab, name = (part.strip() for part in line.partition("\t"))
-            if not (given and name):
-                raise UserError(
-                    f"no tab in {line!r}", where=where, hint="either every line is 'folder<TAB>name' or none is"
-                )
-            if given not in known:
-                raise unknown("class folder", given, known, where=where)
-            if known[given] in named:
-                raise UserError(f"class folder {given!r} twice", where=where, hint="remove one of the lines")
-            named[known[given]] = name
-        if missing := [folder for folder in folders if folder not in named]:
-            raise UserError(
-                f"{counted(missing, 'class folder')} without a name: {first_names(missing)}",
-                where=where,
-                hint="add a line for it",
-            )
-        return tuple(named[folder] for folder in folders)
-    if len(lines) != len(folders):
-        raise UserError(
-            f"{len(lines)} names for {len(folders)} class folders", where=where, hint="one per folder, in sorted order"
-        )
-    return tuple(lines)

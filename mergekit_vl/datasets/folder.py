@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mergekit_vl.datasets.base import Dataset, Split
-from mergekit_vl.datasets.class_folders import Classes, classes_in, names_in, names_of, scan
+from mergekit_vl.datasets.class_folders import Classes, check_divided, classes_in, scan, split_folders
+from mergekit_vl.datasets.class_names import WORDNET, are_few, doubles, for_folders, of_folders, of_wordnet, read_names
 from mergekit_vl.datasets.image_files import (
     MEGAPIXELS_HELP,
     MOST_MEGAPIXELS,
@@ -31,13 +31,14 @@ from mergekit_vl.system.regular_files import check_utf8, user_path
 class Folder:
     """Images in class folders: `path/train|val|test/<class>/*`, or `path/<class>/*` to be split in three.
 
-    A class is any folder, however deep, that directly holds images. Without `val` a share of train becomes val. Every
-    image is decoded once here, so that a damaged one is met before the training and not in the middle of it.
+    A class is any folder, however deep, that directly holds images. Splits may be called Train, training, valid, dev and the like; without `val` a
+    share of train becomes val, without `test` val is the test. Folders that are WordNet ids get ImageNet's names. Every image is decoded once here, so that a damaged one is met before the training and not in the middle of it.
     """
 
     path: str = option(help="the folder of images")
     classes_file: str | None = option(
-        None, "class names, one a line in the order of the sorted folders, or lines 'folder<TAB>name'"
+        None,
+        "class names: one a line in the order of the sorted folders, 'folder<TAB>name', 'id name', '0, name', CSV with a header, JSON list or map",
     )
     template: str = option("a photo of a {}.", "the prompt around a class name")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
@@ -56,6 +57,19 @@ class Folder:
 
     def load(self, reporter: Reporter = SILENT) -> Dataset:
         """The dataset; raises UserError for whatever is wrong with the options, the folders or the images."""
+        return self._loaded(reporter, whole=False)
+
+    @property
+    def divided(self) -> bool:
+        """Whether the folder has splits of its own."""
+        root = user_path(self.path)
+        return root.is_dir() and bool(split_folders(root))
+
+    def whole(self, reporter: Reporter) -> Dataset:
+        """All images, of all splits, as test; train and val are empty. Raises UserError as `load` does."""
+        return self._loaded(reporter, whole=True)
+
+    def _loaded(self, reporter: Reporter, *, whole: bool) -> Dataset:
         templates = self._checked_templates()
         check_megapixels(self.max_megapixels)
         root = user_path(self.path).resolve()
@@ -64,10 +78,17 @@ class Folder:
             raise UserError(
                 "not a folder" if root.exists() else "no such folder", where=str(root), hint="check dataset.path"
             )
-        found = scan(root)
-        self._check_shares(single="" in found)
+        found = scan(root, reporter.tell)
+        if whole:
+            found = {"": _together(found)}
+        else:
+            check_divided(root, found)
+            if "test" not in found and "val" in found:
+                reporter.tell(f"{root.name} has no test folder: val is the test, and a share of train is val")
+                found = {"train": found["train"], "test": found["val"]}
+            self._check_shares(single="" in found)
         folders = self._check(root, found)
-        names = self._names(folders)
+        names = self._names(folders, reporter)
         if inside := [folder for folder in folders if any(folder.startswith(f"{other}/") for other in folders)]:
             warnings.warn(
                 f"{root}: {counted(inside, 'class', 'classes')} inside another class's folder: {first_names(inside)}; "
@@ -78,7 +99,7 @@ class Folder:
         source, found = self._decodable(reporter, root, found)
         self._check(root, found)
         row = {file: i for i, file in enumerate(source.files)}
-        parts = self._parts(root, found)
+        parts = {"train": {}, "val": {}, "test": found[""]} if whole else self._parts(root, found)
         train, val, test = (_split(source, row, folders, parts[part]) for part in ("train", "val", "test"))
         shifts: dict[str, Split] = {}
         for given in self.shifts:
@@ -196,17 +217,23 @@ class Folder:
             )
         return sorted(train)
 
-    def _names(self, folders: Sequence[str]) -> tuple[str, ...]:
-        if self.classes_file is None:
-            names = names_of(folders)
-            where, hint = self.path, "rename a folder, or name the classes in dataset.classes_file"
-        else:
-            names = names_in(user_path(self.classes_file), folders)
+    def _names(self, folders: Sequence[str], reporter: Reporter) -> tuple[str, ...]:
+        if self.classes_file is not None:
             where, hint = self.classes_file, "give each class a name of its own"
-        if twice := sorted(name for name, n in Counter(names).items() if n > 1):
-            raise UserError(
-                f"{counted(twice, 'class name')} used more than once: {first_names(twice)}", where=where, hint=hint
-            )
+            found = read_names(user_path(self.classes_file), folders)
+            names = for_folders(found, folders, where)
+            if found.form != "one name a line":
+                reporter.tell(f"{where}: {len(names)} class names ({found.form})")
+        else:
+            where, hint = self.path, "rename a folder, or name the classes in dataset.classes_file"
+            ids = [folder.split("/")[-1] for folder in folders]
+            wordnet = all(WORDNET.fullmatch(each) for each in ids)
+            names = of_wordnet(ids, reporter.tell, reporter.warn) if wordnet else of_folders(folders)
+        if twice := doubles(names):
+            what = f"{counted(twice, 'class name')} used more than once: {first_names(twice)}"
+            if not are_few(twice, names):
+                raise UserError(what, where=where, hint=hint)
+            reporter.warn(f"{where}: {what}; their images are told apart by chance")
         return names
 
     def _parts(self, root: Path, found: dict[str, Classes]) -> dict[str, Classes]:
@@ -235,6 +262,15 @@ class Folder:
             parts["val"][folder] = files[n_test : n_test + n_val]
             parts["train"][folder] = files[n_test + n_val :]
         return parts
+
+
+def _together(found: Mapping[str, Classes]) -> Classes:
+    """The classes of all splits, each with the images of all; empty folders are left out where another split has images of the class."""
+    classes: Classes = {}
+    for each in found.values():
+        for folder, files in each.items():
+            classes.setdefault(folder, []).extend(files)
+    return classes
 
 
 def _split(source: FolderImages, row: dict[str, int], folders: Sequence[str], part: Classes) -> Split:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,22 @@ LARGE_MEGAPIXELS = 16
 """Images from here on are checked one at a time, not by all threads at once."""
 STARTS_PROGRAMS = {"EPS", "WMF"}
 """Formats that are not read: decoding them would run Ghostscript, or the system's own player, on the file."""
+
+HEIC = {".heic", ".heif", ".hif"}
+LEFT_OUT = {
+    **dict.fromkeys(HEIC, "pip install 'mergekit-vl[heic]' reads it"),
+    **dict.fromkeys((".avif", ".jxl"), "convert it to PNG"),
+    **dict.fromkeys((".svg", ".svgz", ".eps", ".wmf", ".emf"), "a drawing: convert it to PNG"),
+    **dict.fromkeys(
+        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"), "raw data of a camera: convert it"
+    ),
+    **dict.fromkeys(
+        (".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".mat", ".h5", ".hdf5"), "an array: convert it to PNG"
+    ),
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), "a film: extract frames"),
+    **dict.fromkeys((".xcf", ".kra", ".sketch"), "a drawing program's: export it as PNG"),
+}
+"""Endings of pictures that are not read, unless Pillow has a decoder, and the next step."""
 
 MEGAPIXELS_HELP = "images with more million pixels are refused, before they are decoded"
 
@@ -66,6 +82,12 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
+    try:  # the extra `heic`
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
     return tuple(sorted(set(Image.OPEN) - STARTS_PROGRAMS))
 
 
@@ -75,6 +97,13 @@ def readable_suffixes() -> set[str]:
 
     formats = _formats()
     return {ext for ext, kind in Image.registered_extensions().items() if kind in formats}
+
+
+def told_left_out(counts: Mapping[str, int]) -> str:
+    """In words: how many pictures of which endings are not read, and the next step for each."""
+    total = sum(counts.values())
+    kinds = [f"{n} {ending} ({LEFT_OUT[ending]})" for ending, n in sorted(counts.items())]
+    return f"{total} picture{'s' * (total != 1)} left out that cannot be read here: {', '.join(kinds)}"
 
 
 def verified(
@@ -180,8 +209,24 @@ def decode(
             ImageOps.exif_transpose(upright, in_place=True)
     except Image.DecompressionBombError:
         raise refused() from None
-    if upright.mode.startswith("I"):  # 16 bits: PIL would clip where it should scale
-        upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
+    if upright.mode.startswith(("I", "F")):  # PIL would clip where it should scale
+        upright = Image.fromarray(_eight_bits(np.asarray(upright)))
     if "transparency" in upright.info:
         upright = upright.convert("RGBA")
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Wider numbers scaled to 0 .. 255 by their range: of 16 bits, of 32 where a value is larger than that, of floats 0 .. 1, or the range of integers that they
+    stay in; floats beyond are scaled by their own.
+    """
+    if values.dtype.kind != "f":
+        wide = values.astype(np.int64) & 0xFFFFFFFF if values.dtype.itemsize > 2 else values.astype(np.int64)
+        bits = 32 if wide.max(initial=0) > 0xFFFF else 16
+        return (wide >> (bits - 8)).astype(np.uint8)
+    finite = np.nan_to_num(values.astype(np.float64))
+    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
+    if low >= 0 and high <= 0xFFFF:
+        low, high = 0.0, next(float(most) for most in (1, 0xFF, 0xFFFF) if high <= most)
+    scaled = (finite - low) * (255 / (high - low if high > low else 1))
+    return scaled.round().clip(0, 255).astype(np.uint8)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mergekit_vl.datasets.base import CanBeWhole
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, image_encoders
 from mergekit_vl.printable import in_html
@@ -17,7 +21,7 @@ from mergekit_vl.system.regular_files import user_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_vl.datasets.base import Dataset
+    from mergekit_vl.datasets.base import Dataset, DatasetOptions, Split
     from mergekit_vl.models.evaluate import Scores
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import ImageEncoder, Model
@@ -78,11 +82,43 @@ class Evaluated:
         return f"<table><caption>{in_html(self.title)}</caption>{rows}</table>"
 
 
+ALL = "all"
+"""The split that is all images of a dataset."""
+
+
+def load_for(
+    dataset: DatasetOptions, split: str | None, reporter: Reporter, *, of_run: bool = False
+) -> tuple[Dataset, str]:
+    """The dataset, and the split that is scored: `split`, or where none is asked for its test; all images of a folder that is not divided.
+
+    A run's own dataset (`of_run`) is divided as the run divided it.
+    """
+    if isinstance(dataset, CanBeWhole) and (split == ALL or (split is None and not of_run and not dataset.divided)):
+        if split is None:
+            reporter.tell(
+                "no split folders: all images are scored; --split test scores the share that `run` would call test"
+            )
+        return dataset.whole(reporter), ALL
+    return dataset.load(reporter), split or "test"
+
+
+def _all_of(data: Dataset) -> Split:
+    """All images of a dataset; raises UserError where its splits are of different sources."""
+    splits = [part for part in (data.train, data.val, data.test) if len(part)]
+    if len({part.source.key for part in splits}) > 1:
+        raise UserError("its splits cannot be scored together", where=data.name, hint="--split test, val or train")
+    pairs = sorted({(int(r), int(k)) for part in splits for r, k in zip(part.rows, part.labels)})
+    rows, labels = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return dataclasses.replace(splits[0], rows=rows.copy(), labels=labels.copy())
+
+
 def evaluate_on(model: Model, label: str, data: Dataset, split: str, store: FeatureStore) -> Evaluated:
-    """`split` is test, val, train, or a shift of the dataset; of a shift, the classes that it shows count."""
+    """`split` is test, val, train, all, or a shift of the dataset; of a shift, the classes that it shows count."""
     from mergekit_vl.models.evaluate import evaluate
 
     parts = {"test": data.test, "val": data.val, "train": data.train, **data.shifts}
+    if split == ALL and split not in parts:
+        parts[ALL] = _all_of(data)
     if split not in parts:
         raise unknown("split", split, parts, where=data.name)
     part = parts[split]

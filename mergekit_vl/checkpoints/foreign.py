@@ -1,0 +1,80 @@
+"""Files that hold no tensors we read, recognised by their first bytes or their names, with the next step for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+SNIFFED = 512
+"""Bytes at a file's start that are looked at."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A format by what it is called, how it is recognised, and what to do with it."""
+
+    what: str
+    sign: str
+    """How it is recognised, in words."""
+    step: str
+    is_one: Callable[[bytes, str], bool]
+    """Of a file's first bytes and its name in lower case."""
+
+
+def _starts(*starts: bytes) -> Callable[[bytes, str], bool]:
+    return lambda start, name: start.startswith(starts)
+
+
+def _ends(*endings: str) -> Callable[[bytes, str], bool]:
+    return lambda start, name: name.endswith(endings)
+
+
+def _is_onnx(start: bytes, name: str) -> bool:
+    return name.endswith((".onnx", ".ort")) or (
+        start[:1] == b"\x08" and b"\x12" in start[1:4] and b"onnx" in start[:64]
+    )
+
+
+PLAIN = "save the model's state_dict() as safetensors where it came from, and give that"
+FORMATS = (
+    Foreign("a Git LFS pointer, and not the file", "the line `version https://git-lfs`", "run `git lfs pull` in its repository, or download the file itself", _starts(b"version https://git-lfs")),
+    Foreign("a web page, and not the file", "`<!DOCTYPE html` or `<html`", "download the file itself: the link led to a page", lambda start, name: start.lstrip().lower().startswith((b"<!doctype html", b"<html"))),
+    Foreign("an ONNX graph", "the ending .onnx, or its first field", PLAIN, _is_onnx),
+    Foreign("a Keras or HDF5 file", "the bytes `\\x89HDF`", f"weights of TensorFlow: convert them to PyTorch, and {PLAIN}", _starts(b"\x89HDF\r\n\x1a\n")),
+    Foreign("a GGUF file of llama.cpp", "the bytes `GGUF`", "its weights are quantised: give the model that it was made from", _starts(b"GGUF", b"GGML", b"ggjt", b"tjgg")),
+    Foreign("a TensorFlow Lite file", "the bytes `TFL3` at 4", f"convert it to PyTorch, and {PLAIN}", lambda start, name: start[4:8] == b"TFL3"),
+    Foreign("a TensorFlow model", "the ending .pb, or a TensorFlow checkpoint's .index, .data-00000-of-00001 or .meta", f"convert it to PyTorch, and {PLAIN}", lambda start, name: bool(re.search(r"\.(pb|meta|ckpt\.index|data-\d{5}-of-\d{5})$", name))),
+    Foreign("Flax weights", "the ending .msgpack", "load them with transformers (from_flax=True) and save_pretrained()", _ends(".msgpack")),
+    Foreign("a Core ML model", "the ending .mlmodel or .mlpackage", PLAIN, _ends(".mlmodel", ".mlpackage")),
+    Foreign("a TensorRT engine", "the ending .engine, .plan or .trt", "give the model that it was built from", _ends(".engine", ".plan", ".trt")),
+    Foreign("numpy arrays", "the bytes `\\x93NUMPY`, or the ending .npz", "save them by name: safetensors.numpy.save_file(dict(numpy.load(FILE)), 'model.safetensors')", lambda start, name: start.startswith(b"\x93NUMPY") or name.endswith(".npz")),
+    Foreign("a shard of torch.distributed.checkpoint", "the ending .distcp", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt", _ends(".distcp")),
+    Foreign("a state of DeepSpeed's optimizer", "the ending _optim_states.pt", "python zero_to_fp32.py . model.pt, in the folder of the checkpoint", _ends("_optim_states.pt")),
+    Foreign("a compressed archive", "the magic bytes of gzip, bzip2, xz, Zstandard, 7-Zip or RAR", "unpack it, and give the file in it", _starts(b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")),
+    Foreign("a tar archive", "`ustar` at byte 257", "unpack it, and give the file in it", lambda start, name: start[257:262] == b"ustar"),
+    Foreign("a picture", "the magic bytes of JPEG, PNG or GIF", "give a model", _starts(b"\xff\xd8\xff", b"\x89PNG", b"GIF8")),
+    Foreign("a text file, and no weights", "the ending .json, .txt, .md, .csv, .py, .yaml or .yml", "give the file of weights beside it, or their folder", lambda start, name: name.endswith((".json", ".txt", ".md", ".csv", ".py", ".yaml", ".yml")) and not name.endswith(".index.json")),
+)  # fmt: skip
+
+
+def recognised(start: bytes, name: str) -> Foreign | None:
+    """The foreign format of a file by its first bytes and its name; None where it is none of them."""
+    return next((each for each in FORMATS if each.is_one(start, name.lower())), None)
+
+
+def among(names: list[str]) -> Foreign | None:
+    """The first foreign format among the names of a folder's files that is one of weights."""
+    weights = [each for each in FORMATS if not each.what.startswith(("a text", "a picture"))]
+    return next((each for name in names for each in weights if each.is_one(b"", name.lower())), None)
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?")
+
+
+def hub_hint(given: str) -> str:
+    """What to write where a path that does not exist may be a name of the hub; empty where it cannot be one."""
+    return (
+        f"a model of the hub is hf-hub:{given}" if HUB_ID.fullmatch(given) and not Path(given).parent.exists() else ""
+    )

@@ -214,6 +214,7 @@ def check(
     keep: merge_command.Keep = None,
     tensors: merge_command.TensorsOf = None,
     dtype: merge_command.DType = None,
+    weights: merge_command.Weights = None,
     allow_env: arguments.AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
@@ -221,7 +222,14 @@ def check(
         if allow_env:
             raise UserError("a merge reads no environment", where="--allow-env", hint="leave it out")
         return merge_command.check(
-            recipe, base=base, strategy=strategy, rebasin=rebasin, keep=keep, dtype=dtype, tensors=tensors
+            recipe,
+            base=base,
+            strategy=strategy,
+            rebasin=rebasin,
+            keep=keep,
+            dtype=dtype,
+            tensors=tensors,
+            weights=weights,
         )
     return _check_recipe(recipe[0], recipe[1:], allow_env or [])
 

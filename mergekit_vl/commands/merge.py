@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from mergekit_vl import options
-from mergekit_vl.commands.merge_request import RECIPES, ask, closed_form
+from mergekit_vl.commands.merge_request import RECIPES, Asked, ask, closed_form, steps_of
 from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.registry.calls import is_plugins
@@ -47,6 +47,13 @@ Keep = Annotated[
 Rebasin = Annotated[
     bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="plain|ema|KEY",
+        help="of a file that holds several sets of weights, which: default plain, not averaged (EMA)",
+    ),
+]
 TensorsOf = Annotated[
     str | None,
     typer.Option(
@@ -70,6 +77,7 @@ def merge(
     keep: Keep = None,
     rebasin: Rebasin = False,
     tensors: TensorsOf = None,
+    weights: Weights = None,
     shard_size: Annotated[
         str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
     ] = None,
@@ -82,27 +90,29 @@ def merge(
     """Merge checkpoints, weights only: no data, no model is built, any size of model in little memory."""
     from mergekit_vl.merge_files import streaming
 
-    began = time.monotonic()
-    asked = ask(
-        words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device,
-        tensors=tensors_of(tensors),
-    )  # fmt: skip
-    with noted("nothing was written"), TerminalReporter(not quiet, after=2) as reporter, _quiet(asked.plan.method):
-        for note in asked.notes:
-            reporter.tell(note)
-        metadata = streaming.merge(
-            asked.plan,
-            out,
-            force=force,
-            threads=threads,
-            max_ram=size_in_bytes(max_ram, "--max-ram"),
-            shard_size=size_in_bytes(shard_size, "--shard-size"),
-            reporter=reporter,
-        )
-    if not quiet:
-        inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
-        say(f"{metadata['strategy']} of {inputs}: {out} ({time.monotonic() - began:.1f} s)")
-        say(f"next: mergekit-vl verify {shlex.quote(str(out))}")
+    for step in steps_of(words, out):
+        began = time.monotonic()
+        asked = ask(
+            words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device,
+            tensors=tensors_of(tensors), weights=weights, content=step.content,
+        )  # fmt: skip
+        with noted("nothing was written"), TerminalReporter(not quiet, after=2) as reporter, _quiet(asked.plan.method):
+            for note in (step.note, *asked.notes):
+                if note:
+                    reporter.tell(note)
+            metadata = streaming.merge(
+                asked.plan,
+                step.out,
+                force=force,
+                threads=threads,
+                max_ram=size_in_bytes(max_ram, "--max-ram"),
+                shard_size=size_in_bytes(shard_size, "--shard-size"),
+                reporter=reporter,
+            )
+        if not quiet:
+            inputs = ", ".join(m["label"] for m in (metadata["base"], *metadata["models"]) if m)
+            say(f"{metadata['strategy']} of {inputs}: {step.out} ({time.monotonic() - began:.1f} s)")
+            say(f"next: mergekit-vl verify {shlex.quote(str(step.out))}")
 
 
 def tensors_of(given: str | None) -> Tensors | None:
@@ -125,16 +135,35 @@ def check(
     keep: Sequence[str] | None = None,
     dtype: str | None = None,
     tensors: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """What `check` prints for models: read from their headers alone."""
+    for step in steps_of(words, Path("out")):
+        if step.note:
+            say(step.note)
+        if step.follows:
+            say("          merges a result of those before it: checked when that is there")
+            continue
+        asked = ask(
+            words,
+            base=base,
+            strategy="linear" if strategy is None and not any(word.endswith(RECIPES) for word in words) else strategy,
+            rebasin=rebasin,
+            keep=keep,
+            dtype=dtype,
+            tensors=tensors_of(tensors),
+            weights=weights,
+            content=step.content,
+        )
+        _check(asked)
+
+
+def _check(asked: Asked) -> None:
     import shutil
 
     from mergekit_vl.merge_files.forecast import described
     from mergekit_vl.merge_files.plan import open_plan
 
-    plain = not any(word.endswith(RECIPES) for word in words)
-    name = "linear" if strategy is None and plain else strategy
-    asked = ask(words, base=base, strategy=name, rebasin=rebasin, keep=keep, dtype=dtype, tensors=tensors_of(tensors))
     say(*asked.notes)
     with _quiet(asked.plan.method):
         opened = open_plan(asked.plan)
@@ -199,6 +228,7 @@ def verify(
         metadata["rebasin"],
         device_of(metadata["device"]),
         metadata.get("tensors", "same"),
+        metadata.get("weights", "plain"),
     )
     differing = streaming.verify(plan, metadata, merged, threads=threads)
     if differing:

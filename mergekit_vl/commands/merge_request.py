@@ -14,6 +14,7 @@ from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.recipes import yaml_text
 from mergekit_vl.recipes.overrides import set_option
 from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.atomic_files import slug
 from mergekit_vl.system.devices import check_device, device_of
 from mergekit_vl.system.regular_files import read_text, user_path
 
@@ -34,14 +35,63 @@ def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) ->
     if first.suffix not in RECIPES:
         return first.exists()
     try:
-        content = _content(first)
+        contents = _contents(first)
     except UserError:  # which `load_recipe` tells
         return False
-    return isinstance(content, Mapping) and ("weights" in content or "merge_method" in content)
+    return any(
+        isinstance(content, Mapping) and ("weights" in content or "merge_method" in content) for content in contents
+    )
 
 
-def _content(file: Path) -> Any:
-    return yaml_text.parse(read_text(file, most=yaml_text.MOST_BYTES), where=str(file))
+def _contents(file: Path) -> list[Any]:
+    return yaml_text.parse_documents(read_text(file, most=yaml_text.MOST_BYTES), where=str(file))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the documents of a recipe: what it says, where its result goes, and whether it reads a result of those before."""
+
+    content: Mapping[str, object] | None
+    out: Path
+    note: str = ""
+    follows: bool = False
+
+
+def steps_of(words: Sequence[str], out: Path) -> list[Step]:
+    """The documents of a recipe of mergekit's, in order; later ones name results of earlier ones. A single step for anything else.
+
+    The last result is `out`; the others lie beside it, by their `name`.
+    """
+    recipe = next((word for word in words if word.endswith(RECIPES)), None)
+    contents = _contents(user_path(recipe)) if recipe is not None else []
+    if len(contents) < 2:
+        return [Step(None, out)]
+    steps: list[Step] = []
+    made: dict[str, str] = {}
+    for i, content in enumerate(contents, 1):
+        if not isinstance(content, Mapping) or "merge_method" not in content:
+            raise UserError(f"document {i} is no recipe of mergekit's", where=recipe or "", hint="one recipe a file")
+        last = i == len(contents)
+        name = str(content.get("name") or i)
+        target = out if last else out.with_name(f"{out.name}-{slug(name)}")
+        told = _with_results(content, made)
+        steps.append(Step(told, target, f"document {i} of {len(contents)}, {name}: {target}", told != content))
+        made[name] = str(target)
+    return steps
+
+
+def _with_results(value: Any, made: Mapping[str, str]) -> Any:
+    """The content with names of earlier results as their folders, where models are named."""
+    if isinstance(value, list):
+        return [_with_results(each, made) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: made[each]
+        if key in ("model", "base_model", "path") and isinstance(each, str) and each in made
+        else _with_results(each, made)
+        for key, each in value.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -61,12 +111,14 @@ def ask(
     rebasin: bool = False,
     device: str = "cpu",
     tensors: Tensors | None = None,
+    weights: str | None = None,
+    content: Mapping[str, object] | None = None,
 ) -> Asked:
-    """The plan that the words of the command line, or the recipe among them, ask for; reads no model."""
+    """The plan that the words of the command line, or the recipe among them, ask for; reads no model. `content` is the recipe's, where it is read already."""
     from mergekit_vl.merge_files.plan import MergePlan
 
     settings = [word for word in words if "=" in word and not os.path.exists(word)]
-    section, notes, where = _section([word for word in words if word not in settings])
+    section, notes, where = _section([word for word in words if word not in settings], content)
     given = section.strategy
     name = strategy if strategy is not None else given.get("name")
     if not isinstance(name, str):
@@ -90,11 +142,12 @@ def ask(
         rebasin or section.rebasin,
         _device(method, len(named.paths), device),
         tensors or section.tensors,
+        weights or "plain",
     )
     return Asked(plan, [*notes, *more])
 
 
-def _section(models: Sequence[str]) -> tuple[WeightsForm, list[str], str]:
+def _section(models: Sequence[str], content: Mapping[str, object] | None) -> tuple[WeightsForm, list[str], str]:
     """What models and strategy the words ask for, or the recipe among them; notes, and where errors are."""
     from mergekit_vl.recipes.merge_forms import WeightsForm
 
@@ -102,7 +155,7 @@ def _section(models: Sequence[str]) -> tuple[WeightsForm, list[str], str]:
         return WeightsForm.model_construct(models=list(models)), [], "command line"
     if len(models) > 1:
         raise UserError("a recipe names its models itself", where="command line", hint="give the recipe alone")
-    return *read_recipe(models[0]), models[0]
+    return *read_recipe(models[0], content), models[0]
 
 
 def _kept(keep: Sequence[str], where: str) -> tuple[str, ...]:
@@ -234,12 +287,14 @@ def closed_form(name: str, *, where: str) -> tuple[type, MethodInfo]:
     return cls, info
 
 
-def read_recipe(path: str) -> tuple[WeightsForm, list[str]]:
+def read_recipe(path: str, content: Any = None) -> tuple[WeightsForm, list[str]]:
     """The `weights:` section of a recipe, or what a mergekit YAML means in its terms, with notes to print."""
     from mergekit_vl.recipes import forms
     from mergekit_vl.recipes.merge_forms import WeightsForm
 
-    content = _content(user_path(path))
+    if content is None:
+        found = _contents(user_path(path))
+        content = found[0] if found else None
     if isinstance(content, Mapping) and "merge_method" in content:
         from mergekit_vl.merge_files.mergekit_yaml import translate
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_vl.errors import UserError, unknown
+from mergekit_vl.merge_files.mergekit_documents import Document, plain, taken_parameters
 from mergekit_vl.recipes import forms
 from mergekit_vl.recipes.merge_forms import MergekitForm, MergekitModelForm, WeightsForm
 
@@ -43,19 +44,26 @@ MEAN_BY_DEFAULT = ("ties", "della")
 
 def translate(content: Mapping[str, object], *, where: str) -> tuple[WeightsForm, list[str]]:
     """The `weights:` section that means the same, and lines that say what it runs."""
-    given = forms.read(MergekitForm, content, where=where)
-    method = given.merge_method
-    if method not in METHODS:
-        raise unknown("merge_method", method, METHODS, where=where)
-    entries, base = _models(given, where)
-    asked = _Parameters(
-        where,
-        tuple(entry.model for entry in entries),
-        _checked(given.parameters or {}, METHODS[method], f"{where}: parameters"),
-        tuple(
-            _checked(entry.parameters or {}, METHODS[method], f"{where}: models.{i}") for i, entry in enumerate(entries)
-        ),
+    document = plain(content, where=where)
+    method = document.content.get("merge_method")
+    if isinstance(method, str) and method not in METHODS:
+        document.problems.append(str(unknown("merge_method", method, METHODS)))
+    try:
+        given = forms.read(MergekitForm, document.content, where="")
+    except UserError as error:
+        document.problems.append(str(error))
+        document.check()
+        raise
+    known = METHODS.get(given.merge_method, ())
+    shared = taken_parameters(given.parameters or {}, known, "parameters", document) if known else {}
+    entries, base = _models(given, document)
+    own = tuple(
+        taken_parameters(entry.parameters or {}, known, f"models.{i}", document) if known else {}
+        for i, entry in enumerate(entries)
     )
+    document.check()
+    method = given.merge_method
+    asked = _Parameters(where, tuple(entry.model for entry in entries), shared, own)
     options = _options(method, asked, base is not None)
     section = WeightsForm(
         strategy={"name": method, **options},
@@ -64,17 +72,17 @@ def translate(content: Mapping[str, object], *, where: str) -> tuple[WeightsForm
         dtype=given.out_dtype or given.dtype,
     )
     told = " ".join(f"{key}={value}" for key, value in options.items()) or "no options"
-    notes = [f"mergekit's {method}: {told}"]
+    notes = [f"mergekit's {method}: {told}", *document.notes]
     if given.dtype not in (None, "float32"):
         notes.append(f"dtype: {given.dtype} is the output's; the arithmetic is float32's")
     return section, notes
 
 
-def _models(given: MergekitForm, where: str) -> tuple[list[MergekitModelForm], str | None]:
+def _models(given: MergekitForm, document: Document) -> tuple[list[MergekitModelForm], str | None]:
     """The models that are merged, and the base apart from them."""
     method, base = given.merge_method, given.base_model
     if method in NEED_BASE and base is None:
-        raise UserError(f"{method} needs a base_model", where=where, hint="add base_model")
+        document.problems.append(f"{method} needs a base_model (add base_model)")
     if method in ("linear", "karcher"):  # a base is one of the models there
         listed = [entry.model for entry in given.models]
         more = [MergekitModelForm(model=base)] if base is not None and base not in listed else []
@@ -168,13 +176,6 @@ def _dropping(method: str, asked: _Parameters, densities: list[object]) -> dict[
         densest = max(d if isinstance(d, float) else 0.0 for d in densities)
         options["gamma"] = min(asked.number("gamma", 0.01), max(0.0, 1 - densest))
     return options
-
-
-def _checked(parameters: Mapping[str, object], known: tuple[str, ...], where: str) -> Mapping[str, object]:
-    for key in parameters:
-        if key not in known:
-            raise unknown("parameter", key, known, where=where)
-    return parameters
 
 
 def _coefficient(value: object, where: str) -> Any:

@@ -11,7 +11,7 @@ from mergekit_vl.alignment.symmetries import Symmetries, find, heads_told
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import differing_settings
 from mergekit_vl.checkpoints.dtypes import FLOATS, NAMES, float_code
-from mergekit_vl.checkpoints.reader import open_checkpoint
+from mergekit_vl.checkpoints.reader import open_checkpoint, taking
 from mergekit_vl.checkpoints.writer import Slot
 from mergekit_vl.errors import UserError
 from mergekit_vl.merge_files.classes import by_class_name
@@ -42,6 +42,8 @@ class MergePlan:
     """Where matrices are decomposed: cpu, or a GPU as torch names it."""
     tensors: Tensors = "same"
     """Which tensors the output has where the models differ: none are allowed to, all that any model has, or those that all have."""
+    weights: str = "plain"
+    """Of files that hold several sets of weights, which are taken: plain, ema, or the key of one."""
 
 
 @dataclass
@@ -82,10 +84,11 @@ class AlignedCheckpoints:
 
 def open_plan(plan: MergePlan) -> AlignedCheckpoints:
     """Read every header; raises UserError for models that cannot be merged. Reads no tensor."""
-    tuned = tuple(
-        open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
-    )
-    base = open_checkpoint(plan.base, plan.base_label) if plan.base is not None else None
+    with taking(plan.weights):
+        tuned = tuple(
+            open_checkpoint(given, label) for given, label in zip(plan.models, plan.labels or ("",) * len(plan.models))
+        )
+        base = open_checkpoint(plan.base, plan.base_label) if plan.base is not None else None
     return aligned(plan, base, tuned)
 
 
@@ -184,7 +187,7 @@ def warnings(opened: AlignedCheckpoints) -> list[str]:
             f"the models' configs differ: {'; '.join(settings[:4])}{more}; the merged model gets the config of {giver}"
         )
     found += [
-        f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: save them alone to merge them"
+        f"{c.label} holds averaged weights too ({c.passed_over}), which are not taken: --weights ema takes them"
         for c in opened.all
         if c.passed_over
     ]

@@ -44,6 +44,8 @@ class Metadata(TypedDict):
     device: str
     tensors: NotRequired[Tensors]
     """Where it is not "same"."""
+    weights: NotRequired[str]
+    """Where it is not "plain"."""
 
 
 def canonical(metadata: Metadata) -> str:
@@ -75,6 +77,8 @@ def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> Metadata
     }
     if plan.tensors != "same":
         told["tensors"] = plan.tensors
+    if plan.weights != "plain":
+        told["weights"] = plan.weights
     return cast("Metadata", {**_adapter(opened), **told})
 
 

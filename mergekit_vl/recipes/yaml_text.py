@@ -15,13 +15,21 @@ MOST_BYTES = 128 * 2**10
 
 
 def parse(text: str, *, where: str) -> Any:
-    """The data; raises UserError for what is not YAML, and for what a recipe cannot hold."""
+    """The data of one document; raises UserError for what is not YAML, and for what a recipe cannot hold."""
+    found = parse_documents(text, where=where)
+    if len(found) > 1:
+        raise UserError(f"{len(found)} documents in one file", where=where, hint="one recipe a file")
+    return found[0] if found else None
+
+
+def parse_documents(text: str, *, where: str) -> list[Any]:
+    """The data of every document between lines of `---`, without empty ones; raises UserError as `parse` does."""
     import yaml
 
     from mergekit_vl.recipes.yaml_loader import Loader
 
     try:
-        return _plain(yaml.load(text, Loader=Loader))
+        return [_plain(each) for each in yaml.load_all(text, Loader=Loader) if each is not None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -37,29 +37,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     backbone = (Micro() if args.arch == "micro" else Clip(args.arch)).build(args.device)
-    path = ImageEncoder(backbone)
+    encoder = ImageEncoder(backbone)
     split = Folder(str(Path(args.images).expanduser())).load().train
     few = Split(split.source, split.rows[: args.n], split.labels[: args.n])
-    images = torch.stack([eval_view(few.source.load(int(row)), path) for row in few.rows[: backbone.block]])
+    images = torch.stack([eval_view(few.source.load(int(row)), encoder) for row in few.rows[: backbone.block]])
     ratios, rates = [], []
     for number in range(args.rounds):
         began = time.perf_counter()
         for _ in range(0, len(few), len(images)):
-            path.encode(images)
+            encoder.encode(images)
         forward = -(-len(few) // len(images)) * len(images) / (time.perf_counter() - began)
         began = time.perf_counter()
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda row: eval_view(few.source.load(int(row)), path).sum(), few.rows))
+            list(pool.map(lambda row: eval_view(few.source.load(int(row)), encoder).sum(), few.rows))
         decode = len(few) / (time.perf_counter() - began)
         began = time.perf_counter()
-        FeatureStore(None).features(path, few)
+        FeatureStore(None).features(encoder, few)
         ours = len(few) / (time.perf_counter() - began)
         rates.append((forward, decode, ours))
         ratios.append(ours / min(forward, decode))
         print(f"round {number + 1}: forward {forward:.1f}, decode {decode:.1f}, store {ours:.1f} images/s; ratio {ratios[-1]:.2f}", flush=True)  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     more = Split(split.source, split.rows[: 4 * args.n], split.labels[: 4 * args.n])
-    FeatureStore(None).features(path, more)
+    FeatureStore(None).features(encoder, more)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     medians = [statistics.median(column) for column in zip(*rates)]
     both = medians[2] * (1 / medians[0] + 1 / medians[1])

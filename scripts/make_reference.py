@@ -28,6 +28,7 @@ def reference() -> str:
     parts += [
         f"### `mergekit-vl {name}`\n\n{command.help}\n\n{_table('', command)}"
         for name, command in root.commands.items()
+        if not command.hidden
     ]
     registry = plugins.load_plugins()
     for kind, entries in registry.entries.items():

@@ -40,7 +40,7 @@ def main() -> None:
     page = ROOT / "docs" / "suite.md"
     text = re.sub(f"{BEGIN}.*{END}", lambda _: BEGIN + tables(report, tasks) + END, page.read_text(), flags=re.DOTALL)
     page.write_text(text)
-    shutil.copyfile(run / "path.png", ROOT / "docs" / "suite.png")
+    shutil.copyfile(run / "report.png", ROOT / "docs" / "suite.png")
     print(f"recorded {len(tasks)} tasks, {len(seeds)} seeds")
 
 

@@ -1,6 +1,6 @@
 """Every command line of the README, the docs and the recipes' heads: it parses, and does what can be done in seconds.
 
-Models of hubs and people's own files are replaced by the stand-ins of one table. What takes minutes (`run`, `bench`, `path`) is
+Models of hubs and people's own files are replaced by the stand-ins of one table. What takes minutes (`run`, `bench`, `landscape`) is
 parsed with its own options and then planned: `check`, `bench --dry-run`.
 """
 
@@ -148,7 +148,7 @@ def a_run(home):
     made = experiment.build(load_recipe("robust_micro", words), load_plugins())
     quiet = {"reporter": SILENT}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "PATH_POINTS", 2)
+        patch.setattr(experiment, "LINE_POINTS", 2)
         out = home / "runs" / "robust_micro-1234abcd"
         experiment.run(made, out, device="cpu", store=FeatureStore(home / "cache"), **quiet)
 
@@ -191,7 +191,7 @@ def test_a_command_does_what_it_says(line, place, monkeypatch, capsys):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout + done.stderr, done.stderr
         return
-    if words[0] in ("run", "bench", "path"):
+    if words[0] in ("run", "bench", "landscape"):
         words = planned(words)
     code, out, err = call(monkeypatch, capsys, *words)
     assert code == 0 and "error" not in err and out + err, err

@@ -144,8 +144,8 @@ class Few:
     parameters, forwards = 0, 1
 
     @property
-    def paths(self):
-        return self.one.paths
+    def encoders(self):
+        return self.one.encoders
 
     def bind(self, classes):
         head = self.one.bind(classes)

@@ -33,6 +33,30 @@ def test_every_link_to_a_file_leads_somewhere():
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_link_to_a_section_leads_to_one():
+    links = [
+        (page, page.parent / target if target else page, anchor)
+        for page in PAGES
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    ]
+    assert len(links) > 10
+    for page, target, anchor in links:
+        assert anchor in sections(target), f"{page.name}: {target.name}#{anchor}"
+
+
+def sections(page):
+    """The anchors of a page's headings, as GitHub makes them; headings in code blocks are none."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    seen: dict[str, int] = {}
+    anchors = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", shown).replace(" ", "-")
+        anchors.add(f"{anchor}-{seen[anchor]}" if anchor in seen else anchor)
+        seen[anchor] = seen.get(anchor, 0) + 1
+    return anchors
+
+
 def test_every_recipe_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert all(name in readme for name in installed_recipes())

@@ -4,6 +4,7 @@ import pytest
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError
+from mergekit_vl.recipes.recipe import parse
 from mergekit_vl.strategies.mergetune import MergeTune
 from mergekit_vl.strategies.wise_ft import WiseFT
 
@@ -25,6 +26,16 @@ def test_an_option_under_both_of_its_names_is_refused():
 def test_names_of_today_do_not_warn(recwarn):
     options.build(MergeTune, {"space": "weights", "zero_shot": "template"}, where="strategy mergetune")
     assert not recwarn
+
+
+def test_the_input_of_a_strategy_was_called_of():
+    plain = {"dataset": {"name": "microworld"}, "strategy": ["wise_ft"]}
+    given = [{"name": "linear"}, {"name": "wise_ft", "of": "linear"}]
+    with pytest.warns(FutureWarning, match="strategy wise_ft: of=linear is now written input=linear"):
+        made = parse(plain | {"strategy": given}, name="r", where="r")
+    assert made.strategies[1].input == "linear" and not made.strategies[1].options
+    with pytest.raises(UserError, match="input is given twice, once as of"):
+        parse(plain | {"strategy": [given[0], given[1] | {"input": "linear"}]}, name="r", where="r")
 
 
 def test_an_empty_key_is_unknown():

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mergekit_vl import options
-from mergekit_vl.api.notebook import html_table
 from mergekit_vl.merging.method import info_of
 from mergekit_vl.registry.plugins import DEFAULT_PLUGINS, Entry, registry
+from mergekit_vl.reports.render import notebook_table
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class StrategyEntry:
         return "\n".join([f"{self.name}: {self.summary}", *(f"  {key}: {told}" for key, told in self.options.items())])
 
     def _repr_html_(self) -> str:
-        return html_table(["option", ""], [list(each) for each in self.options.items()], f"{self.name}: {self.summary}")
+        title = f"{self.name}: {self.summary}"
+        return notebook_table(list(self.options.items()), header=("option", ""), title=title)
 
 
 class Strategies(Mapping[str, StrategyEntry]):
@@ -76,7 +77,7 @@ class Strategies(Mapping[str, StrategyEntry]):
         return "\n".join(f"{name:{width}s}  {summary}" for name, summary in self._rows())
 
     def _repr_html_(self) -> str:
-        return html_table(["strategy", ""], self._rows())
+        return notebook_table(self._rows(), header=("strategy", ""))
 
 
 def list_strategies() -> Strategies:

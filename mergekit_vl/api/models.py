@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
-from mergekit_vl.api.notebook import PYTHON_WARNINGS, html_table
+from mergekit_vl.api.notebook import PYTHON_WARNINGS
 from mergekit_vl.datasets.base import Dataset
 from mergekit_vl.datasets.image_files import MOST_MEGAPIXELS, check_megapixels
 from mergekit_vl.errors import UserError
@@ -28,6 +28,7 @@ from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.reporter import Reporter
+from mergekit_vl.reports.render import notebook_table
 from mergekit_vl.system.devices import device_of
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Predictions(Sequence["tuple[str, float]"]):
         return "\n".join(f"{image}: {told}" for image, told in self._rows())
 
     def _repr_html_(self) -> str:
-        return html_table(["image", "likeliest"], self._rows())
+        return notebook_table(self._rows(), header=("image", "likeliest"))
 
 
 def predict(
@@ -193,7 +194,7 @@ def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
         labels = tuple(f"image {i}" for i in range(len(images)))
         if images.is_floating_point():
             batch = images.float()
-            return labels, lambda path, i: batch[i]
+            return labels, lambda encoder, i: batch[i]
         images = [_pil(image) for image in images]
     one = isinstance(images, (str, Path, Image))
     given = [images] if one else list(images)
@@ -208,7 +209,7 @@ def _views(images: Any, megapixels: float) -> tuple[tuple[str, ...], View]:
                 f"a {type(image).__name__} is no image", where="predict", hint="give paths, PIL images, or one batch"
             )
     pictures = [image.convert("RGB") for image in given]
-    return tuple(f"image {i}" for i in range(len(pictures))), lambda path, i: eval_view(pictures[i], path)
+    return tuple(f"image {i}" for i in range(len(pictures))), lambda encoder, i: eval_view(pictures[i], encoder)
 
 
 def _pil(image: Tensor) -> Image:

@@ -22,7 +22,7 @@ from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Single, image_encoders, size_in_bytes
 from mergekit_vl.recipes.references import hide
 from mergekit_vl.registry.calls import told
-from mergekit_vl.reports.landscape_results import CellPath
+from mergekit_vl.reports.landscape_results import CellLandscape
 from mergekit_vl.strategies.base import HasControls, trains
 from mergekit_vl.system.atomic_files import slug, write_json
 from mergekit_vl.system.memory import Peak
@@ -192,22 +192,22 @@ class CellRun:
             row = cell.scored(spec.label, "merged", model, cell.clock() - began)
         for test, scores in row.tests.items():
             if math.isnan(scores.nll):
-                raise Failed(f"its answers on {test} are not finite", where=spec.label)
+                raise Failed(f"its logits on {test} are not finite", where=spec.label)
         return model, row
 
     def _parents(self, spec: Spec) -> tuple[object, ...]:
         """The classes of the strategies that a row is made of."""
-        return next((entry.of for entry in self.bench.entries if entry.spec is spec), ())
+        return next((entry.made_of for entry in self.bench.entries if entry.spec is spec), ())
 
     def _given(self, cell: Cell, spec: Spec, inputs: MergeInputs) -> MergeInputs:
-        """The inputs of a strategy: all tuned models, or the one that it is `of`."""
-        if spec.of is None:
+        """The inputs of a strategy: all tuned models, or the one that is its `input`."""
+        if spec.input is None:
             return inputs
         labels = [entry.label for entry in self.bench.entries if entry.kind == "tuned"]
-        if spec.of in labels:
-            i = labels.index(spec.of)
+        if spec.input in labels:
+            i = labels.index(spec.input)
             return dataclasses.replace(inputs, tuned=inputs.tuned[i : i + 1], data=inputs.data[i : i + 1])
-        parent = next(entry for entry in self.bench.entries if entry.label == spec.of)
+        parent = next(entry for entry in self.bench.entries if entry.label == spec.input)
         assert parent.spec is not None, "what a row is made of is a strategy"
         model, _ = self._scored(cell, parent.spec, self._choice(parent), inputs)
         return dataclasses.replace(inputs, tuned=(model,), data=inputs.data[:1])
@@ -247,8 +247,8 @@ class CellRun:
             entry.label, entry.kind, _strategy(entry), "done", made=row, options=dict(options), cost=cost, search=search
         )
 
-    def path(self) -> None:
-        """Draw the path of the cell, and write it down, unless it is on record.
+    def landscape(self) -> None:
+        """Measure the landscape of the cell, and write it down, unless it is on record.
 
         It is loss and accuracy between zero-shot, the first row that asks for controls (else one that trains, else the first) and the
         tuned model; of towers in the first cell alone.
@@ -260,15 +260,15 @@ class CellRun:
             return
         spec = entry.spec
         makers = ("mergekit_vl.experiments.landscape", *self.bench.makers(entry))
-        found = self.bench.path(self.key, entry)
+        found = self.bench.landscape(self.key, entry)
         if found is None or not self.cell.fresh(found.made_of, makers):
-            self.bench.reporter.progress(0, 0, f"{self.key.name}: path")
-            made = dataclasses.replace(self._path(entry, spec), made_of=self.cell.made_of(makers))
-            write_json(self.bench.path_record(self.key, entry), made.to_json())
+            self.bench.reporter.progress(0, 0, f"{self.key.name}: landscape")
+            made = dataclasses.replace(self._landscape(entry, spec), made_of=self.cell.made_of(makers))
+            write_json(self.bench.landscape_record(self.key, entry), made.to_json())
 
-    def _path(self, entry: Entry, spec: Spec) -> CellPath:
-        """The path by way of a row; without points where there is none."""
-        nothing = CellPath(entry.label)
+    def _landscape(self, entry: Entry, spec: Spec) -> CellLandscape:
+        """Lines and plane with the model of a row; without points where there is none."""
+        nothing = CellLandscape(entry.label)
         inputs = self.endpoints[1]
         first = inputs.tuned[0]
         towers = isinstance(first, Single) and first.adapter.about.reads == "images"
@@ -282,7 +282,7 @@ class CellRun:
             plane = landscape.plane(found[0], tests, PLANE_POINTS) if found and not towers else None
         except UserError:
             return nothing
-        return CellPath(entry.label, tuple(points), tuple(landscape.barriers(points)), plane)
+        return CellLandscape(entry.label, tuple(points), tuple(landscape.barriers(points)), plane)
 
 
 def _fault(entry: Entry, status: Literal["inapplicable", "failed"], reason: str) -> Record:

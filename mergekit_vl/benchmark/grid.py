@@ -19,7 +19,7 @@ from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_da
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.protocols.base import shots_of
 from mergekit_vl.reporter import Reporter
-from mergekit_vl.reports.landscape_results import CellPath
+from mergekit_vl.reports.landscape_results import CellLandscape
 from mergekit_vl.system.atomic_files import slug, write_json
 
 if TYPE_CHECKING:
@@ -120,12 +120,12 @@ class Bench:
         from mergekit_vl.models.model import ImageEncoder
         from mergekit_vl.models.views import eval_view
 
-        path, source = ImageEncoder(self.ready.backbone), self.ready.datasets[0].test.source
-        images = torch.stack([eval_view(source.load(i % len(source)), path) for i in range(16)])
+        encoder, source = ImageEncoder(self.ready.backbone), self.ready.datasets[0].test.source
+        images = torch.stack([eval_view(source.load(i % len(source)), encoder) for i in range(16)])
         seconds = []
         for _ in range(4):  # the first one warms up
             began = time.perf_counter()
-            path.encode(images, 16).cpu()
+            encoder.encode(images, 16).cpu()
             seconds.append(time.perf_counter() - began)
         return 1000 * sorted(seconds[1:])[1] / len(images)
 
@@ -137,17 +137,17 @@ class Bench:
         """A row as it was written; None where it was not, or is damaged."""
         return _read(Record.from_json, self.record(key, entry))
 
-    def path(self, key: Key, entry: Entry) -> CellPath | None:
-        """The path by way of a row, as it was written."""
-        return _read(CellPath.from_json, self.path_record(key, entry))
+    def landscape(self, key: Key, entry: Entry) -> CellLandscape | None:
+        """The landscape with the model of a row, as it was written."""
+        return _read(CellLandscape.from_json, self.landscape_record(key, entry))
 
     def record(self, key: Key, entry: Entry) -> Path:
         """The file of a row."""
         return self.folder(key) / "records" / entry.file
 
-    def path_record(self, key: Key, entry: Entry) -> Path:
-        """The file of the path by way of a row."""
-        return self.folder(key) / "records" / f"path-{entry.file}"
+    def landscape_record(self, key: Key, entry: Entry) -> Path:
+        """The file of the landscape with the model of a row."""
+        return self.folder(key) / "records" / f"landscape-{entry.file}"
 
     def makers(self, entry: Entry) -> tuple[object, ...]:
         """The tuners and strategies that a row depends on."""

@@ -37,7 +37,7 @@ class Section:
 
 def html(report: BenchReport, cells: Sequence[CellRecord]) -> str:
     shown = [table for table in report.tables if table.rows]
-    path = report.path
+    landscape = report.landscape
     return page(
         "bench.html",
         title=report.recipe,
@@ -47,7 +47,7 @@ def html(report: BenchReport, cells: Sequence[CellRecord]) -> str:
         lead=lead(report),
         sections=[_section(report, table, cells) for table in report.tables],
         over_shots=markup(plots.over_shots(shown)) if len(shown) > 1 else "",
-        path=section(path, report.base, report.tuned[0]) if path is not None else "",
+        landscape=section(landscape, report.base, report.tuned[0]) if landscape is not None else "",
         chosen=[(each, _counted(each), [_told(cell) for cell in each.cells]) for each in report.chosen],
         reasons=[line.removeprefix("- ") for line in reasons(report)],
         environment=", ".join(f"{name} {value}" for name, value in report.environment.items()),

@@ -187,14 +187,16 @@ def _chosen(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[tu
         found = found + [each for each in more if each not in found]
     labels = [spec.label for spec, _ in found]
     for spec, _ in found:
-        if spec.of is not None and spec.of in [s.label for s, _ in own] and spec.of not in labels:
-            raise UserError(f"{spec.label} is made of {spec.of}", where="--strategies", hint=f"name {spec.of} too")
+        if spec.input is not None and spec.input in [s.label for s, _ in own] and spec.input not in labels:
+            raise UserError(
+                f"{spec.label} is made of {spec.input}", where="--strategies", hint=f"name {spec.input} too"
+            )
     return found
 
 
 def _plain(spec: Spec) -> dict[str, object]:
     more: dict[str, object] = {"label": spec.label} if spec.label != spec.name else {}
-    more |= {"of": spec.of} if spec.of is not None else {}
+    more |= {"input": spec.input} if spec.input is not None else {}
     more |= {"grid": spec.grid} if spec.grid is not None else {}
     more |= {"batch_norm": spec.batch_norm} if spec.batch_norm != "images" else {}
     return {"name": spec.name, **more, **spec.options}
@@ -229,12 +231,12 @@ class Entry:
     """Of a strategy, the always-there ones included."""
     cls: Any = None
     """Its class, or the UserError of one that cannot be used."""
-    of: tuple[object, ...] = ()
+    made_of: tuple[object, ...] = ()
     """The classes of the strategies that it is made of."""
 
     @property
     def makers(self) -> tuple[object, ...]:
-        return tuple(cls for cls in (*self.of, self.cls) if isinstance(cls, type))
+        return tuple(cls for cls in (*self.made_of, self.cls) if isinstance(cls, type))
 
     @property
     def file(self) -> str:
@@ -263,7 +265,7 @@ def _controls(plan: Plan, tuned: Sequence[str], how: Mapping[str, object]) -> li
             tuner = made.tuners[i // (len(tuned) // len(made.tuners))]
             name = "continued" if len(tuned) == 1 else f"{label}, continued"
             given = cls.continued(options.values(tuner) if own is None else own)
-            spec = Spec(strategy, given, "the row continued", name, of=label, grid={})
+            spec = Spec(strategy, given, "the row continued", name, input=label, grid={})
             entries.append(Entry(name, "control", (strategy, spec.options, label), spec, cls))
     entries.append(Entry(BEST, "control", (how,)))
     average, of = ("linear", Linear) if len(tuned) == 1 else ("uniform_soup", UniformSoup)
@@ -281,9 +283,9 @@ def _merged(plan: Plan, n_tuned: int, how: Mapping[str, object]) -> list[Entry]:
         chain, parent, parents = [], spec, []
         while True:
             chain.append(_plain(parent))
-            if parent.of not in by_label:
+            if parent.input not in by_label:
                 break
-            parent = by_label[parent.of]
+            parent = by_label[parent.input]
             parents.append(classes[parent.label])
         grid = configurations(kind, spec, n_tuned, plan.search) if isinstance(kind, type) else []
         tried = [given for given, _ in grid]

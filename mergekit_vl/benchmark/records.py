@@ -12,8 +12,19 @@ from typing import Any, Literal
 
 from mergekit_vl.models.evaluate import Scores
 from mergekit_vl.protocols.base import Metric
-from mergekit_vl.reports.landscape_results import MeanPath
-from mergekit_vl.reports.results import IF_THERE, LEFT_OUT, CellResult, Kind, Paired, Row, SummaryRow, fields_of, read
+from mergekit_vl.reports.landscape_results import MeanLandscape, current
+from mergekit_vl.reports.results import (
+    IF_THERE,
+    LEFT_OUT,
+    CellResult,
+    Kind,
+    Paired,
+    Row,
+    SummaryRow,
+    fields_of,
+    read,
+    renamed,
+)
 
 Status = Literal["done", "inapplicable", "failed"]
 OF_ROW = ("tests", "score", "right", "digest", "parameters", "forwards", "chosen", "learnt", "chosen_on")
@@ -296,7 +307,7 @@ class BenchReport:
     chosen: tuple[ChosenFor, ...]
     repeat: Mapping[str, tuple[Command, ...]]
     """By row."""
-    path: MeanPath | None
+    landscape: MeanLandscape | None
     environment: Mapping[str, object]
     image_ms: float
     """Milliseconds that the backbone takes for an image."""
@@ -312,5 +323,7 @@ class BenchReport:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> BenchReport:
-        made: BenchReport = read(cls, {**found, "tables": ()})
+        found = renamed(found, landscape="path")
+        landscape = current(found["landscape"]) if found["landscape"] is not None else None
+        made: BenchReport = read(cls, {**found, "tables": (), "landscape": landscape})
         return dataclasses.replace(made, tables=tuple(map(BenchTable.from_json, found["tables"])))

@@ -16,7 +16,7 @@ from mergekit_vl.benchmark.table import chosen, left_out, selection_split, table
 from mergekit_vl.benchmark.wording import lead, reasons
 from mergekit_vl.experiments import landscape
 from mergekit_vl.reports import render
-from mergekit_vl.reports.landscape_results import CellPath, MeanPath
+from mergekit_vl.reports.landscape_results import CellLandscape, MeanLandscape
 from mergekit_vl.reports.results import CellResult
 from mergekit_vl.system.atomic_files import write_json, write_text
 
@@ -49,7 +49,7 @@ def write(bench: Bench, keys: Sequence[Key], *, seconds: float) -> BenchReport:
         lost_cells=tuple(_lost(cell) for cell in everything if not cell.done(0)),
         chosen=chosen(bench, cells),
         repeat={entry.label: commands for entry in bench.entries if (commands := repeat(bench, entry, cells))},
-        path=path(bench, keys),
+        landscape=_landscape(bench, keys),
         environment=environment(bench.ready.device),
         image_ms=bench.image_ms,
         seconds=seconds,
@@ -114,10 +114,10 @@ def _chain(bench: Bench, label: str | None, cell: CellRecord) -> list[dict[str, 
         record = cell.done(place)
         if spec is None or record is None:
             break
-        more = {"of": spec.of} if spec.of is not None else {}
+        more = {"input": spec.input} if spec.input is not None else {}
         more |= {"batch_norm": spec.batch_norm} if spec.batch_norm != "images" else {}
         chain.insert(0, {"name": spec.name, "label": label, **more, **record.options})
-        label = spec.of
+        label = spec.input
     return chain
 
 
@@ -128,12 +128,12 @@ def _dataset(bench: Bench, name: str) -> Any:
     return next(plain for plain, made in zip(given, bench.ready.datasets) if made.name == name)
 
 
-def path(bench: Bench, keys: Sequence[Key]) -> MeanPath | None:
-    """Points and barriers of the path, averaged over the cells that have one; the plane of the first of them."""
-    found: dict[str, list[tuple[Key, CellPath]]] = {}
+def _landscape(bench: Bench, keys: Sequence[Key]) -> MeanLandscape | None:
+    """Points and barriers, averaged over the cells that have one; the plane of the first of them."""
+    found: dict[str, list[tuple[Key, CellLandscape]]] = {}
     for key in keys:
         for entry in bench.entries:
-            told = bench.path(key, entry)
+            told = bench.landscape(key, entry)
             if told is not None and told.points:
                 found.setdefault(entry.label, []).append((key, told))
     if not found:

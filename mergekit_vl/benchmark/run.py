@@ -39,7 +39,7 @@ def serial(work: Callable[[Key], None], keys: Sequence[Key]) -> Iterator[Key]:
 
 
 def work(bench: Bench, key: Key) -> None:
-    """Make the rows of a cell that are not on record, failed or would come out otherwise now; then its path."""
+    """Make the rows of a cell that are not on record, failed or would come out otherwise now; then its landscape."""
     bench.store.memory.clear()  # what cells share is on disk
     cell = bench.cell(bench.tasks[key], key.seed, bench.folder(key))
     cell.claim(bench.ready.experiment.tuners)
@@ -49,7 +49,7 @@ def work(bench: Bench, key: Key) -> None:
         facts = plain(cell.facts(key.dataset, key.seed))
         write_json(cell.folder / "facts.json", {name: fact for name, fact in facts.items() if name != "rows"})
         contest.make(missing)
-    contest.path()
+    contest.landscape()
 
 
 def run(

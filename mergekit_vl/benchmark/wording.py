@@ -25,7 +25,7 @@ def headline(report: BenchReport) -> str:
     told = []
     for found, other in ((best.minus_base, report.base), (best.minus_tuned, shown.tuned_row)):
         if found is not None:
-            verdict = ", not shown" if found.verdict == "not shown" else ""
+            verdict = "" if found.verdict in ("above", "below") else ", not significant"
             rest = "" if found.low is None else f" ({found.low:+.1f} to {found.high:+.1f}{verdict})"
             told.append(f"{found.mean:+.1f} against {other}{rest}")
     return f"{text}; {', '.join(told)}." if told else f"{text}."

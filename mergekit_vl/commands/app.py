@@ -18,8 +18,8 @@ from mergekit_vl import __version__, options
 from mergekit_vl.commands import arguments
 from mergekit_vl.commands import bench as bench_command
 from mergekit_vl.commands import cache as cache_command
+from mergekit_vl.commands import landscape as landscape_command
 from mergekit_vl.commands import merge as merge_command
-from mergekit_vl.commands import path as path_command
 from mergekit_vl.commands import use as use_commands
 from mergekit_vl.commands.exits import USAGE, exit_code
 from mergekit_vl.commands.merge_request import is_merge
@@ -132,7 +132,8 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
 
 
 app.command()(bench_command.bench)
-app.command()(path_command.path)
+app.command()(landscape_command.landscape)
+app.command("path", hidden=True)(landscape_command.path)
 app.command()(cache_command.cache)
 app.command()(merge_command.merge)
 app.command()(merge_command.verify)

@@ -30,7 +30,7 @@ def estimated(model: Single, inputs: MergeInputs) -> Single:
     to within one image, and each block counts equally. `block` is how many images the backbone encodes at once.
     """
     tower, backbone = model.adapter, model.backbone
-    made = model.paths[0].backbone.with_weights({})  # a copy
+    made = model.encoders[0].backbone.with_weights({})  # a copy
     norms = [m for m in made.image.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     tasks = {id(task): task for task in inputs.data}.values()
     images = [(task.train.source, int(row)) for task in tasks for row in task.train.rows]

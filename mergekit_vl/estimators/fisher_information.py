@@ -34,7 +34,7 @@ def of_model(model: Single, data: TaskData, inputs: MergeInputs, images: int) ->
     """
     if model.adapter.about.exact_fisher:
         (network,) = model.adapter.networks(model.backbone, [data.classes], training=False)
-        exact = network.fisher(network.prepare(inputs.features.features(model.paths[0], data.train)))
+        exact = network.fisher(network.prepare(inputs.features.features(model.encoders[0], data.train)))
         assert exact is not None, f"{model.adapter.about.one} says that its Fisher information is known in closed form"
         return exact
     weights, (predict,) = predictors(model, [(data.classes, data.train)], inputs)
@@ -69,7 +69,7 @@ def predictors(
     networks = model.adapter.networks(model.backbone, [classes for classes, _ in tasks], training=False)
 
     def of_features(network: Network[Adapter], images: Split) -> Predict:
-        x = network.prepare(inputs.features.features(model.paths[0], images))
+        x = network.prepare(inputs.features.features(model.encoders[0], images))
         return lambda weights, rows: network(weights, x[rows])
 
     def of_images(network: Network[Adapter], images: Split) -> Predict:

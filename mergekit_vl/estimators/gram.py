@@ -117,7 +117,7 @@ class _Seen(TorchDispatchMode):
 @torch.no_grad()
 def of_tower(model: Single, images: Split, rows: list[int], reporter: Reporter) -> tuple[dict[str, Gram], Tensor]:
     """Gram matrices by names in the backbone's model, of a tower at its own weights, and its features [N, D]."""
-    backbone = model.paths[0].backbone
+    backbone = model.encoders[0].backbone
     path = ImageEncoder(backbone)
     inside = {tensor.data_ptr() for tensor in backbone.image.parameters()}
     weights = {n: p for n, p in backbone.model.named_parameters() if p.ndim in (2, 4) and p.data_ptr() in inside}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mergekit_vl.tuners.base import Tuner
 
 WITHOUT = (
-    *("strategies", "tuners", "recipe", "experiments.landscape", "storage.export"),
+    *("strategies", "tuners", "recipes", "experiments.landscape", "storage.export"),
     *("reports.report", "reports.html", "reports.card", "reports.landscape_page", "reports.plots"),
     *("reports.table", "reports.comparison", "reports.render"),
     *("benchmark.report", "benchmark.table", "benchmark.page", "benchmark.plots", "benchmark.wording"),
@@ -142,7 +142,7 @@ class Cell:
         """
         from mergekit_vl.models.evaluate import evaluate
 
-        keys = [{path.key for path in each.paths} for each in (self.inputs.base, model)]
+        keys = [{path.key for path in each.encoders} for each in (self.inputs.base, model)]
         if data.val is None or not len(data.val) or keys[0] != keys[1]:
             return
         before, after = (
@@ -208,7 +208,7 @@ class Cell:
             label,
             kind,
             tests={test: each.scores for test, each in found.items()},
-            score=self.task.metric.of({test: each.scores.acc1 for test, each in found.items()}),
+            score=self.task.metric.headline_of({test: each.scores.acc1 for test, each in found.items()}),
             right={test: "".join("01"[int(hit)] for hit in each.right) for test, each in found.items()},
             digest={test: each.digest for test, each in found.items()},
             parameters=model.parameters,

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from mergekit_vl.models.features import FeatureStore
     from mergekit_vl.models.model import Model, Single
     from mergekit_vl.protocols.base import EvaluationProtocol, JointProtocol, Task
-    from mergekit_vl.reports.results import CellResult, PathPoint, Report, Row
+    from mergekit_vl.reports.results import CellResult, LinePoint, Report, Row
     from mergekit_vl.strategies.base import Strategy
     from mergekit_vl.tuners.base import Tuner
 
-PATH_POINTS = 11
+LINE_POINTS = 11
 ROOTS = (__name__, "mergekit_vl.models.evaluate", "mergekit_vl.models.features", "mergekit_vl.backbones.backbone")
 """What every row is made by, beside the classes that the recipe names."""
 
@@ -388,22 +388,22 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, Ce
     merged: dict[str, Model] = {}
     makers: dict[str, tuple[object, ...]] = {}
     for (label, strategy), spec in zip(experiment.strategies, experiment.recipe.strategies):
-        makers[label] = (*makers.get(spec.of or "", cell.tuners), strategy)
+        makers[label] = (*makers.get(spec.input or "", cell.tuners), strategy)
         given = dataclasses.replace(inputs, batch_norm=spec.batch_norm, scratch=cell.scratch(makers[label]))
-        if spec.of is not None:
-            one, data = tuned.get(spec.of) or (merged[spec.of], inputs.data[0])
-            given = dataclasses.replace(given, tuned=(one,), data=(data,), labels=(spec.of,))
+        if spec.input is not None:
+            one, data = tuned.get(spec.input) or (merged[spec.input], inputs.data[0])
+            given = dataclasses.replace(given, tuned=(one,), data=(data,), labels=(spec.input,))
         place = cell.place(label, makers[label])
         model = place.model or strategy.merge(given)
         rows.append(cell.finished(place, model, "merged", towers=not merged or trains(strategy)))
         merged[label] = model
     shutil.rmtree(cell.folder / "scratch", ignore_errors=True)
     main = next(iter(merged.values()))
-    path: list[PathPoint] = []
+    points: list[LinePoint] = []
     if not experiment.joint:
-        cell.inputs.reporter.progress(0, 0, "path")
+        cell.inputs.reporter.progress(0, 0, "landscape")
         for between in landscape.landscapes(inputs.base, inputs.tuned[0], main, inputs.features):
-            # by way of the merged model between classifiers alone, where a point costs next to nothing
+            # through the merged model between classifiers alone, where a point costs next to nothing
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
-            path += landscape.lines(between, cell.task.tests, PATH_POINTS, segments)
-    return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), path=tuple(path))
+            points += landscape.lines(between, cell.task.tests, LINE_POINTS, segments)
+    return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), landscape=tuple(points))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from mergekit_vl.errors import UserError
-from mergekit_vl.reports.landscape_results import Barrier, CellPath, MeanPath, Plane
-from mergekit_vl.reports.results import PathPoint
+from mergekit_vl.reports.landscape_results import Barrier, CellLandscape, MeanLandscape, Plane
+from mergekit_vl.reports.results import LinePoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Logits = Callable[[Tensor, Classes, Split], Tensor]
     """(coefficients [S, N], classes, split) -> [S, B, K]."""
 
-P = TypeVar("P", PathPoint, Barrier)
+P = TypeVar("P", LinePoint, Barrier)
 SEGMENTS = (("zero-shot", "tuned"), ("zero-shot", "merged"), ("merged", "tuned"))
 """The straight line, and the way through the merged model."""
 CHUNK_SIZE = 1 << 24
@@ -102,7 +102,7 @@ def _shapes(model: Single) -> dict[str, object]:
 def _images(model: Single, split: Split, store: FeatureStore, *, normalise: bool) -> Tensor:
     import torch.nn.functional as F
 
-    images = store.features(model.paths[0], split).to(model.backbone.device)
+    images = store.features(model.encoders[0], split).to(model.backbone.device)
     return F.normalize(images, dim=-1) if normalise else images
 
 
@@ -171,7 +171,7 @@ def _of_logits(members: Mapping[str, Single], store: FeatureStore) -> Logits:
     first = next(iter(members.values()))
 
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
-        images = {first.paths[0].key: _images(first, split, store, normalise=False)}
+        images = {first.encoders[0].key: _images(first, split, store, normalise=False)}
         return _combined(coefficients, torch.stack([m.bind(classes)(images) for m in members.values()]))
 
     return logits
@@ -199,7 +199,7 @@ def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
     def logits(coefficients: Tensor, classes: Classes, split: Split) -> Tensor:
         out = []
         for i, c in enumerate(coefficients):
-            store.reporter.progress(i, len(coefficients), "points of the path, each a tower")
+            store.reporter.progress(i, len(coefficients), "points of the landscape, each a tower")
             model, kept_in = point(c)
             out.append(logits_of(model, classes, split, kept_in)[0])
         return torch.stack(out)
@@ -207,7 +207,7 @@ def _of_images(members: Mapping[str, Single], store: FeatureStore) -> Logits:
     return logits
 
 
-def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tuple[str, str]]) -> list[PathPoint]:
+def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tuple[str, str]]) -> list[LinePoint]:
     """`points` points of each segment that the landscape has, ends included, alpha in 0..1."""
     import torch
 
@@ -220,19 +220,19 @@ def lines(landscape: Landscape, tests: Tests, points: int, segments: Sequence[tu
     found = landscape.measure(coefficients.flatten(0, 1), tests)
     places = itertools.product(there, alphas.tolist())
     return [
-        PathPoint(f"{start} -> {end}", landscape.space, round(alpha, 6), scores)
+        LinePoint(f"{start} -> {end}", landscape.space, round(alpha, 6), scores)
         for ((start, end), alpha), scores in zip(places, found)
     ]
 
 
-def barriers(points: Sequence[PathPoint]) -> list[Barrier]:
+def barriers(points: Sequence[LinePoint]) -> list[Barrier]:
     """How high the loss rises on each segment above the straight line between its ends, by test; 0 where it never does.
 
     max over alpha of L(alpha) - (1 - alpha) L(0) - alpha L(1) (Entezari et al. 2022, arXiv 2110.06296, definition 2.1), in nats; the
     same of 1 - accuracy, in 0..1.
     """
     out = []
-    for (space, segment), of_segment in itertools.groupby(points, key=lambda p: (p.space, p.leg)):
+    for (space, segment), of_segment in itertools.groupby(points, key=lambda p: (p.space, p.segment)):
         line = list(of_segment)
         heights: dict[str, dict[str, float]] = {}
         for test in line[0].tests:
@@ -244,10 +244,10 @@ def barriers(points: Sequence[PathPoint]) -> list[Barrier]:
     return out
 
 
-def averaged(row: str, cells: Sequence[CellPath], plane: Plane | None, plane_of: str) -> MeanPath:
+def averaged(row: str, cells: Sequence[CellLandscape], plane: Plane | None, plane_of: str) -> MeanLandscape:
     """The means of the points and of the barrier heights of several cells, which have the same tests; the plane is one cell's."""
     points = tuple(_averaged([cell.points for cell in cells]))
-    return MeanPath(row, len(cells), points, tuple(_averaged([cell.barriers for cell in cells])), plane, plane_of)
+    return MeanLandscape(row, len(cells), points, tuple(_averaged([cell.barriers for cell in cells])), plane, plane_of)
 
 
 def _averaged(cells: Sequence[Sequence[P]]) -> list[P]:

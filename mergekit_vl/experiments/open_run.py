@@ -11,9 +11,9 @@ from mergekit_vl import options
 from mergekit_vl.adapters.linear_head import untuned
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
-from mergekit_vl.printable import in_html
 from mergekit_vl.recipes.loading import load_recipe
 from mergekit_vl.recipes.recipe import Recipe
+from mergekit_vl.reports.render import notebook_table
 from mergekit_vl.storage import model_files
 from mergekit_vl.storage.tuned import load_tuned
 from mergekit_vl.system.atomic_files import slug
@@ -39,7 +39,7 @@ class LoadedModel:
 
     def table(self) -> list[tuple[str, str]]:
         """(what, which) in a few lines."""
-        encoders = ", ".join(dict.fromkeys(encoder.backbone.spec for encoder in self.model.paths))
+        encoders = ", ".join(dict.fromkeys(encoder.backbone.spec for encoder in self.model.encoders))
         told = [("model", self.label), ("backbone", encoders), ("parameters", f"{self.model.parameters:,}")]
         if self.recipe is not None:
             told.insert(1, ("run", self.recipe.name))
@@ -49,8 +49,7 @@ class LoadedModel:
         return f"<{', '.join(f'{what} {which}' for what, which in self.table())}>"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{in_html(what)}</th><td>{in_html(which)}</td></tr>" for what, which in self.table())
-        return f"<table>{rows}</table>"
+        return notebook_table(self.table())
 
 
 def open_model(

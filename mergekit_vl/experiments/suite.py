@@ -43,5 +43,5 @@ def _settings(made: Experiment) -> list[Any]:
 def _rows(made: Experiment) -> dict[str, Any]:
     """Controls and strategies by label, with all that makes them what they are."""
     specs = zip(made.strategies, made.recipe.strategies)
-    strategies = {label: (strategy, spec.of, spec.batch_norm) for (label, strategy), spec in specs}
+    strategies = {label: (strategy, spec.input, spec.batch_norm) for (label, strategy), spec in specs}
     return {label: (control, None, "images") for label, control in made.controls} | strategies

@@ -14,7 +14,7 @@ import numpy as np
 from mergekit_vl.datasets.base import CanBeWhole
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, image_encoders
-from mergekit_vl.printable import in_html
+from mergekit_vl.reports.render import notebook_table
 from mergekit_vl.reports.results import plain
 from mergekit_vl.system.regular_files import user_path
 
@@ -78,8 +78,7 @@ class Evaluated:
         return "\n".join([self.title, *(f"  {what:15s} {value}" for what, value in self.table())])
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{in_html(what)}</th><td>{in_html(value)}</td></tr>" for what, value in self.table())
-        return f"<table><caption>{in_html(self.title)}</caption>{rows}</table>"
+        return notebook_table(self.table(), title=self.title)
 
 
 ALL = "all"
@@ -139,14 +138,14 @@ def probabilities(model: Model, classes: Classes, view: View, n: int, reporter: 
     from mergekit_vl.models.views import prefetched
 
     head = model.bind(classes)
-    paths = image_encoders(model, classes)
-    size = min(n, *(path.backbone.block for path in paths))
+    encoders = image_encoders(model, classes)
+    size = min(n, *(encoder.backbone.block for encoder in encoders))
     features: dict[str, list[Tensor]] = {}
-    for path in paths:
-        features[path.key] = []
-        for batch in prefetched(partial(view, path), n, size):
-            features[path.key].append(path.encode(batch, block=size))
-            reporter.progress(sum(map(len, features[path.key])), n, "images")
+    for encoder in encoders:
+        features[encoder.key] = []
+        for batch in prefetched(partial(view, encoder), n, size):
+            features[encoder.key].append(encoder.encode(batch, block=size))
+            reporter.progress(sum(map(len, features[encoder.key])), n, "images")
     with torch.no_grad():
         return head({key: torch.cat(parts) for key, parts in features.items()}).float().softmax(-1).cpu()
 
@@ -209,4 +208,4 @@ def from_files(files: Sequence[Path], megapixels: float) -> View:
         except Exception as error:  # PIL's decoders raise nearly anything
             raise UserError(f"cannot be decoded: {error}", where=str(files[i]), hint="leave it out") from None
 
-    return lambda path, i: eval_view(load(i), path)
+    return lambda encoder, i: eval_view(load(i), encoder)

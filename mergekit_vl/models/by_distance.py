@@ -34,12 +34,12 @@ class ByDistance:
     choice: Choice | None = None
 
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]:
-        return tuple({path.key: path for m in self.members for path in m.paths}.values())
+    def encoders(self) -> tuple[ImageEncoder, ...]:
+        return tuple({each.key: each for m in self.members for each in m.encoders}.values())
 
     def bind(self, classes: Classes) -> Head:
         heads = [m.bind(classes) for m in self.members]
-        key = self.members[1].paths[0].key
+        key = self.members[1].encoders[0].key
 
         def head(features: Mapping[str, Tensor]) -> Tensor:
             first, second = (h(features) for h in heads)

@@ -44,11 +44,11 @@ class ByTask:
         )
 
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]:
-        return tuple({path.key: path for m in self.members for path in m.paths}.values())
+    def encoders(self) -> tuple[ImageEncoder, ...]:
+        return tuple({each.key: each for m in self.members for each in m.encoders}.values())
 
     def encoders_for(self, classes: Classes) -> tuple[ImageEncoder, ...]:
-        return self.member(classes).paths
+        return self.member(classes).encoders
 
     def bind(self, classes: Classes) -> Head:
         return self.member(classes).bind(classes)

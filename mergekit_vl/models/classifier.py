@@ -61,7 +61,7 @@ class ImageEncoder:
 
 class Head(Protocol):
     def __call__(self, features: Mapping[str, Tensor]) -> Float[Tensor, "B K"]:
-        """Features [B, D] by image-path key to log-probabilities or logits [B, K]."""
+        """Features [B, D] by image-encoder key to log-probabilities or logits [B, K]."""
         ...
 
 

@@ -58,8 +58,8 @@ def logits_of(
     """Logits [B, K] of the images of a split and their labels [B], on the CPU; and the seconds from features to logits."""
     import torch
 
-    paths = image_encoders(model, classes)
-    features = {path.key: store.features(path, split).to(path.backbone.device) for path in paths}
+    encoders = image_encoders(model, classes)
+    features = {each.key: store.features(each, split).to(each.backbone.device) for each in encoders}
     with torch.no_grad():
         head = model.bind(classes)
         began = time.perf_counter()

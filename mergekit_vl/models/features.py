@@ -51,18 +51,18 @@ class FeatureStore:
     splits: dict[str, dict[str, Split]] = field(default_factory=dict)
     """By source and key, the splits that were asked for: one may be part of another."""
 
-    def features(self, path: ImageEncoder, split: Split) -> Float[Tensor, "N D"]:
+    def features(self, encoder: ImageEncoder, split: Split) -> Float[Tensor, "N D"]:
         """Test-time features [N, D] of the split's rows."""
-        if (found := self._find(path, split, "test")) is not None:
+        if (found := self._find(encoder, split, "test")) is not None:
             return found
 
         def load(number: int, row: int) -> Tensor:
-            return eval_view(split.source.load(int(split.rows[row])), path)
+            return eval_view(split.source.load(int(split.rows[row])), encoder)
 
-        return self._made(path, [self._shards(path, split, "test")], load, "features")[0]
+        return self._made(encoder, [self._shards(encoder, split, "test")], load, "features")[0]
 
     def views(
-        self, path: ImageEncoder, split: Split, *, epochs: int, seed: int, augment: Augment
+        self, encoder: ImageEncoder, split: Split, *, epochs: int, seed: int, augment: Augment
     ) -> Float[Tensor, "epochs N D"]:
         """Features [epochs, N, D] of augmented views, one per (image, epoch), each seeded by (seed, image, epoch).
 
@@ -72,16 +72,16 @@ class FeatureStore:
         transforms = [f"view:{seed}:{epoch}:{augment.crop}:{augment.flip}" for epoch in range(epochs)]
         out: dict[int, Tensor] = {}
         for epoch, transform in enumerate(transforms):
-            if (found := self._find(path, split, transform)) is not None:
+            if (found := self._find(encoder, split, transform)) is not None:
                 out[epoch] = found
         missing = [epoch for epoch in range(epochs) if epoch not in out]
 
         def load(number: int, row: int) -> Tensor:
             image, epoch = int(split.rows[row]), missing[number]
-            return train_view(split.source.load(image), path, augment, seed=(seed, image, epoch))
+            return train_view(split.source.load(image), encoder, augment, seed=(seed, image, epoch))
 
-        shards = [self._shards(path, split, transforms[epoch]) for epoch in missing]
-        for epoch, made in zip(missing, self._made(path, shards, load, "augmented views")):
+        shards = [self._shards(encoder, split, transforms[epoch]) for epoch in missing]
+        for epoch, made in zip(missing, self._made(encoder, shards, load, "augmented views")):
             out[epoch] = made
         return torch.stack([out[epoch] for epoch in range(epochs)])
 
@@ -89,22 +89,22 @@ class FeatureStore:
         """A store that keeps nothing on disk, for models that are evaluated once, such as the towers of single epochs."""
         return FeatureStore(None)
 
-    def _shards(self, path: ImageEncoder, split: Split, transform: str) -> Shards:
-        made_by = sources.modules_of((*ROOTS, path.backbone, path.backbone.image, split.source))
+    def _shards(self, encoder: ImageEncoder, split: Split, transform: str) -> Shards:
+        made_by = sources.modules_of((*ROOTS, encoder.backbone, encoder.backbone.image, split.source))
         code = sources.digest(sources.closure(made_by, WITHOUT))
-        key = [path.key, split.key, transform, path.backbone.preprocess, path.backbone.precision, code]
-        size = path.backbone.block * max(1, ROWS // path.backbone.block)
+        key = [encoder.key, split.key, transform, encoder.backbone.preprocess, encoder.backbone.precision, code]
+        size = encoder.backbone.block * max(1, ROWS // encoder.backbone.block)
         return Shards(self.folder, json.dumps(key, sort_keys=True), len(split), size)
 
-    def _find(self, path: ImageEncoder, split: Split, transform: str) -> Tensor | None:
+    def _find(self, encoder: ImageEncoder, split: Split, transform: str) -> Tensor | None:
         """What is kept of the split, or of a larger one that holds its images; None where these must be encoded."""
         known = self.splits.setdefault(split.source.key, {})
         known[split.key] = split
-        if (own := self._read(self._shards(path, split, transform))) is not None:
+        if (own := self._read(self._shards(encoder, split, transform))) is not None:
             return own
         for other in known.values():
             if len(other) > len(split) and np.isin(split.rows, other.rows).all():
-                if (found := self._read(self._shards(path, other, transform))) is not None:
+                if (found := self._read(self._shards(encoder, other, transform))) is not None:
                     order = np.argsort(other.rows)
                     return found[torch.from_numpy(order[np.searchsorted(other.rows, split.rows, sorter=order)])]
         return None
@@ -115,11 +115,11 @@ class FeatureStore:
             self.memory[shards.key] = torch.from_numpy(found)
         return self.memory.get(shards.key)
 
-    def _made(self, path: ImageEncoder, everything: Sequence[Shards], load: Load, what: str) -> list[Tensor]:
+    def _made(self, encoder: ImageEncoder, everything: Sequence[Shards], load: Load, what: str) -> list[Tensor]:
         """The rows of all these shards: those that a kill left whole, and the others encoded, each written when it is done."""
         out: dict[int, Tensor] = {}
         began = time.perf_counter()
-        for number, start, rows in self._each(path, everything, load, what):
+        for number, start, rows in self._each(encoder, everything, load, what):
             if number not in out:
                 out[number] = torch.empty(everything[number].n, rows.shape[1])
             out[number][start : start + len(rows)] = rows
@@ -131,7 +131,7 @@ class FeatureStore:
         return [out[number] for number in range(len(everything))]
 
     def _each(
-        self, path: ImageEncoder, everything: Sequence[Shards], load: Load, what: str
+        self, encoder: ImageEncoder, everything: Sequence[Shards], load: Load, what: str
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(which of `everything`, first row, rows) of each shard; one shard is held at a time."""
         missing: list[tuple[int, int]] = []
@@ -143,12 +143,12 @@ class FeatureStore:
                     yield number, start, torch.from_numpy(kept.copy())
         if missing:
             sizes = [everything[number].rows(start) for number, start in missing]
-            for (number, start), rows in zip(missing, self._encode(path, missing, sizes, load, what)):
+            for (number, start), rows in zip(missing, self._encode(encoder, missing, sizes, load, what)):
                 everything[number].write(start, rows.numpy())
                 yield number, start, rows
 
     def _encode(
-        self, path: ImageEncoder, places: Sequence[tuple[int, int]], sizes: Sequence[int], load: Load, what: str
+        self, encoder: ImageEncoder, places: Sequence[tuple[int, int]], sizes: Sequence[int], load: Load, what: str
     ) -> Iterator[Tensor]:
         """The rows of each place in turn. A block of the backbone may hold rows of several, so that small ones cost no padding."""
         ends = np.cumsum(sizes)
@@ -160,8 +160,8 @@ class FeatureStore:
 
         left, done = list(sizes), 0
         held: list[Tensor] = []
-        for batch in prefetched(image, int(ends[-1]), path.backbone.block):
-            rows = path.encode(batch).cpu()
+        for batch in prefetched(image, int(ends[-1]), encoder.backbone.block):
+            rows = encoder.encode(batch).cpu()
             self.encoded += len(batch)
             done += len(batch)
             self.reporter.progress(done, int(ends[-1]), what)

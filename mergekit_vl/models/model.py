@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 class Model(Protocol):
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]: ...
+    def encoders(self) -> tuple[ImageEncoder, ...]: ...
 
     def bind(self, classes: Classes) -> Head: ...
 
@@ -44,7 +44,7 @@ class Model(Protocol):
 @runtime_checkable
 class ReadsSome(Protocol):
     def encoders_for(self, classes: Classes) -> tuple[ImageEncoder, ...]:
-        """Of a model: those of its paths whose features its head for these classes reads."""
+        """Of a model: those of its encoders whose features its head for these classes reads."""
         ...
 
 
@@ -65,8 +65,8 @@ class HoldsTensors(Protocol):
 
 
 def image_encoders(model: Model, classes: Classes) -> tuple[ImageEncoder, ...]:
-    """The paths whose features the model's head for these classes reads: all, unless it tells which."""
-    return model.encoders_for(classes) if isinstance(model, ReadsSome) else model.paths
+    """The encoders whose features the model's head for these classes reads: all, unless it tells which."""
+    return model.encoders_for(classes) if isinstance(model, ReadsSome) else model.encoders
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Single:
     """What was chosen while it was made, for reports; it does not change the model."""
 
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]:
+    def encoders(self) -> tuple[ImageEncoder, ...]:
         return (self.adapter.image_encoder(self.backbone),)
 
     def text_features(self, classes: Classes) -> Float[Tensor, "K D"]:
@@ -121,8 +121,8 @@ class Mixture:
     choice: Choice | None = None
 
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]:
-        return self.members[0].paths
+    def encoders(self) -> tuple[ImageEncoder, ...]:
+        return self.members[0].encoders
 
     def text_features(self, classes: Classes) -> Float[Tensor, "K D"]:
         import torch
@@ -146,14 +146,14 @@ class Ensemble:
 
     members: tuple[Model, ...]
     weights: tuple[float, ...]
-    of: Literal["probabilities", "logits"] = "probabilities"
+    average_of: Literal["probabilities", "logits"] = "probabilities"
     temperatures: tuple[float, ...] = ()
     """Divisors of each member's logits; empty: all 1."""
     choice: Choice | None = None
 
     @property
-    def paths(self) -> tuple[ImageEncoder, ...]:
-        return tuple({path.key: path for m in self.members for path in m.paths}.values())
+    def encoders(self) -> tuple[ImageEncoder, ...]:
+        return tuple({each.key: each for m in self.members for each in m.encoders}.values())
 
     def bind(self, classes: Classes) -> Head:
         import torch
@@ -172,7 +172,7 @@ class Ensemble:
         if self.temperatures:
             logits = logits / torch.tensor(self.temperatures).to(logits)[:, None, None]
         weights = torch.tensor(self.weights).to(logits)[:, None, None]
-        if self.of == "logits":
+        if self.average_of == "logits":
             return (weights * logits).sum(0)
         return torch.logsumexp(logits.log_softmax(-1) + weights.log(), 0)
 

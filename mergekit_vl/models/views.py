@@ -38,9 +38,9 @@ def prefetched(load: Callable[[int], Tensor], n: int, size: int) -> Iterator[Ten
             yield torch.stack([each.result() for each in batch])
 
 
-def eval_view(image: Image, path: ImageEncoder) -> Float[Tensor, "3 H W"]:
+def eval_view(image: Image, encoder: ImageEncoder) -> Float[Tensor, "3 H W"]:
     """The model's own transform of test images, [3, H, W]: timm's where the settings have a crop_pct, else open_clip's."""
-    return _transform(json.dumps(path.backbone.preprocess, sort_keys=True))(image)
+    return _transform(json.dumps(encoder.backbone.preprocess, sort_keys=True))(image)
 
 
 @lru_cache(64)
@@ -75,7 +75,7 @@ def _transform(settings: str) -> Callable[[Image], Tensor]:
     return made
 
 
-def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequence[int]) -> Float[Tensor, "3 H W"]:
+def train_view(image: Image, encoder: ImageEncoder, augment: Augment, *, seed: Sequence[int]) -> Float[Tensor, "3 H W"]:
     """One augmented view: torchvision's RandomResizedCrop (ratio 3/4 to 4/3, ten tries, then the largest centre within the ratios), with
     draws that depend on `seed` alone, whatever thread makes it.
     """
@@ -86,7 +86,7 @@ def train_view(image: Image, path: ImageEncoder, augment: Augment, *, seed: Sequ
     from torchvision.transforms import functional as T
 
     draw = random.Random(repr(tuple(seed)))
-    settings = path.backbone.preprocess
+    settings = encoder.backbone.preprocess
     width, height = image.size
     for _ in range(10):
         area = width * height * draw.uniform(augment.crop, 1.0)

@@ -53,7 +53,8 @@ class Metric:
             mean: Array = len(values) / (1 / values).sum(0)
         return mean if mean.ndim else float(mean)
 
-    def of(self, accuracies: Mapping[str, V]) -> V:
+    def headline_of(self, accuracies: Mapping[str, V]) -> V:
+        """The headline from accuracies (numbers or arrays) by test."""
         return self.score([self.column(name, accuracies) for name in self.columns])
 
 

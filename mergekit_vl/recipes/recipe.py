@@ -38,7 +38,7 @@ class Spec:
     where: str
     label: str
     """The name of its row in reports: `label` of the recipe, or the name."""
-    of: str | None = None
+    input: str | None = None
     """Of a strategy: the label of an earlier one, or of a tuned model, that it merges with the base instead of all tuned ones."""
     grid: Mapping[str, Sequence[object]] | None = None
     """Of a strategy: values of its options that `bench` tries, instead of the strategy's own grid."""
@@ -156,7 +156,7 @@ def parse(
         for i, item in enumerate(form.tuned)
     )
     strategies = tuple(
-        replace(spec(item, place), of=item.of, grid=item.grid, batch_norm=item.batch_norm)
+        replace(spec(item, place), input=item.input, grid=item.grid, batch_norm=item.batch_norm)
         for item, place in zip(form.strategy, _places("strategy", named, form.strategy))
     )
     _check_parents(tuned, strategies)
@@ -197,6 +197,6 @@ def _check_parents(tuned: Sequence[TunedSpec], strategies: Sequence[Spec]) -> No
     """Raise UserError for a strategy of a row that does not come before it."""
     earlier = [t.tuner.label if t.tuner else t.label or Path(str(t.checkpoint)).stem for t in tuned]
     for strategy in strategies:
-        if strategy.of is not None and strategy.of not in earlier:
-            raise unknown("tuned model or earlier strategy", strategy.of, earlier, where=f"{strategy.where}: of")
+        if strategy.input is not None and strategy.input not in earlier:
+            raise unknown("tuned model or earlier strategy", strategy.input, earlier, where=f"{strategy.where}: input")
         earlier.append(strategy.label)

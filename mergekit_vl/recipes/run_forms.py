@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import ConfigDict, model_validator
 
+from mergekit_vl.errors import UserError
 from mergekit_vl.options import MOST_SEED
 from mergekit_vl.recipes.forms import AsText, Form, Keys, Listed, Told
 
@@ -32,9 +34,22 @@ class StrategyForm(Form):
     """A strategy, with the keys that any of them may have."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        """`input` was called `of` in 0.1.0."""
+        if not isinstance(given, dict) or "of" not in given:
+            return given
+        where = f"strategy {given.get('name')}"
+        if "input" in given:
+            raise UserError("input is given twice, once as of", where=where, hint="leave one out")
+        warnings.warn(f"{where}: of={given['of']} is now written input={given['of']}", FutureWarning, stacklevel=2)
+        return {"input" if key == "of" else key: value for key, value in given.items()}
+
     name: str
     label: AsText | None = None
-    of: AsText | None = None
+    input: AsText | None = None
     grid: dict[str, Annotated[list[object], MinLen(1)]] | None = None
     batch_norm: Literal["images", "mean"] = "images"
 

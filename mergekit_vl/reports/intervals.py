@@ -26,7 +26,7 @@ class Difference:
         """ "above" and "below" only where the interval excludes 0."""
         if self.low is None or self.high is None:
             return "no interval"
-        return "above" if self.low > 0 else "below" if self.high < 0 else "not shown"
+        return "above" if self.low > 0 else "below" if self.high < 0 else "not significant"
 
 
 def clustered(differences: Sequence[float], clusters: Sequence[str], *, seed: int = 0) -> Difference:

@@ -14,55 +14,55 @@ from mergekit_vl.reports.table import Cell, Column, Table, TableRow
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from mergekit_vl.reports.landscape_results import MeanPath, Plane
-    from mergekit_vl.reports.results import PathPoint
+    from mergekit_vl.reports.landscape_results import MeanLandscape, Plane
+    from mergekit_vl.reports.results import LinePoint
 
 
-def section(path: MeanPath, base: str, tuned_row: str) -> Markup:
+def section(found: MeanLandscape, base: str, tuned_row: str) -> Markup:
     """Lines, barriers and the plane, for a page."""
-    plane = path.plane
+    plane = found.plane
     return page(
         "landscape.html",
-        path=path,
+        landscape=found,
         base=base,
         tuned_row=tuned_row,
-        lines=markup(lines(path, base, tuned_row)),
-        barriers=html(barriers(path, base, tuned_row)),
-        plane=markup(plane_plot(plane, base, path.row, tuned_row)) if plane is not None else "",
+        lines=markup(lines(found, base, tuned_row)),
+        barriers=html(barriers(found, base, tuned_row)),
+        plane=markup(plane_plot(plane, base, found.row, tuned_row)) if plane is not None else "",
     )
 
 
-def document(title: str, path: MeanPath, base: str, tuned_row: str) -> str:
+def document(title: str, found: MeanLandscape, base: str, tuned_row: str) -> str:
     """A page of its own."""
-    return page("path.html", title=title, section=section(path, base, tuned_row))
+    return page("landscape_document.html", title=title, section=section(found, base, tuned_row))
 
 
-def barriers(path: MeanPath, base: str, tuned_row: str) -> Table:
+def barriers(found: MeanLandscape, base: str, tuned_row: str) -> Table:
     """How high loss rises and how deep accuracy falls on each segment, a segment a row."""
-    tests = list(path.barriers[0].tests)
+    tests = list(found.barriers[0].tests)
     columns = [Column(f"{test}, nats", ".3f") for test in tests] + [Column(f"{test}, points", ".1f") for test in tests]
     rows = []
-    for barrier in path.barriers:
+    for barrier in found.barriers:
         heights = [barrier.tests[test]["nll"] for test in tests]
         heights += [100 * barrier.tests[test]["acc1"] for test in tests]
-        label = f"{barrier.space}: {leg_name(barrier.leg, base, path.row, tuned_row)}"
+        label = f"{barrier.space}: {segment_name(barrier.segment, base, found.row, tuned_row)}"
         rows.append(TableRow(label, tuple(map(Cell, heights))))
     title = "barriers: loss in nats, and points of accuracy"
     return Table(tuple(columns), tuple(rows), title=title, corner="line")
 
 
-def leg_name(segment: str, base: str, row: str, tuned_row: str) -> str:
+def segment_name(segment: str, base: str, row: str, tuned_row: str) -> str:
     """ "zero-shot -> merged" with the rows' own labels."""
     own = {"zero-shot": base, "merged": row, "tuned": tuned_row}
     return " -> ".join(own[end] for end in segment.split(" -> "))
 
 
-def lines(path: MeanPath, base: str, tuned_row: str) -> str:
+def lines(found: MeanLandscape, base: str, tuned_row: str) -> str:
     """Loss and accuracy along zero-shot, merged, tuned, and along the straight line; a row of panels a space."""
-    spaces = list(dict.fromkeys(p.space for p in path.points))
+    spaces = list(dict.fromkeys(p.space for p in found.points))
     figure, axes = figure_of(len(spaces), 2, 6.2, 3.6)
     for line, space in zip(axes, spaces):
-        points = [p for p in path.points if p.space == space]
+        points = [p for p in found.points if p.space == space]
         for axis, key, what in zip(line, ("nll", "acc1"), ("loss (nats)", "accuracy (%)")):
             for test, colour in zip(points[0].tests, COLOURS):
                 factor = 100 if key == "acc1" else 1
@@ -74,20 +74,20 @@ def lines(path: MeanPath, base: str, tuned_row: str) -> str:
                         ys,
                         color=colour,
                         lw=1.8,
-                        label=f"{drawn(test)}, by way of {drawn(path.row)}",
+                        label=f"{drawn(test)}, through {drawn(found.row)}",
                     )
                 straight = _along(points, "zero-shot -> tuned", 0, 2)
                 ys = [factor * p.tests[test][key] for _, p in straight]
                 axis.plot([x for x, _ in straight], ys, color=colour, ls="--", lw=1, label=f"{drawn(test)}, straight")
-            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(path.row)} / halfway", drawn(tuned_row)])
+            axis.set_xticks([0, 1, 2], [drawn(base), f"{drawn(found.row)} / halfway", drawn(tuned_row)])
             axis.set_ylabel(what)
             axis.set_title(f"between {space}", fontsize=10)
         line[0].legend(fontsize=7, frameon=False)
     return svg_of(figure)
 
 
-def _along(points: Sequence[PathPoint], segment: str, start: float, length: float) -> list[tuple[float, PathPoint]]:
-    return [(start + length * p.alpha, p) for p in points if p.leg == segment]
+def _along(points: Sequence[LinePoint], segment: str, start: float, length: float) -> list[tuple[float, LinePoint]]:
+    return [(start + length * p.alpha, p) for p in points if p.segment == segment]
 
 
 def plane_plot(plane: Plane, base: str, row: str, tuned_row: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_vl.reports.results import IF_THERE, PathPoint, fields_of, read
+from mergekit_vl.reports.results import IF_THERE, LinePoint, fields_of, read, renamed
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Barrier:
     """How far the loss rises (nats) and accuracy falls (a fraction) from the straight line between a segment's ends."""
 
     space: str
-    leg: str
+    segment: str
     tests: Mapping[str, Mapping[str, float]]
     """nll and acc1 by test."""
 
@@ -33,11 +33,11 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class CellPath:
-    """The path of one cell by way of a row, as a bench records it; without points where there is none."""
+class CellLandscape:
+    """Lines and plane of one cell, with the model of a row between zero-shot and tuned, as a bench records it; without points where there is none."""
 
     row: str
-    points: tuple[PathPoint, ...] = ()
+    points: tuple[LinePoint, ...] = ()
     barriers: tuple[Barrier, ...] = ()
     plane: Plane | None = None
     made_of: Mapping[str, object] | None = field(default=None, metadata=IF_THERE)
@@ -46,17 +46,17 @@ class CellPath:
         return fields_of(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> CellPath:
-        return read(cls, found)
+    def from_json(cls, found: Mapping[str, Any]) -> CellLandscape:
+        return read(cls, current(found))
 
 
 @dataclass(frozen=True)
-class MeanPath:
-    """The means over cells of the points and barriers by way of a row, and the plane of one cell."""
+class MeanLandscape:
+    """The means over cells of the points and barriers, with the model of a row between zero-shot and tuned, and the plane of one cell."""
 
     row: str
     cells: int
-    points: tuple[PathPoint, ...]
+    points: tuple[LinePoint, ...]
     barriers: tuple[Barrier, ...]
     plane: Plane | None
     plane_of: str
@@ -66,5 +66,11 @@ class MeanPath:
         return fields_of(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> MeanPath:
-        return read(cls, found)
+    def from_json(cls, found: Mapping[str, Any]) -> MeanLandscape:
+        return read(cls, current(found))
+
+
+def current(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a landscape, that of 0.1.0 too, with keys as they are called now."""
+    lists = {key: [renamed(each, segment="leg") for each in found.get(key, ())] for key in ("points", "barriers")}
+    return {**found, **lists}

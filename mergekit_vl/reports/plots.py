@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def plot(report: Report) -> tuple[str, bytes]:
-    """What each row gains and keeps, and the path zero-shot, merged, fine-tuned; as SVG and PNG."""
-    panels = [_plane, _path] if report.path else [_plane]
+    """What each row gains and keeps, and accuracy on the lines from zero-shot through merged to fine-tuned; as SVG and PNG."""
+    panels = [_plane, _lines] if report.landscape else [_plane]
     figure, axes = figure_of(1, len(panels), 6, 4.8)
     for panel, axis in zip(panels, axes[0]):
         panel(axis, report)
@@ -148,12 +148,12 @@ def _bars(axis: Axes, report: Report) -> None:
 COLOURS = ("#d9534f", "#2f78c4", "#2a9d6f", "#8e5bb5", "#e69f00", "#555555")
 
 
-def _path(axis: Axes, report: Report) -> None:
+def _lines(axis: Axes, report: Report) -> None:
     for test, colour in zip(columns_of(report), COLOURS):
         through = [(p.alpha, _at(p, test)) for p in along(report, "zero-shot -> merged")]
         through += [(1 + p.alpha, _at(p, test)) for p in along(report, "merged -> tuned")]
         if through:
-            axis.plot(*zip(*through), "-o", ms=3, color=colour, label=f"{drawn(test)}, by way of {drawn(report.main)}")
+            axis.plot(*zip(*through), "-o", ms=3, color=colour, label=f"{drawn(test)}, through {drawn(report.main)}")
         line = along(report, "zero-shot -> tuned")
         if not line:
             continue
@@ -164,16 +164,16 @@ def _path(axis: Axes, report: Report) -> None:
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     middle = f"{drawn(report.main)} / halfway" if along(report, "merged -> tuned") else "halfway"
     axis.set_xticks([0, 1, 2], [drawn(report.base), middle, drawn(report.tuned_row)])
-    axis.set(ylabel="accuracy (%)", title=f"The path {drawn(report.base)} → fine-tuned")
+    axis.set(ylabel="accuracy (%)", title=f"From {drawn(report.base)} to fine-tuned")
     axis.legend(fontsize=8, frameon=False)
 
 
 SPACES = ("classifiers", "heads", "towers", "own", "contexts")
-"""What the path is drawn in: the first of these that it has."""
+"""What the landscape is drawn in: the first of these that it has."""
 
 
 def along(report: Report, segment: str, space: str | None = None) -> list[MeanPoint]:
-    """The points of a segment of the path, "zero-shot -> merged"; in the first space that the path has unless one is given."""
-    spaces = {p.space for p in report.path}
+    """The points of a segment, "zero-shot -> merged"; in the first space that the landscape has unless one is given."""
+    spaces = {p.space for p in report.landscape}
     space = space or next((s for s in SPACES if s in spaces), "")
-    return [p for p in report.path if p.leg == segment and p.space == space]
+    return [p for p in report.landscape if p.segment == segment and p.space == space]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 def html(table: Table, *, sortable: bool = False, titled: bool = False) -> Markup:
     """The table for a page; with `sortable` for one that has the script `sort.js`, with `titled` for a place without headings."""
     return page("table.html", table=table, sortable=sortable, titled=titled)
+
+
+def notebook_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str = "") -> Markup:
+    """Rows of text for a notebook; without a header the first cell of a row is its heading."""
+    return page("notebook_table.html", rows=rows, header=header, title=title)
 
 
 def markdown(table: Table) -> Markup:

@@ -78,7 +78,7 @@ def write(
         summary=summary(cells),
         differences=differences(cells, main),
         forgetting=forgetting(cells, main, tuned_row),
-        path=_mean_path(cells),
+        landscape=_mean_landscape(cells),
         environment=environment(device),
         seconds=seconds,
     )
@@ -97,7 +97,7 @@ def write(
         write_bytes(out / "merged.safetensors", stored.read_bytes())
     write_text(out / "README.md", card(report, recipe.plain["backbone"], gain(report), first))
     svg, png = plot(report)
-    write_bytes(out / "path.png", png)
+    write_bytes(out / "report.png", png)
     write_text(out / "report.html", html(report, svg, gain(report)))
     write_json(out / NAME, report.to_json())
     return report
@@ -264,7 +264,7 @@ def paired(cells: Sequence[CellResult], ours: str, theirs: str) -> Paired:
         over = "tasks" if len(set(tasks)) >= LEAST else f"{len(set(tasks))} tasks"
     else:
         hits = [[_hits(cell.rows[k]) for cell in cells] for k in (i, j)]
-        d = over_images(hits, lambda rates: cells[0].metric.of(dict(zip(cells[0].rows[0].tests, rates))))
+        d = over_images(hits, lambda rates: cells[0].metric.headline_of(dict(zip(cells[0].rows[0].tests, rates))))
         over = "test images"
     low, high = _percent(d.low, d.high) or (None, None)
     return Paired(100 * d.mean, low, high, d.verdict, over)
@@ -289,15 +289,16 @@ def _hits(row: Row) -> list[np.ndarray]:
     return [np.frombuffer(hits.encode(), dtype=np.uint8) - ord("0") for hits in row.right.values()]
 
 
-def _mean_path(cells: Sequence[CellResult]) -> tuple[MeanPoint, ...]:
-    """Points of the path, their columns averaged over cells, in percent, with intervals as in the summary."""
+def _mean_landscape(cells: Sequence[CellResult]) -> tuple[MeanPoint, ...]:
+    """Points of the landscape, their columns averaged over cells, in percent, with intervals as in the summary."""
     out = []
-    for i, point in enumerate(cells[0].path):
+    for i, point in enumerate(cells[0].landscape):
         tests = [
-            {test: (scores["acc1"], cell.counts[test]) for test, scores in cell.path[i].tests.items()} for cell in cells
+            {test: (scores["acc1"], cell.counts[test]) for test, scores in cell.landscape[i].tests.items()}
+            for cell in cells
         ]
         columns = {name: _averaged(cells, name, tests) for name in cells[0].metric.columns}
-        out.append(MeanPoint(point.leg, point.space, point.alpha, columns))
+        out.append(MeanPoint(point.segment, point.space, point.alpha, columns))
     return tuple(out)
 
 
@@ -310,7 +311,7 @@ def to_yaml(plain: Mapping[str, object]) -> str:
 def _clip_benchmark(recipe: Recipe, cell: CellResult, row: Row) -> dict[str, object]:
     """One result as `clip_benchmark build` reads it (accuracies as fractions, over all tests), our fields beside."""
     tests = row.tests.values()
-    of = {spec.label: spec.of for spec in recipe.strategies if spec.of is not None}
+    input_of = {spec.label: spec.input for spec in recipe.strategies if spec.input is not None}
     n = sum(t.n for t in tests)
     mean = {
         "acc1": sum(t.acc1 * t.n for t in tests) / n,
@@ -329,7 +330,7 @@ def _clip_benchmark(recipe: Recipe, cell: CellResult, row: Row) -> dict[str, obj
         "strategy": row.row,
         "recipe_hash": recipe.hash,
         "seed": cell.seed,
-        "selection_split": selection_split(cell.rows, row, of),
+        "selection_split": selection_split(cell.rows, row, input_of),
         "chosen": {what: value for what, (value, _) in row.chosen.items()},
         **{f"{test}_acc1": scores.acc1 for test, scores in row.tests.items()},
         cell.metric.headline.lower().replace(" ", "_"): row.score,
@@ -350,7 +351,7 @@ def gain(report: Report) -> str:
     if d.low is None:
         return f"{told} over {d.over} ({NO_INTERVAL})"
     seen = {"above": "", "below": " (below: the interval lies below 0)"}
-    rest = seen.get(d.verdict, f" ({d.verdict}: the interval contains 0)")
+    rest = seen.get(d.verdict, " (not significant: the interval contains 0)")
     return f"{told}, 95% interval {d.low:+.1f} to {d.high:+.1f} over {d.over}{rest}"
 
 

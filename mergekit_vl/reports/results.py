@@ -86,10 +86,10 @@ class BackboneFacts:
 
 
 @dataclass(frozen=True)
-class PathPoint:
+class LinePoint:
     """A point between two models in one cell."""
 
-    leg: str
+    segment: str
     space: str
     alpha: float
     tests: Mapping[str, Mapping[str, float]]
@@ -108,7 +108,7 @@ class CellResult:
     counts: Mapping[str, int]
     """Images: to tune on, to choose on, and of each test."""
     rows: tuple[Row, ...] = ()
-    path: tuple[PathPoint, ...] = field(default=(), metadata=LEFT_OUT)
+    landscape: tuple[LinePoint, ...] = field(default=(), metadata=LEFT_OUT)
 
     def to_json(self) -> dict[str, Any]:
         return fields_of(self) | {"rows": [row.to_json() for row in self.rows]}
@@ -191,9 +191,9 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class MeanPoint:
-    """A point of the path, averaged over cells."""
+    """A point of the landscape, averaged over cells."""
 
-    leg: str
+    segment: str
     space: str
     alpha: float
     columns: Mapping[str, Column]
@@ -219,7 +219,7 @@ class Report:
     summary: tuple[SummaryRow, ...]
     differences: tuple[Difference, ...]
     forgetting: Forgetting
-    path: tuple[MeanPoint, ...]
+    landscape: tuple[MeanPoint, ...]
     environment: Mapping[str, object]
     seconds: float
 
@@ -228,9 +228,15 @@ class Report:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Report:
-        found = dict(found)
-        made: Report = read(cls, {"tuned_row": found.get("anchor"), **found, "cells": ()})  # its name in 0.1.0
+        found = renamed(found, tuned_row="anchor", landscape="path")
+        points = [renamed(point, segment="leg") for point in found["landscape"]]
+        made: Report = read(cls, {**found, "cells": (), "landscape": points})
         return dataclasses.replace(made, cells=tuple(CellResult.from_json(cell) for cell in found["cells"]))
+
+
+def renamed(found: Mapping[str, Any], **formerly: str) -> dict[str, Any]:
+    """JSON of 0.1.0 too, with keys as they are called now."""
+    return {now: found[then] for now, then in formerly.items() if then in found} | dict(found)
 
 
 def fields_of(made: Options) -> dict[str, Any]:

@@ -52,7 +52,12 @@ def save(model: Model, folder: Path, name: str) -> None:
     if isinstance(model, Mixture):
         facts: dict[str, object] = {"kind": "mixture", "weights": model.weights}
     elif isinstance(model, Ensemble):
-        facts = {"kind": "ensemble", "weights": model.weights, "of": model.of, "temperatures": model.temperatures}
+        facts = {
+            "kind": "ensemble",
+            "weights": model.weights,
+            "of": model.average_of,
+            "temperatures": model.temperatures,
+        }
     elif isinstance(model, ByTask):
         tasks = [[task.names, [t for t in task.templates if isinstance(t, str)]] for task in model.tasks]
         facts = {"kind": "by_task", "tasks": tasks}

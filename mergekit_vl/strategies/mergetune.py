@@ -4,13 +4,13 @@ Between the zero-shot model w1 and the fine-tuned w2, search a w that has a low-
 
     L(w) = CE(w) + beta * mean_alpha CE(w2 + alpha (w - w2)) + lambda * S(w, w1),     w starts at (1 - tau) w1 + tau w2
 
-The last term stands for the path to w1, for which there are no pretraining data: near w1, a minimum of the pretraining
+The last term stands for the line to w1, for which there are no pretraining data: near w1, a minimum of the pretraining
 loss, its Taylor expansion is 1/2 (w - w1)^T H (w - w1), and an isotropic H makes that a squared distance. `surrogate=fisher`
 takes a diagonal H instead (`fisher_information.py`); nobody has published that, and docs/suite.md shows what it does.
 
 What "w" means, by what was tuned:
 
-| tuned  | space       | w, w1, w2 in the two path terms         | S with cosine            | S with l2, that is |w - w1|^2 divided by |
+| tuned  | space       | w, w1, w2 in the two line terms         | S with cosine            | S with l2, that is |w - w1|^2 divided by |
 |--------|-------------|-----------------------------------------|--------------------------|------------------------------------------|
 | prompt | classifiers | raw text features [K, D]                | mean over K of 1 - cos   | K                                        |
 | prompt | weights     | context vectors [M, W]                  | mean over M of 1 - cos   | 1                                        |
@@ -96,11 +96,11 @@ class MergeTune:
     settings: Literal["robust", "paper", "released"] = option(
         "robust", "whose values stand where an option is not given: ours, the paper's or the released code's"
     )
-    lambda_: float | None = option(None, "weight of the path to zero-shot; none: by settings")
-    beta: float | None = option(None, "weight of the path to the fine-tuned model; none: by settings")
+    lambda_: float | None = option(None, "weight of the loss on the line to zero-shot; none: by settings")
+    beta: float | None = option(None, "weight of the loss on the line to the fine-tuned model; none: by settings")
     tau: float | None = option(None, "start: 0 at zero-shot, 1 at the fine-tuned model; none: by settings")
     alphas: tuple[float, ...] = option(
-        (0.1, 0.3, 0.5, 0.7, 0.9), "points of the path; empty: drawn uniformly each step"
+        (0.1, 0.3, 0.5, 0.7, 0.9), "points of each line; empty: drawn uniformly each step"
     )
     n_alpha: int = option(5, "points a step where alphas is empty")
     surrogate: Literal["l2", "cosine", "fisher"] | None = option(
@@ -234,7 +234,7 @@ class MergeTune:
         """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""
         if not zero_shot.adapter.about.fresh_views:
             return x.flatten(0, 1)
-        return network.prepare(inputs.features.features(zero_shot.paths[0], inputs.data[0].train))
+        return network.prepare(inputs.features.features(zero_shot.encoders[0], inputs.data[0].train))
 
     def ends(self, inputs: MergeInputs) -> tuple[Single, Single]:
         """The zero-shot point and the tuned model; raises Unsuitable for others than one model that this can continue."""
@@ -277,7 +277,7 @@ class Objective:
     lambda_: float
     beta: float
     alphas: Tensor | None
-    """[A] of a path whose points are fixed; None: `n_alpha` are drawn at each step."""
+    """[A] of lines whose points are fixed; None: `n_alpha` are drawn at each step."""
     n_alpha: int
     surrogate: Literal["l2", "cosine", "fisher"]
     fisher: Mapping[str, Tensor] | None

@@ -90,7 +90,7 @@ class RegMean:
 
         if model.adapter.about.reads == "features":
             found: dict[str, Gram] = {}
-            features = inputs.features.features(model.paths[0], task.train)
+            features = inputs.features.features(model.encoders[0], task.train)
         else:
             rows = some(inputs, len(task.train), self.images).tolist()
             found, features = gram.of_tower(model, task.train, rows, inputs.reporter)

@@ -74,7 +74,7 @@ class Vrf:
         task = inputs.validated(WHERE, "give a and b and set calibrated=false")
         (first, labels, _), (second, _, _) = (logits_of(m, task.classes, task.val, inputs.features) for m in members)
         temperatures = (temperature(first, labels), temperature(second, labels)) if self.calibrated else (1.0, 1.0)
-        distances = kth_distance(inputs.features.features(members[1].paths[0], task.val), near, k)
+        distances = kth_distance(inputs.features.features(members[1].encoders[0], task.val), near, k)
         spread = float(distances.double().std(correction=0)) or 1.0
         deciles = torch.quantile(distances.double(), torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()
         models = (
@@ -95,4 +95,4 @@ class Vrf:
             logits_of(m, task.classes, task.train, inputs.features) for m in (inputs.base, inputs.tuned[0])
         )
         failed = (second.argmax(-1) == labels) & (first.argmax(-1) != labels)
-        return F.normalize(inputs.features.features(inputs.tuned[0].paths[0], task.train)[failed], dim=-1)
+        return F.normalize(inputs.features.features(inputs.tuned[0].encoders[0], task.train)[failed], dim=-1)

@@ -137,7 +137,8 @@ def check_protocol(protocol: EvaluationProtocol | type[EvaluationProtocol], **gi
         used = [test for tests in made.metric.columns.values() for test in tests]
         require(len(set(names)) == len(names) and set(used) <= set(names), f"columns name {used}, tests are {names}")
         require(
-            abs(made.metric.of(dict.fromkeys(names, 0.5)) - 0.5) < 1e-9, "its headline of 0.5 everywhere is not 0.5"
+            abs(made.metric.headline_of(dict.fromkeys(names, 0.5)) - 0.5) < 1e-9,
+            "its headline of 0.5 everywhere is not 0.5",
         )
     with promises("same seed, same images"):
         again = protocol.task(asked, 1)

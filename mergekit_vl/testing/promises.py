@@ -82,7 +82,7 @@ def check_documented(promises: Promises, cls: type) -> None:
                 not field.init or bool(field.metadata.get("help")),
                 f"the option {field.name} has no meaning: use option()",
             )
-            require(field.name not in ("name", "label", "of", "grid"), f"{field.name} is a key of the recipe itself")
+            require(field.name not in ("name", "label", "input", "grid"), f"{field.name} is a key of the recipe itself")
 
 
 def begun(thing: object, kind: str) -> Promises:

@@ -86,11 +86,11 @@ def _check_network(model: Single) -> None:
     except Unsuitable:
         require(not model.adapter.tensors, "has tensors, and no network")
         return
-    path = model.paths[0]
+    encoder = model.encoders[0]
     if model.adapter.about.reads == "images":
-        x = torch.stack([eval_view(part.source.load(i), path) for i in part.rows.tolist()])
+        x = torch.stack([eval_view(part.source.load(i), encoder) for i in part.rows.tolist()])
     else:
-        x = world.store().features(path, part)
+        x = world.store().features(encoder, part)
     with torch.no_grad():
         logits = network(network.weights, network.prepare(x))
     expected = logits_of(model, world.CLASSES, part, world.store())[0]

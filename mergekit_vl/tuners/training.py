@@ -62,7 +62,7 @@ def train(
         schedule = AdamWSchedule(epochs, batch, lr, about.weight_decay, accumulate=accumulate)
         loop = AdamWTraining(start.backbone, network, schedule)
         return Training(network, None, loop.steps(inputs, augment, what=what), loop.chosen)
-    path = start.paths[0]
+    path = start.encoders[0]
     if about.fresh_views or views:
         count = epochs if about.fresh_views else views
         features = inputs.features.views(path, data.train, epochs=count, seed=inputs.seed, augment=augment)

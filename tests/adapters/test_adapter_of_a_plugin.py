@@ -108,12 +108,12 @@ def test_a_run_a_path_and_an_eval_of_it(plugged, monkeypatch, tmp_path, capsys):
         "fisher",
     }
     assert "holds the text residual that" in Path("run/README.md").read_text()
-    spaces = {point["space"] for point in report["path"]}
+    spaces = {point["space"] for point in report["landscape"]}
     assert spaces == {"classifiers", "residuals"}
     capsys.readouterr()
     call(monkeypatch, "eval", "run", "--json")
     told = capsys.readouterr().out
     main = next(row for row in report["cells"][0]["rows"] if row["row"] == "mergetune")
     assert json.loads(told)["metrics"]["acc1"] == main["tests"]["test"]["acc1"]
-    call(monkeypatch, "path", "recipe.yaml", "--points", "5", "--plane", "3", "--out", "run")
-    assert {each["space"] for each in json.loads(Path("run/path.json").read_text())["points"]} == spaces
+    call(monkeypatch, "landscape", "recipe.yaml", "--points", "5", "--plane", "3", "--out", "run")
+    assert {each["space"] for each in json.loads(Path("run/landscape.json").read_text())["points"]} == spaces

@@ -68,7 +68,7 @@ def distance(a, b):
 def test_a_tower_with_the_backbones_own_weights_is_zero_shot(backbone):
     """The same key, so the same features are looked up; and nothing of the backbone changes when other weights come in."""
     own = Single(backbone, Tower(backbone.image_weights()))
-    assert own.paths[0].key == backbone.key and all(name.startswith("visual.") for name in own.adapter.weights)
+    assert own.encoders[0].key == backbone.key and all(name.startswith("visual.") for name in own.adapter.weights)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features = {backbone.key: backbone.encode_image(images, block=2)}
     torch.testing.assert_close(own.bind(CLASSES)(features), Single(backbone, ZeroShot()).bind(CLASSES)(features))
@@ -206,7 +206,7 @@ def test_the_terms_of_a_tower_by_hand(backbone, task):
     def ce(weights):
         tower = Single(backbone, first.with_tensors(weights))
         features = tower.adapter.on(backbone).image(images)
-        return F.cross_entropy(tower.bind(CLASSES)({tower.paths[0].key: features}), labels).item()
+        return F.cross_entropy(tower.bind(CLASSES)({tower.encoders[0].key: features}), labels).item()
 
     path = [{n: second.tensors[n] + alpha * (t - second.tensors[n]) for n, t in w.items()} for alpha in (0.2, 0.6)]
     # w lies at 0.3 of the way from w1 to w2

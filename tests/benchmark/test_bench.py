@@ -61,7 +61,7 @@ SMALL = {
         {"name": "slerp"},
         {"name": "ensemble"},
         {"name": "mergetune", "epochs": 2, "batch": 16, "grid": {"lambda": [2.0]}},
-        {"name": "wise_ft", "label": "merged back", "of": "mergetune", "grid": {}},
+        {"name": "wise_ft", "label": "merged back", "input": "mergetune", "grid": {}},
         {"name": "ema"},
         {"name": "boom"},
         {"name": "nan"},
@@ -181,9 +181,9 @@ def test_files(finished):
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 4 and "boom went off" in page and "class=sortable" in page
     assert "| mergetune |" in (out / "README.md").read_text()
-    path = made.path
-    assert path.row == "mergetune" and path.cells == 4 and path.plane.space == "classifiers"
-    assert {(b.space, b.leg) for b in path.barriers} >= {("contexts", "merged -> tuned")}
+    landscape = made.landscape
+    assert landscape.row == "mergetune" and landscape.cells == 4 and landscape.plane.space == "classifiers"
+    assert {(b.space, b.segment) for b in landscape.barriers} >= {("contexts", "merged -> tuned")}
 
 
 def test_the_report_is_read_back(finished):
@@ -292,7 +292,7 @@ def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_pat
 
     small = SMALL | {"dataset": SMALL["dataset"][:1], "seed": 1, "controls": False}
     given = small | {
-        "strategy": [{"name": "half", "grid": {}}, {"name": "wise_ft", "label": "again", "of": "half", "grid": {}}]
+        "strategy": [{"name": "half", "grid": {}}, {"name": "wise_ft", "label": "again", "input": "half", "grid": {}}]
     }
     given["strategy"].append({"name": "slerp", "grid": {}})
     go(given, registry, tmp_path / "out")
@@ -332,7 +332,7 @@ def test_a_bench_that_is_killed_before_its_path_draws_it(registry, tmp_path, mon
         go(given, registry, tmp_path / "out")
     assert {"zero-shot", "coop", "slerp"} <= set(records(tmp_path / "out"))
     made = go(given, registry, tmp_path / "out")
-    assert made.path.row == "slerp" and made.path.points
+    assert made.landscape.row == "slerp" and made.landscape.points
     assert "The path" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -364,7 +364,7 @@ def test_robust_and_development_tasks(registry, tmp_path):
         "dataset": {"name": "microworld", "task": "fantasy_mosaic", "shifts": ["night"]},
         "protocol": {"name": "robust", "shots": 2},
         "tuned": [{"tuner": {"name": "linear_probe"}}],
-        "strategy": [{"name": "wise_ft", "grid": {"alpha": [0.2]}}, {"name": "ensemble", "of": "linear_probe"}],
+        "strategy": [{"name": "wise_ft", "grid": {"alpha": [0.2]}}, {"name": "ensemble", "input": "linear_probe"}],
         "search": {
             "by": "development",
             "development": [{"name": "microworld", "task": "household_scatter", "shifts": ["night"]}],

@@ -85,7 +85,7 @@ def test_no_strategy_has_an_option_that_a_recipe_would_read_as_its_own():
 
     for entry in load_plugins().entries["strategies"].values():
         names = {field.name for field in dataclasses.fields(entry.resolve())}
-        assert not names & {"name", "label", "of", "grid", "batch_norm"}, entry.name
+        assert not names & {"name", "label", "input", "grid", "batch_norm"}, entry.name
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_validation_asks_the_same_models_for_their_validation_images():
     chosen = search.by_validation(task)
     ((_, classes, val),) = chosen.tests
     assert chosen.data is task.data and classes.names == NAMES and val is task.data[0].val
-    assert chosen.metric.of({"validation 0": 0.25}) == 0.25
+    assert chosen.metric.headline_of({"validation 0": 0.25}) == 0.25
 
 
 def test_where_nothing_can_be_chosen():

@@ -51,7 +51,7 @@ run mergetune_coop.yml
 {COOP} --out ''
 {COOP} --out=
 bench bench_small --out ''
-path mergetune_coop --out ''
+landscape mergetune_coop --out ''
 merge A.safetensors B.safetensors --strategy linear -o .
 merge A.safetensors B.safetensors --strategy linear --force -o ..
 merge A.safetensors B.safetensors --strategy linear --force -o /
@@ -300,23 +300,35 @@ bench bench_small --out A.safetensors
 bench bench_small --out taken
 bench bench_small nonsense=1
 bench nonsense=1
-path
-path nowhere
-path multi_task_micro
-path mergetune_coop --points 2
-path mergetune_coop --points x
-path mergetune_coop --plane -1
-path mergetune_coop --plane nan
-path mergetune_coop --device cpu:x
-path mergetune_coop --out A.safetensors
-path mergetune_coop nonsense=1
+landscape
+landscape nowhere
+landscape multi_task_micro
+landscape mergetune_coop --points 2
+landscape mergetune_coop --points x
+landscape mergetune_coop --plane -1
+landscape mergetune_coop --plane nan
+landscape mergetune_coop --device cpu:x
+landscape mergetune_coop --out A.safetensors
+landscape mergetune_coop nonsense=1
 """.strip().splitlines()
 
 
 def test_there_are_enough_of_them():
     assert len(set(LINES)) == len(LINES) > 250
     commands = {line.split()[0] for line in LINES}
-    assert commands >= {"run", "check", "list", "show", "cache", "merge", "verify", "eval", "predict", "bench", "path"}
+    assert commands >= {
+        "run",
+        "check",
+        "list",
+        "show",
+        "cache",
+        "merge",
+        "verify",
+        "eval",
+        "predict",
+        "bench",
+        "landscape",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_every_strategy_gives_the_statistics_of_its_own_activations(given, strat
     plain = strategy.merge(replace(given, batch_norm="mean"))
     for name, tensor in plain.adapter.tensors.items():
         assert torch.equal(tensor, model.adapter.tensors[name]) != name.endswith(STATISTICS), name
-    images = views(given, model.paths[0])
+    images = views(given, model.encoders[0])
     image = (
         model.adapter.on(model.backbone).with_weights({n: t.clone() for n, t in model.adapter.weights.items()}).image
     )

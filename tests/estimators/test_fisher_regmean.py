@@ -228,7 +228,7 @@ def test_every_linear_map_of_a_tower_is_seen(towers):
     from mergekit_vl.models.views import eval_view
 
     source = towers.data[0].train.source
-    images = torch.stack([eval_view(source.load(i), model.paths[0]) for i in (3, 1, 2)])
+    images = torch.stack([eval_view(source.load(i), model.encoders[0]) for i in (3, 1, 2)])
     torch.testing.assert_close(features, net(images))
     layer = seen["layer"].reshape(-1, 8)
     torch.testing.assert_close(found["layer.weight"].sum, layer.T @ layer)

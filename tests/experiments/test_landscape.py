@@ -17,7 +17,7 @@ from mergekit_vl.models.evaluate import evaluate
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.models.model import Classes, Mixture, Single
 from mergekit_vl.reports.landscape_results import Barrier
-from mergekit_vl.reports.results import PathPoint
+from mergekit_vl.reports.results import LinePoint
 
 NAMES = ("dog", "cat", "apple")
 
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def at(points, space, segment, alpha):
-    (point,) = [p for p in points if (p.space, p.leg, p.alpha) == (space, segment, alpha)]
+    (point,) = [p for p in points if (p.space, p.segment, p.alpha) == (space, segment, alpha)]
     return point.tests["test"]
 
 
@@ -75,7 +75,7 @@ def test_one_batch_or_many(world, monkeypatch):
     whole = landscape.lines(between, tests, 5, landscape.SEGMENTS)
     monkeypatch.setattr(landscape, "CHUNK_SIZE", 2 * 12 * 3)  # two points at once
     apart = landscape.lines(between, tests, 5, landscape.SEGMENTS)
-    assert [p.leg for p in whole] == ["zero-shot -> tuned"] * 5
+    assert [p.segment for p in whole] == ["zero-shot -> tuned"] * 5
     for one, other in zip(whole, apart, strict=True):
         assert one.tests["test"]["nll"] == pytest.approx(other.tests["test"]["nll"], abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_three_models_on_a_line_span_no_plane(world):
 def line(segment, *scores):
     n = len(scores) - 1
     return [
-        PathPoint(segment, "towers", i / n, {"x": {"nll": nll, "acc1": acc1}}) for i, (nll, acc1) in enumerate(scores)
+        LinePoint(segment, "towers", i / n, {"x": {"nll": nll, "acc1": acc1}}) for i, (nll, acc1) in enumerate(scores)
     ]
 
 

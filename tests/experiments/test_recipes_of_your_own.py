@@ -216,7 +216,7 @@ def test_linear_head_timm(small_clip, tmp_path, tuner):
     model = timm.create_model("test_resnet", num_classes=len(NAMES), checkpoint_path=str(file)).eval()
     used = open_model(str(tmp_path / "run"), plugins.load_plugins(), row=None, device="cpu")
     draw = torch.randn(2, 3, *timm.data.resolve_model_data_config(model)["input_size"][1:])
-    path = used.model.paths[0]
+    path = used.model.encoders[0]
     with torch.no_grad():
         ours = used.model.bind(used.classes)({path.key: path.encode(draw, block=2)})
         torch.testing.assert_close(ours, model(draw), atol=1e-5, rtol=1e-4)
@@ -235,7 +235,7 @@ SHORT = {
 @pytest.mark.parametrize("name", SHORT)
 def test_recipes_of_the_microworld_run_small(name, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_vl.microworld.tasks.PER_CLASS", {"train": 3, "val": 2, "test": 3})
-    monkeypatch.setattr(experiment, "PATH_POINTS", 3)
+    monkeypatch.setattr(experiment, "LINE_POINTS", 3)
     short = ["controls=false", *SHORT[name]]
     plain = dict(load_recipe(name, short).plain)
     if name == "multi_task_micro":

@@ -38,7 +38,7 @@ def test_what_a_run_leaves(finished):
     place, out = finished
     run = place / "first"
     assert {p.name for p in run.iterdir()} == {
-        ".recipe-hash", "state", "results", "merged.safetensors", "recipe.yaml", "scores.json", "cost.json", "report.json", "report.html", "path.png", "README.md",
+        ".recipe-hash", "state", "results", "merged.safetensors", "recipe.yaml", "scores.json", "cost.json", "report.json", "report.html", "report.png", "README.md",
     }  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
@@ -71,7 +71,7 @@ def same(one, other):
 def test_the_path_ends_where_its_models_stand(finished):
     report = json.loads((finished[0] / "first" / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
-    ends = {(p["leg"], p["alpha"]): p for p in report["path"]}
+    ends = {(p["segment"], p["alpha"]): p for p in report["landscape"]}
     for segment, alpha, row in (
         ("zero-shot -> tuned", 0.0, "zero-shot"),
         ("zero-shot -> tuned", 1.0, "coop"),
@@ -83,7 +83,7 @@ def test_the_path_ends_where_its_models_stand(finished):
 def test_the_coefficients_are_those_of_wise_ft_in_both_spaces(finished):
     report = json.loads((finished[0] / "first" / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
-    middle = {p["space"]: p for p in report["path"] if p["leg"] == "zero-shot -> tuned" and p["alpha"] == 0.5}
+    middle = {p["space"]: p for p in report["landscape"] if p["segment"] == "zero-shot -> tuned" and p["alpha"] == 0.5}
     for space, row in (("contexts", "average"), ("classifiers", "average of classifiers")):
         assert same(middle[space], rows[row])
 

@@ -16,7 +16,23 @@ ODD = [
     *([], {}, [[]], [1, 2], [None], ["a", "b"], [0.5, float("nan")], {"a": 1}, {"*": 0.5}, {"x": {"y": {}}}),
     *({"name": "x"}, {"name": "ties"}, [{"name": "wise_ft"}], {"value": 1}, [{"value": 0.5, "filter": "x"}]),
 ]
-KEYS = ["x", "", " ", "${", "label", "of", "grid", "batch_norm", "path", "name", "weight", "seed", "checkpoint", "\x1b"]
+KEYS = [
+    "x",
+    "",
+    " ",
+    "${",
+    "label",
+    "of",
+    "input",
+    "grid",
+    "batch_norm",
+    "path",
+    "name",
+    "weight",
+    "seed",
+    "checkpoint",
+    "\x1b",
+]
 PIECES = [
     "[",
     "{",

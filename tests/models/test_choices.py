@@ -47,9 +47,9 @@ def run(out, tuned, strategies, **more):
 def chosen(tmp_path_factory):
     out = tmp_path_factory.mktemp("chosen") / "out"
     strategies = [
-        {"name": "wise_ft", "of": "fixed"},
-        {"name": "ensemble", "weights": "validation", "of": "fixed"},
-        {"name": "vrf", "of": "fixed", "k": 1},
+        {"name": "wise_ft", "input": "fixed"},
+        {"name": "ensemble", "weights": "validation", "input": "fixed"},
+        {"name": "vrf", "input": "fixed", "k": 1},
         {"name": "greedy_soup"},
         {"name": "uniform_soup"},
     ]

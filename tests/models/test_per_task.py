@@ -40,7 +40,7 @@ class Member:
     parameters = 3
 
     @property
-    def paths(self):
+    def encoders(self):
         return (Path_(self.name),)
 
     def bind(self, classes):
@@ -66,7 +66,7 @@ MODEL = ByTask((Member("pets"), Member("digits"), Member("houses")), (PETS, DIGI
 def test_class_names_choose_the_member(classes, name):
     assert MODEL.member(classes).name == name
     assert [path.key for path in image_encoders(MODEL, classes)] == [name]
-    assert MODEL.paths == tuple(map(Path_, ("pets", "digits", "houses")))
+    assert MODEL.encoders == tuple(map(Path_, ("pets", "digits", "houses")))
     assert (MODEL.parameters, MODEL.forwards) == (9, 1)
 
 

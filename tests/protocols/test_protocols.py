@@ -48,14 +48,17 @@ def test_a_headline_is_the_mean_of_columns_that_are_means_of_tests():
     metric = Metric("mean of ID and OOD", {"ID": ("ID",), "OOD": ("a", "b", "c")})
     accuracies = {"ID": 0.9, "a": 0.3, "b": 0.6, "c": 0.0}
     assert metric.column("ID", accuracies) == 0.9 and metric.column("OOD", accuracies) == pytest.approx(0.3)
-    assert metric.of(accuracies) == pytest.approx(0.6)
+    assert metric.headline_of(accuracies) == pytest.approx(0.6)
     draws = {name: np.array([value, 1.0]) for name, value in accuracies.items()}
-    np.testing.assert_allclose(metric.of(draws), [0.6, 1.0])
+    np.testing.assert_allclose(metric.headline_of(draws), [0.6, 1.0])
 
 
 def test_a_harmonic_headline():
-    assert METRIC.of({"base": 0.6, "novel": 0.3}) == pytest.approx(0.4) and METRIC.score([60.0, 30.0]) == 40.0
-    assert METRIC.of({"base": 0.6, "novel": 0.0}) == 0.0 and type(METRIC.of({"base": 0.5, "novel": 0.5})) is float
+    assert METRIC.headline_of({"base": 0.6, "novel": 0.3}) == pytest.approx(0.4) and METRIC.score([60.0, 30.0]) == 40.0
+    assert (
+        METRIC.headline_of({"base": 0.6, "novel": 0.0}) == 0.0
+        and type(METRIC.headline_of({"base": 0.5, "novel": 0.5})) is float
+    )
     np.testing.assert_allclose(METRIC.score([np.array([0.6, 0.0]), np.array([0.3, 0.5])]), [0.4, 0.0])
 
 
@@ -112,7 +115,7 @@ def test_few_shot_tunes_and_tests_all_classes():
     (data,) = task.data
     assert counts(data.train) == [2] * 4 and counts(data.val) == [2] * 4 and data.classes.names == NAMES
     ((name, classes, test),) = task.tests
-    assert (name, classes.names, len(test)) == ("test", NAMES, 12) and task.metric.of({"test": 0.25}) == 0.25
+    assert (name, classes.names, len(test)) == ("test", NAMES, 12) and task.metric.headline_of({"test": 0.25}) == 0.25
     assert counts(FewShot(shots=6).task(dataset(), seed=1).data[0].val) == [4] * 4  # min(shots, 4)
     other = FewShot(shots=2).task(dataset(), seed=2).data[0]
     assert other.train.rows.tolist() != data.train.rows.tolist()
@@ -130,7 +133,7 @@ def test_robust_tests_a_shift_against_the_classes_that_it_shows():
     assert tests["some"] == (("bee", "dog"), [1, 1, 0, 0])
     assert task.tests[2][2].rows.tolist() == [0, 1, 2, 3]
     assert task.metric.columns == {"ID": ("ID",), "OOD": ("all", "some")}
-    assert task.metric.of({"ID": 0.8, "all": 0.2, "some": 0.4}) == pytest.approx(0.55)
+    assert task.metric.headline_of({"ID": 0.8, "all": 0.2, "some": 0.4}) == pytest.approx(0.55)
     assert counts(Robust(shots=1).task(dataset(shifts={"all": split(1)}), seed=1).data[0].train) == [1] * 4
     with pytest.raises(UserError, match="protocol robust: pets has no shifted test images .name them: dataset.shifts"):
         Robust().task(dataset(), seed=1)
@@ -141,7 +144,7 @@ def test_multi_task_makes_one_cell_of_all_datasets():
     task = MultiTask(shots=3).task(two, seed=1)
     assert [len(data.train) for data in task.data] == [12, 12] and MultiTask.joint
     assert [(name, classes.names) for name, classes, _ in task.tests] == [("pets", NAMES), ("toys", tuple("abcd"))]
-    assert task.metric.normalised and task.metric.of({"pets": 0.5, "toys": 1.0}) == 0.75
+    assert task.metric.normalised and task.metric.headline_of({"pets": 0.5, "toys": 1.0}) == 0.75
     assert [len(data.train) for data in MultiTask().task(two, seed=1).data] == [24, 24]
 
 
@@ -214,7 +217,9 @@ def check_mean(row, columns):
 
 
 def ends(out, space):
-    return {p["alpha"]: {n: c["acc1"] for n, c in p["columns"].items()} for p in out["path"] if p["space"] == space}
+    return {
+        p["alpha"]: {n: c["acc1"] for n, c in p["columns"].items()} for p in out["landscape"] if p["space"] == space
+    }
 
 
 def accuracies(row):
@@ -274,7 +279,7 @@ def test_a_multi_task_run(run):
     own = [rows[f"full on {t}"]["columns"][t]["acc1"] for t in tasks]
     ours = [merged["columns"][t]["acc1"] for t in tasks]
     assert merged["normalised"] == pytest.approx(100 * np.mean([a / b for a, b in zip(ours, own)]))
-    assert out["path"] == []
+    assert out["landscape"] == []
     check_mean(rows["emr"], tasks)
     assert (rows["emr"]["parameters"], rows["emr"]["forwards"]) == (2 * merged["parameters"], 1)
 

@@ -74,7 +74,7 @@ RECIPE = {"dataset": {"name": "folder"}, "strategy": {"name": "linear"}}
         ({"strategy": {"name": "linear", "grid": {"t": []}}}, "r: strategy linear: grid is a mapping of lists"),
         ({"strategy": [{"name": "linear", "batch_norm": "x"}]}, "r: strategy.0 linear: batch_norm='x' (images or mean)"),
         ({"backbone": {"arch": "x"}}, "r: backbone needs a name (write backbone: {name: ...})"),
-        ({"strategy": {"name": "linear", "of": "copo"}}, "r: strategy linear: of: unknown tuned model or earlier strat"),
+        ({"strategy": {"name": "linear", "input": "copo"}}, "r: strategy linear: input: unknown tuned model or earlier strat"),
     ],
 )  # fmt: skip
 def test_faults_of_recipes(more, told):
@@ -84,7 +84,7 @@ def test_faults_of_recipes(more, told):
 
 
 def test_all_may_stand_among_strategies_or_alone():
-    made = parse({**RECIPE, "strategy": ["all", {"name": "linear", "label": 3, "of": "coop"}]}, name="r", where="r")
+    made = parse({**RECIPE, "strategy": ["all", {"name": "linear", "label": 3, "input": "coop"}]}, name="r", where="r")
     (spec,) = made.strategies
-    assert made.every and (spec.label, spec.of, spec.where) == ("3", "coop", "r: strategy.0 linear")
+    assert made.every and (spec.label, spec.input, spec.where) == ("3", "coop", "r: strategy.0 linear")
     assert parse({**RECIPE, "strategy": "all"}, name="r", where="r").strategies == ()

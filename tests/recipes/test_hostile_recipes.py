@@ -235,10 +235,10 @@ def test_a_run_stores_the_reference_and_is_used_with_it(monkeypatch, capsys, tmp
         assert code == 2 and "add --allow-env SECRET" in err
         code, out, err = call(monkeypatch, capsys, *words, "--allow-env", "SECRET")
         assert code == 0 and out, err
-    for words in (["check", file], ["bench", file, "--dry-run"], ["path", file, "--plane", "0", "--out", "out"]):
+    for words in (["check", file], ["bench", file, "--dry-run"], ["landscape", file, "--plane", "0", "--out", "out"]):
         assert call(monkeypatch, capsys, *words)[0] == 2
         assert call(monkeypatch, capsys, *words, "--allow-env", "SECRET")[0] == 0
-    assert SECRET.encode() not in Path("out/path.json").read_bytes() + Path("out/path.html").read_bytes()
+    assert SECRET.encode() not in Path("out/landscape.json").read_bytes() + Path("out/landscape.html").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from mergekit_vl.commands import app
 from mergekit_vl.printable import in_code, in_html, in_markdown, printable
 from mergekit_vl.protocols.base import Metric
 from mergekit_vl.reports.landscape_page import section
-from mergekit_vl.reports.landscape_results import Barrier, MeanPath
-from mergekit_vl.reports.results import PathPoint, SummaryRow
+from mergekit_vl.reports.landscape_results import Barrier, MeanLandscape
+from mergekit_vl.reports.results import LinePoint, SummaryRow
 from mergekit_vl.system.atomic_files import slug, write_json
 
 LABELS = ["$\\foo$", "[/red]", "L" * 400, "a\nb", "b\x1b]0;owned\x07", "\u202eevil", "<script>alert(1)</script>", "a/b", "a b",
@@ -171,9 +171,9 @@ def test_the_plots_of_a_bench_and_of_a_path(label):
     ]
     tests = {label: {"nll": 1.0, "acc1": 0.5}}
     segments = ("zero-shot -> tuned", "zero-shot -> merged", "merged -> tuned")
-    points = tuple(PathPoint(segment, "heads", a, tests) for segment in segments for a in (0.0, 1.0))
+    points = tuple(LinePoint(segment, "heads", a, tests) for segment in segments for a in (0.0, 1.0))
     barriers = tuple(Barrier("heads", segment, tests) for segment in segments)
-    path = MeanPath(label, 1, points, barriers, None, label)
+    path = MeanLandscape(label, 1, points, barriers, None, label)
     drawings.append(section(path, "zero-shot", label))
     assert all(drawing.count("<svg") == 1 and "\x1b" not in drawing for drawing in drawings)
     if label == "$\\foo$":

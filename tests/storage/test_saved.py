@@ -44,7 +44,7 @@ def models(micro):
 
 def logits(model):
     images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    return model.bind(CLASSES)({path.key: path.encode(images) for path in model.paths})
+    return model.bind(CLASSES)({path.key: path.encode(images) for path in model.encoders})
 
 
 def test_what_is_saved_comes_back(micro, tmp_path):

@@ -136,7 +136,7 @@ def test_the_gradient_of_a_towers_coefficients(towers):  # noqa: F811
         merged = TaskArithmetic(scales=scales).merge(towers)
         total = 0.0
         for task in towers.data:
-            features = {merged.paths[0].key: towers.features.features(merged.paths[0], task.train)}
+            features = {merged.encoders[0].key: towers.features.features(merged.encoders[0], task.train)}
             total += entropy(merged.bind(task.classes)(features).double()).mean().item()
         return total
 

@@ -43,7 +43,7 @@ class Reads:
 
     column: int
     parameters, forwards = 0, 1
-    paths = (SimpleNamespace(key="x", backbone=SimpleNamespace(device="cpu")),)
+    encoders = (SimpleNamespace(key="x", backbone=SimpleNamespace(device="cpu")),)
 
     def bind(self, classes):
         def head(features):
@@ -136,7 +136,7 @@ def test_an_ensemble_comes_back_from_its_files(tmp_path):
     ensemble = Ensemble((Single(backbone, ZeroShot()), tuned), (0.25, 0.75), "logits", (0.5, 2.0))
     model_files.save(ensemble, tmp_path, "e")
     back = model_files.load(tmp_path, "e", backbone, load_plugins().adapter)
-    assert (back.weights, back.of, back.temperatures) == ((0.25, 0.75), "logits", (0.5, 2.0))
+    assert (back.weights, back.average_of, back.temperatures) == ((0.25, 0.75), "logits", (0.5, 2.0))
     assert torch.equal(back.members[1].adapter.ctx, tuned.adapter.ctx)
 
 

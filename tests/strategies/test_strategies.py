@@ -127,7 +127,7 @@ class Constant:
     """A model that gives the same probabilities to every image."""
 
     probabilities: tuple
-    paths, parameters, forwards = (), 0, 1
+    encoders, parameters, forwards = (), 0, 1
 
     def bind(self, classes):
         return lambda features: torch.tensor([self.probabilities]).log() + 3.0  # logits are free up to a constant
@@ -185,7 +185,7 @@ def test_intervals_resample_tasks_not_seeds():
     tasks = [task for task in "abcde" for _ in range(2)]
     d = clustered([1.0] * 8 + [6.0] * 2, tasks)
     assert d.mean == 2.0 and (d.low, d.high) == (1.0, 4.0) and d.verdict == "above"
-    assert clustered([-1.0] * 8 + [4.0] * 2, tasks).verdict == "not shown"
+    assert clustered([-1.0] * 8 + [4.0] * 2, tasks).verdict == "not significant"
 
 
 @pytest.mark.parametrize("tasks", [2, 4])

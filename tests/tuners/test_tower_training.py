@@ -121,7 +121,7 @@ def test_integers_are_not_merged(norm):
 
 def test_a_tower_without_a_head_takes_any_classes(small):
     model = Single(small, Tower(moved(small.image_weights())))
-    features = {model.paths[0].key: torch.randn(2, 16)}
+    features = {model.encoders[0].key: torch.randn(2, 16)}
     for names in (("dog", "car"), ("a lion", "tea", "sand", "rope")):
         assert model.bind(Classes(names))(features).shape == (2, len(names))
     with_head = Single(small, replace(model.adapter, head=zero_shot(small, CLASSES)))
@@ -304,7 +304,7 @@ def test_a_complete_clip_and_its_image_tower_alone(small, tuned_state, tmp_path)
         model = Single(small, found)
         reference = construct(SMALL, "here").eval()
         reference.load_state_dict(state(small) | given)
-        ours = model.bind(CLASSES)({model.paths[0].key: model.paths[0].encode(images)})
+        ours = model.bind(CLASSES)({model.encoders[0].key: model.encoders[0].encode(images)})
         torch.testing.assert_close(ours, logits_of(reference, images), rtol=1e-4, atol=1e-3)
     merged = Linear().merge(inputs(small, None, tuned=(Single(small, loaded(tmp_path / "all.safetensors", small)),)))
     half = (state(small)["text_projection"] + tuned_state["text_projection"]) / 2
@@ -333,7 +333,7 @@ def test_a_timm_checkpoint_brings_its_classifier(norm, tmp_path):
     single = Single(norm, found)
     with torch.no_grad():
         expected = model.eval()(images)
-    ours = single.bind(CLASSES)({single.paths[0].key: single.paths[0].encode(images)})
+    ours = single.bind(CLASSES)({single.encoders[0].key: single.encoders[0].encode(images)})
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     start = class_mean(norm, split(3, side=32))
     given = inputs(norm, split(3, side=32), base=Single(norm, start))

@@ -10,7 +10,7 @@ from mergekit_vl.experiments import landscape
 from mergekit_vl.experiments.experiment import Experiment, prepare
 from mergekit_vl.models.features import FeatureStore
 from mergekit_vl.reporter import ALL_CELLS, Reporter
-from mergekit_vl.reports.landscape_results import CellPath, MeanPath
+from mergekit_vl.reports.landscape_results import CellLandscape, MeanLandscape
 from mergekit_vl.system.atomic_files import cell_name
 
 
@@ -22,7 +22,7 @@ def measured(
     points: int,
     plane: int,
     reporter: Reporter,
-) -> MeanPath:
+) -> MeanLandscape:
     """The means of the lines over all cells, `points` points each, and the plane of the first cell, `plane` points a side (0: none).
 
     The models of a run in `folder` are used where they are there, and made where not.
@@ -46,9 +46,9 @@ def measured(
         if not found:
             where = f"{experiment.recipe.name}: {label}"
             raise UserError("nothing lies between these models", where=where, hint="tune a prompt, head or tower")
-        reporter.progress(0, 0, f"path of {name}")
+        reporter.progress(0, 0, f"landscape of {name}")
         line = [p for each in found for p in landscape.lines(each, task.tests, points, landscape.SEGMENTS)]
-        cells.append(CellPath(label, tuple(line), tuple(landscape.barriers(line))))
+        cells.append(CellLandscape(label, tuple(line), tuple(landscape.barriers(line))))
         if number == 0 and plane > 1:
             reporter.progress(0, 0, f"plane of {name}")
             first_plane = landscape.plane(found[0], task.tests, plane)

@@ -1,9 +1,11 @@
-"""`mergekit-vl path`: loss and accuracy between zero-shot, the merged and the tuned model of a recipe."""
+"""`mergekit-vl landscape`: loss and accuracy between zero-shot, the merged and the tuned model of a recipe."""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +20,7 @@ from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 
 
-def path(
+def landscape(
     recipe: arguments.RecipeArgument,
     overrides: arguments.Overrides = None,
     points: Annotated[int, typer.Option(min=3, help="of a line, ends included")] = 21,
@@ -29,12 +31,12 @@ def path(
     out: arguments.Out = None,
     device: arguments.Device = "auto",
 ) -> None:
-    """Loss, accuracy and barriers along zero-shot -> merged -> tuned, and on the plane through the three; of the recipe's first strategy.
+    """Loss, accuracy and barriers on the lines zero-shot -> merged -> tuned, and on the plane through the three; of the recipe's first strategy.
 
-    Uses the models of `run` with the same recipe where they are there, and makes them where not. Writes path.json and path.html.
+    Uses the models of `run` with the same recipe where they are there, and makes them where not. Writes landscape.json and landscape.html.
     """
     from mergekit_vl.experiments import experiment as experiments
-    from mergekit_vl.experiments.path import measured
+    from mergekit_vl.experiments.run_landscape import measured
     from mergekit_vl.reports.landscape_page import barriers, document
     from mergekit_vl.system.atomic_files import write_json, write_text
 
@@ -45,7 +47,9 @@ def path(
     made = build(plan)
     if made.joint:
         raise UserError(
-            "has several tuned models", where=f"protocol {plan.protocol.name}", hint="path is between three models"
+            "has several tuned models",
+            where=f"protocol {plan.protocol.name}",
+            hint="a landscape is between three models",
         )
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
     with noted("the same command continues"), tidied(folder), alone(folder):
@@ -53,7 +57,14 @@ def path(
         with TerminalReporter(True) as reporter:
             found = measured(made, folder, device=device_of(device), points=points, plane=plane, reporter=reporter)
         base, tuned_row = made.base_label, made.tuned_labels[0]
-        write_text(folder / "path.html", document(f"The path of {plan.name}", found, base, tuned_row))
-        write_json(folder / "path.json", found.to_json())
+        write_text(folder / "landscape.html", document(f"The landscape of {plan.name}", found, base, tuned_row))
+        write_json(folder / "landscape.json", found.to_json())
     say_table(barriers(found, base, tuned_row))
-    say(f"report: {folder / 'path.html'}")
+    say(f"report: {folder / 'landscape.html'}")
+
+
+@functools.wraps(landscape)
+def path(**given: Any) -> None:
+    """Its name in 0.1.0."""
+    warnings.warn("the command path is now called landscape", FutureWarning, stacklevel=2)
+    landscape(**given)

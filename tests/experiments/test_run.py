@@ -68,7 +68,7 @@ def same(one, other):
     return all(one["columns"][c]["acc1"] == pytest.approx(other["columns"][c]["acc1"]) for c in ("base", "novel"))
 
 
-def test_the_path_ends_where_its_models_stand(finished):
+def test_the_lines_end_where_their_models_stand(finished):
     report = json.loads((finished[0] / "first" / "report.json").read_text())
     rows = {row["row"]: row for row in report["summary"]}
     ends = {(p["segment"], p["alpha"]): p for p in report["landscape"]}
@@ -78,6 +78,16 @@ def test_the_path_ends_where_its_models_stand(finished):
         ("merged -> tuned", 0.0, "mergetune"),
     ):
         assert same(ends[segment, alpha], rows[row])
+
+
+def test_a_report_with_the_keys_of_0_1_0_is_read(finished):
+    from mergekit_vl.reports.results import Report
+
+    report = json.loads((finished[0] / "first" / "report.json").read_text())
+    points = [{("leg" if key == "segment" else key): v for key, v in p.items()} for p in report["landscape"]]
+    old = {key: value for key, value in report.items() if key not in ("landscape", "tuned_row")}
+    read = Report.from_json({**old, "path": points, "anchor": report["tuned_row"]})
+    assert points and read == Report.from_json(report) and read.to_json() == report
 
 
 def test_the_coefficients_are_those_of_wise_ft_in_both_spaces(finished):

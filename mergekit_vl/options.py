@@ -93,9 +93,12 @@ def check(given: Options, *, where: str = "", **rules: tuple[bool, str]) -> None
             raise UserError(f"{key}={values(given)[key]}", where=where, hint=hint)
 
 
-def check_effect(given: Options, names: Iterable[str], *, where: str, why: str) -> None:
-    """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here."""
-    for field in dataclasses.fields(given):
+def check_effect(given: Options, names: Iterable[str], *, where: str, why: str, read: bool = False) -> None:
+    """Raise UserError for the first of the fields `names` that was given (is not its default) although nothing reads it here.
+
+    `read`: whether something does, where that depends on other options or on the models.
+    """
+    for field in dataclasses.fields(given) if not read else ():
         value = getattr(given, field.name)
         if field.name in names and value != field.default:
             raise Unsuitable(f"{key_of(field)}={value} has no effect {why}", where=where, hint="leave it out")

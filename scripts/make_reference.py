@@ -23,7 +23,7 @@ Made from the code by `python scripts/make_reference.py`; `mergekit-vl show NAME
 
 def reference() -> str:
     parts = [HEAD, "## Commands\n"]
-    root = typer.main.get_command(app.app)
+    root = typer.main.get_command(app.application())
     parts += [_table("`mergekit-vl`", root)]
     parts += [
         f"### `mergekit-vl {name}`\n\n{command.help}\n\n{_table('', command)}"

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": (MERGE, "commands/merge.py: merge", {"merge to TIES' maths": ("strategies/ties.py: merge_chunk", "")}),
     "run": (
         RUN,
-        "commands/app.py: run",
+        "commands/run.py: run",
         {
             "run to MergeTune's loss": ("strategies/mergetune.py: terms", ""),
             "an image from its folder to its score": (

@@ -164,7 +164,7 @@ def here(line):
 def planned(words):
     """What a command that takes minutes can do in a moment."""
     name, *rest = words
-    typer.main.get_command(app.app).commands[name].make_context(name, list(rest))  # its own options
+    typer.main.get_command(app.application()).commands[name].make_context(name, list(rest))  # its own options
     if name == "bench":
         return [*words, "--dry-run"] if "--dry-run" not in words else words
     flags = [i for i, word in enumerate(rest) if word.startswith("--")]

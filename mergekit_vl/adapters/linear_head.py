@@ -240,18 +240,6 @@ def zero_shot(backbone: Backbone, classes: Classes) -> LinearHead:
     return LinearHead(backbone.scale * text, backbone.bias.expand(len(text)).clone(), classes.names, True)
 
 
-def untuned(backbone: Backbone) -> LinearHead | ZeroShot:
-    """The backbone as it is: zero-shot, or the classifier that an image classifier came with, over the classes it is asked for."""
-    if backbone.text is not None:
-        return ZeroShot()
-    own = backbone.classifier
-    if own is None:
-        raise UserError(
-            "an image classifier without a classifier of its own", where=backbone.spec, hint="give it a checkpoint"
-        )
-    return LinearHead(own.weight, own.bias, (), normalise=False).to(backbone.device)
-
-
 def class_means(
     features: Float[Tensor, "B D"], labels: Int[Tensor, " B"], classes: Classes, *, normalise: bool
 ) -> LinearHead:

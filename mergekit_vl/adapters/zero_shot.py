@@ -25,7 +25,7 @@ class ZeroShot:
     """Nothing is tuned. Several templates are averaged after normalisation, as in CLIP's own zero-shot ensemble."""
 
     space = "none"
-    about = About("a zero-shot model", "nothing", makes_texts=True)
+    about = About("a zero-shot model", "nothing", makes_texts=True, without_file="zero_shot")
     chosen: ClassVar[Mapping[str, float]] = {}
 
     @property
@@ -80,7 +80,7 @@ class ZeroShot:
         return None
 
     def save(self, path: Path, *, backbone: str) -> None:
-        """There is nothing to write; `storage.model_files` writes down that it is zero-shot."""
+        """There is nothing to write (`About.without_file`)."""
 
     @classmethod
     def load(cls, path: Path, *, device: str = "cpu") -> ZeroShot:

@@ -95,6 +95,20 @@ def _with_results(value: Any, made: Mapping[str, str]) -> Any:
 
 
 @dataclass(frozen=True)
+class Section:
+    """The `weights:` section of a recipe; without a recipe, the models among the words."""
+
+    models: Sequence[object]
+    base: Any = None
+    strategy: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    dtype: str | None = None
+    keep: Sequence[str] = ()
+    rebasin: bool = False
+    tensors: Tensors = "same"
+
+
+@dataclass(frozen=True)
 class Asked:
     plan: MergePlan
     notes: list[str] = field(default_factory=list)
@@ -147,15 +161,14 @@ def ask(
     return Asked(plan, [*notes, *more])
 
 
-def _section(models: Sequence[str], content: Mapping[str, object] | None) -> tuple[WeightsForm, list[str], str]:
+def _section(models: Sequence[str], content: Mapping[str, object] | None) -> tuple[Section, list[str], str]:
     """What models and strategy the words ask for, or the recipe among them; notes, and where errors are."""
-    from mergekit_vl.recipes.merge_forms import WeightsForm
-
     if not any(word.endswith(RECIPES) for word in models):
-        return WeightsForm.model_construct(models=list(models)), [], "command line"
+        return Section(models), [], "command line"
     if len(models) > 1:
         raise UserError("a recipe names its models itself", where="command line", hint="give the recipe alone")
-    return *read_recipe(models[0], content), models[0]
+    form, notes = read_recipe(models[0], content)
+    return Section(**dict(form)), notes, models[0]
 
 
 def _kept(keep: Sequence[str], where: str) -> tuple[str, ...]:

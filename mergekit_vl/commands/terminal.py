@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,9 @@ from typing import TYPE_CHECKING, TextIO
 from mergekit_vl.errors import UserError
 from mergekit_vl.printable import printable
 from mergekit_vl.registry.calls import to_stderr
-from mergekit_vl.reporter import ALL_CELLS
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
+    from mergekit_vl.commands.bars import Bars
     from mergekit_vl.reports.table import Table
 
 
@@ -70,22 +69,16 @@ def _write(text: str, stream: TextIO | None) -> None:
 
 
 class TerminalReporter:
-    """Warnings on stderr, lines on stdout, and bars on stderr: what is done now, and above it all cells where there are several.
+    """Warnings on stderr, lines on stdout, and bars on stderr.
 
     Nothing but warnings is shown unless `show`, and bars where stderr is a terminal, from `after` seconds on.
     """
 
     def __init__(self, show: bool, *, after: float = 0.0) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-        what = TextColumn("{task.description}", markup=False)
-        columns = (SpinnerColumn(), what, BarColumn(), TimeRemainingColumn())
-        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self.bar = Progress(*columns, console=console, transient=True)
-        self.show, self.bars, self.since = show, show and console.is_terminal, time.monotonic() + after
-        self.tasks: dict[str, TaskID] = {}
+        self.show, self.since = show, time.monotonic() + after
         self.said: set[str] = set()
+        self.bars: Bars | None = None
+        self.lock = threading.Lock()
 
     def __enter__(self) -> TerminalReporter:
         return self
@@ -99,15 +92,15 @@ class TerminalReporter:
             say(text)
 
     def progress(self, done: int, total: int, what: str) -> None:
-        if not self.bars or time.monotonic() < self.since:
+        if not self.show or time.monotonic() < self.since:
             return
-        self.bar.start()
-        if what not in self.tasks:
-            for old in [name for name in self.tasks if name != ALL_CELLS] if what != ALL_CELLS else ():
-                self.bar.remove_task(self.tasks.pop(old))
-            self.tasks[what] = self.bar.add_task(printable(what), total=total or None)
-        self.bar.update(self.tasks[what], completed=done, total=total or None)
+        with self.lock:
+            if self.bars is None:
+                from mergekit_vl.commands.bars import Bars  # with rich, for what takes a while
+
+                self.bars = Bars()
+            self.bars.progress(done, total, what)
 
     def __exit__(self, *error: object) -> None:
-        if self.bars:
-            self.bar.stop()
+        if self.bars is not None:
+            self.bars.stop()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mergekit_vl import options
+from mergekit_vl.adapters import before_tuning
 from mergekit_vl.backbones.base import base_label
 from mergekit_vl.datasets.base import named_by
 from mergekit_vl.errors import Unsuitable, UserError
@@ -238,10 +239,11 @@ class Ready:
         reporter: Reporter,
         everywhere: tuple[TaskData, ...] = (),
     ) -> Cell:
+        base = before_tuning.of_task(self.backbone, task.data[0], store)
+        scratch = folder / "scratch"
         inputs = MergeInputs(
-            _base(self.backbone, task, store), (), task.data[:1], store, seed, self.device, reporter, folder / "scratch"
+            base, (), task.data[:1], store, seed, self.device, reporter, scratch, everywhere=everywhere
         )
-        inputs = dataclasses.replace(inputs, everywhere=everywhere)
         code = (*self.experiment.makers, *self.more)
         return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
 
@@ -316,22 +318,6 @@ def run(
         device=device,
         seconds=time.time() - began,
     )
-
-
-def _base(backbone: Backbone, task: Task, store: FeatureStore) -> Single:
-    """The model before fine-tuning: zero-shot, or the nearest class mean where there is no text tower."""
-    import torch
-
-    from mergekit_vl.adapters.linear_head import class_means
-    from mergekit_vl.adapters.zero_shot import ZeroShot
-    from mergekit_vl.models.model import ImageEncoder, Single
-
-    if backbone.text is not None:
-        return Single(backbone, ZeroShot())
-    data = task.data[0]
-    features = store.features(ImageEncoder(backbone), data.train)
-    head = class_means(features, torch.from_numpy(data.train.labels), data.classes, normalise=False)
-    return Single(backbone, head.to(backbone.device))
 
 
 def load_datasets(specs: tuple[Spec, ...], given: tuple[DatasetOptions, ...], reporter: Reporter) -> list[Dataset]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
-from mergekit_vl.adapters.linear_head import untuned
+from mergekit_vl.adapters import before_tuning
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
 from mergekit_vl.recipes.loading import load_recipe
@@ -71,7 +71,7 @@ def open_model(
     if checkpoint is not None:
         return LoadedModel(Single(backbone, load_tuned(checkpoint, backbone, registry)), checkpoint.name)
     label = backbone.spec if backbone.text is None else f"{backbone.spec}, zero-shot"
-    return LoadedModel(Single(backbone, untuned(backbone)), label)
+    return LoadedModel(before_tuning.of_backbone(backbone), label)
 
 
 def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> LoadedModel:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from mergekit_vl.alignment.rebasin import Permuted
+from mergekit_vl.alignment.permuted import Permuted
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import class_names
 from mergekit_vl.errors import UserError

@@ -35,7 +35,7 @@ def alignment_memory(opened: AlignedCheckpoints) -> int:
     """Bytes that aligning the models takes, before the first chunk is read."""
     if not opened.symmetries:
         return 0
-    from mergekit_vl.alignment import rebasin  # with scipy, which other merges need not load
+    from mergekit_vl.alignment import rebasin
 
     return rebasin.memory(opened.shapes, opened.symmetries.groups)
 

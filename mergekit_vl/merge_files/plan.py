@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_vl.alignment.symmetries import Symmetries, find, heads_told
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import differing_settings
 from mergekit_vl.checkpoints.dtypes import FLOATS, NAMES, float_code
@@ -20,6 +20,9 @@ from mergekit_vl.merging.chunks import Models, Tensor
 from mergekit_vl.merging.coefficients import depths, matches
 from mergekit_vl.merging.engine import checked
 from mergekit_vl.merging.method import ClosedForm, MethodInfo
+
+if TYPE_CHECKING:
+    from mergekit_vl.alignment.symmetries import Symmetries
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ def _slots(plan: MergePlan, reference: Checkpoint, copied_from: Mapping[str, Che
 
 
 def _symmetries(opened: AlignedCheckpoints, kept: Collection[str]) -> Symmetries:
+    from mergekit_vl.alignment.symmetries import find, heads_told
+
     if len(opened.all) < 2:
         raise UserError("--rebasin has one model and none that it is to match", hint="name more models, or a --base")
     reference = opened.reference

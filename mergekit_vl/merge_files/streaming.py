@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_vl.alignment import rebasin
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import CONFIGS
 from mergekit_vl.checkpoints.dtypes import FLOATS, STORED, Array, Narrowing
@@ -32,6 +31,9 @@ def align(opened: AlignedCheckpoints, reporter: Reporter = SILENT) -> None:
     """Replace every model but the reference by one that is read in the order that matches the reference; does nothing without `rebasin`."""
     if opened.symmetries is None:
         return
+    from mergekit_vl.alignment import rebasin
+    from mergekit_vl.alignment.permuted import Permuted
+
     shapes, groups, sources = opened.shapes, opened.symmetries.groups, list[Source]()
     for checkpoint, source in zip(opened.tuned, opened.models.tuned):
         if checkpoint is opened.reference:
@@ -43,7 +45,7 @@ def align(opened: AlignedCheckpoints, reporter: Reporter = SILENT) -> None:
             f"rebasin: {checkpoint.label} matches {opened.reference.label} after {found.moved} of {len(groups)} permutations, "
             f"cosine {found.before:.4f} before, {found.after:.4f} now"
         )
-        sources.append(rebasin.Permuted(source, shapes, found.orders))
+        sources.append(Permuted(source, shapes, found.orders))
     opened.models = dataclasses.replace(opened.models, tuned=tuple(sources))
 
 

@@ -41,6 +41,8 @@ class About:
     lr: float = 0.002
     """Where none is given: of SGD for those that read features (in units of 1 / `Network.unit`), of AdamW for those that read images."""
     weight_decay: float = 5e-4
+    without_file: str = ""
+    """The registered name of adapters without tensors: nothing is saved of them but this; empty: `Adapter.save` writes a file."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from mergekit_vl.datasets.base import Split
     from mergekit_vl.models.features import FeatureStore
+    from mergekit_vl.models.inputs import Validation
     from mergekit_vl.models.model import Classes, Model
 
 ECE_BINS = 15
@@ -70,6 +72,13 @@ def logits_of(
 def quality(scores: Scores) -> tuple[float, float]:
     """The key by which validation chooses: accuracy, then likelihood; `max` takes the first of equals."""
     return scores.acc1, -scores.nll
+
+
+def mean_quality(model: Model, tasks: Sequence[Validation], store: FeatureStore) -> tuple[float, float]:
+    """The same over the validation images of several tasks: the mean of each."""
+    found = [quality(evaluate(model, task.classes, task.val, store).scores) for task in tasks]
+    accuracy, likelihood = (sum(values) / len(tasks) for values in zip(*found))
+    return accuracy, likelihood
 
 
 def score(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Scores:

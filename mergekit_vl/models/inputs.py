@@ -9,6 +9,7 @@ from mergekit_vl.errors import Unsuitable
 from mergekit_vl.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mergekit_vl.datasets.base import Split
@@ -59,12 +60,22 @@ class MergeInputs:
         """Of the tuned models: their labels, or tuned.0 and so on."""
         return self.labels or tuple(f"tuned.{i}" for i in range(len(self.tuned)))
 
+    @property
+    def tasks(self) -> tuple[TaskData, ...]:
+        """`data` with each task once."""
+        return tuple({id(task): task for task in self.data}.values())
+
+    def only(self, where: str, hint: str) -> Model:
+        """The tuned model; raises Unsuitable for any other number than one."""
+        if len(self.tuned) != 1:
+            raise Unsuitable(f"one tuned model, not {len(self.tuned)}", where=where, hint=hint)
+        return self.tuned[0]
+
     def validated(self, where: str, hint: str) -> Validation:
         """The one task of all models, on whose validation images something can be chosen; raises UserError where there is none."""
-        tasks = {id(task) for task in self.data}
-        if len(tasks) != 1:
+        if len(self.tasks) != 1:
             raise Unsuitable(
-                f"nothing can be chosen on validation images of {len(tasks)} tasks at once", where=where, hint=hint
+                f"nothing can be chosen on validation images of {len(self.tasks)} tasks at once", where=where, hint=hint
             )
         val = self.data[0].val
         if val is None or not len(val):
@@ -75,8 +86,19 @@ class MergeInputs:
 
     def to_choose_on(self, where: str, hint: str) -> tuple[Validation, ...]:
         """The tasks with validation images on which a single model is chosen; raises Unsuitable where one has none."""
-        tasks = self.everywhere or tuple({id(task): task for task in self.data}.values())
-        found = tuple(Validation(task.classes, task.val) for task in tasks if task.val is not None and len(task.val))
-        if not found or len(found) < len(tasks):
-            raise Unsuitable("there are no validation images", where=where, hint=hint)
-        return found
+        tasks = self.everywhere or self.tasks
+        return tuple(Validation(*each) for each in _with_images(tasks, "validation", where, hint))
+
+    def unlabelled(self, images: Literal["train", "validation"], where: str, hint: str) -> list[tuple[Classes, Split]]:
+        """Every task's images, with its classes; raises Unsuitable where one has none."""
+        return _with_images(self.tasks, images, where, hint)
+
+
+def _with_images(
+    tasks: Sequence[TaskData], images: Literal["train", "validation"], where: str, hint: str
+) -> list[tuple[Classes, Split]]:
+    given = [(task.classes, task.train if images == "train" else task.val) for task in tasks]
+    found = [(classes, split) for classes, split in given if split is not None and len(split)]
+    if not found or len(found) < len(given):
+        raise Unsuitable(f"there are no {images} images", where=where, hint=hint)
+    return found

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_vl.adapters import stored
-from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.checkpoints.reader import open_checkpoint
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.by_distance import ByDistance
@@ -41,10 +40,10 @@ def save(model: Model, folder: Path, name: str) -> None:
     """Write `name.safetensors`, or `name.model.json` and the members as `name.0.safetensors` and so on."""
     forget(folder, name)  # a model of another kind
     if isinstance(model, Single):
-        if model.adapter.tensors:
-            model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)
+        if model.adapter.about.without_file:
+            write_json(folder / f"{name}.model.json", {"kind": model.adapter.about.without_file})
         else:
-            write_json(folder / f"{name}.model.json", {"kind": "zero_shot"})
+            model.adapter.save(folder / f"{name}.safetensors", backbone=model.backbone.spec)
         return
     assert isinstance(model, (Mixture, Ensemble, ByDistance, ByTask))
     for i, member in enumerate(model.members):
@@ -76,8 +75,8 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
     if not told.exists():
         return None
     facts = read_json(told, _checked)
-    if facts["kind"] == "zero_shot":
-        return Single(backbone, ZeroShot())
+    if facts["kind"] not in FACTS:
+        return Single(backbone, adapter(facts["kind"]).load(told, device=backbone.device))
     n = 2 if facts["kind"] == "by_distance" else len(facts["tasks" if facts["kind"] == "by_task" else "weights"])
     found = [load(folder, f"{name}.{i}", backbone, adapter) for i in range(n)]
     members = tuple(member for member in found if member is not None)
@@ -96,19 +95,18 @@ def load(folder: Path, name: str, backbone: Backbone, adapter: AdapterClass) -> 
 
 
 FACTS = {
-    "zero_shot": (),
     "mixture": ("weights",),
     "ensemble": ("weights", "temperatures"),
     "by_task": (),
     "by_distance": ("temperatures",),
 }
-"""Of each kind that `save` writes, what is a list of numbers, one a member."""
+"""Of each kind of models made of several, what is a list of numbers, one a member; other kinds are adapters by their registered names."""
 
 
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts as `save` writes them; raises ValueError, KeyError or TypeError for others."""
     kind = facts["kind"]
-    for key in FACTS[kind]:
+    for key in FACTS.get(kind, ()):
         if not all(isinstance(number, int | float) for number in facts[key]):
             raise ValueError(f"{key} are numbers")
     if kind in ("mixture", "ensemble") and not facts["weights"]:

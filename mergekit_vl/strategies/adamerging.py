@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.adapters import stored
 from mergekit_vl.checkpoints.torch_io import check_finite
-from mergekit_vl.errors import Failed, Unsuitable
+from mergekit_vl.errors import Failed
 from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.inputs import MergeInputs
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
     from torch import Tensor
-
-    from mergekit_vl.datasets.base import Split
-    from mergekit_vl.models.model import Classes
 
     Tensors = Mapping[str, Tensor]
 
@@ -81,7 +78,9 @@ class AdaMerging:
 
     def merge(self, inputs: MergeInputs) -> Model:
         start, vectors = self._task_vectors(inputs)
-        own, predict = fisher_information.predictors(start, tasks := self._tasks(inputs), inputs)
+        hint = "set images=train" if self.images == "validation" else "give a dataset with images to train on"
+        tasks = inputs.unlabelled(self.images, WHERE, hint)
+        own, predict = fisher_information.predictors(start, tasks, inputs)
         base = endpoints(inputs)[0].adapter.tensors
         base = {name: base[name].to(tensor) for name, tensor in own.items()}
         vectors = [{name: vector[name].to(tensor) for name, tensor in own.items()} for vector in vectors]
@@ -107,18 +106,6 @@ class AdaMerging:
             tuned = tuple(merge_adapters(each, alone) for each in apart)
         base = zero_shot.adapter.tensors
         return start, [{name: t[name] - base[name] for name in base} for t in (m.adapter.tensors for m in tuned)]
-
-    def _tasks(self, inputs: MergeInputs) -> list[tuple[Classes, Split]]:
-        tasks = {id(task): task for task in inputs.data}.values()
-        given = [(task.classes, task.train if self.images == "train" else task.val) for task in tasks]
-        found = [(classes, images) for classes, images in given if images]
-        if not found or len(found) < len(given):
-            raise Unsuitable(
-                f"there are no {self.images} images",
-                where=WHERE,
-                hint="set images=train" if self.images == "validation" else "give a dataset with images to train on",
-            )
-        return found
 
     def _learn(
         self,

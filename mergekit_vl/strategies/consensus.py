@@ -87,8 +87,7 @@ class Masks(Options, Protocol):
 
 
 def check_masks(where: str, method: Masks) -> None:
-    if method.vector != "ties":
-        check_effect(method, ("density",), where=where, why=f"with vector={method.vector}")
+    check_effect(method, ("density",), where=where, why=f"with vector={method.vector}", read=method.vector == "ties")
 
 
 def each_lambda(method: Masks, models: Models) -> tuple[Coefficient, ...]:

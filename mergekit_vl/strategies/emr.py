@@ -44,8 +44,8 @@ class Emr:
         return replace(self.info, passes=int(self.task is not None), by_task=self.task is None)
 
     def check(self, models: Models) -> None:
-        if self.task is None:
-            check_effect(self, ("norm",), where=self.info.where, why="without a task: there is no rescaling")
+        why = "without a task: there is no rescaling"
+        check_effect(self, ("norm",), where=self.info.where, why=why, read=self.task is not None)
         chosen_task(self.info.where, self.task, models)
 
     merge = merge_by_task

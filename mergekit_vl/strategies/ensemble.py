@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import Unsuitable
 from mergekit_vl.models.calibration import temperature
 from mergekit_vl.models.choices import Choice
 from mergekit_vl.models.evaluate import logits_of, quality, score
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Ensemble, Model
 from mergekit_vl.options import option
+from mergekit_vl.strategies.weights import check_mixture, one_each
 
 WHERE = "strategy ensemble"
 STEPS = {2: 20, 3: 10, 4: 10}
@@ -56,13 +58,9 @@ class OutputEnsemble:
                 )
             candidates = tuple(simplex(len(members), STEPS[len(members)]))
         else:
-            candidates = (self._normalised(self.weights or (1.0,) * len(members)),)
-            if len(candidates[0]) != len(members):
-                raise Unsuitable(
-                    f"{len(candidates[0])} weights for {len(members)} models",
-                    where=WHERE,
-                    hint="zero-shot first, then one per tuned model",
-                )
+            weights = one_each(WHERE, self.weights, len(members), "zero-shot first, then one per tuned model")
+            check_mixture(WHERE, weights)
+            candidates = (tuple(w / sum(weights) for w in weights),)
         if len(candidates) == 1 and not self.calibrated:
             return Ensemble(members, candidates[0], self.average)
         return self._chosen(inputs, members, candidates)
@@ -81,24 +79,8 @@ class OutputEnsemble:
         told = {"weights": list(best.weights)} if len(candidates) > 1 else {}
         return replace(best, choice=Choice(told | ({"temperatures": list(temperatures)} if temperatures else {})))
 
-    def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(
-                f"weights {weights} are not a mixture", where=WHERE, hint="use weights >= 0 with a positive sum"
-            )
-        return tuple(w / sum(weights) for w in weights)
-
 
 def simplex(n: int, steps: int) -> Iterator[tuple[float, ...]]:
-    """All n weights that sum to 1 and are multiples of 1 / steps."""
-
-    def counts(n: int, left: int) -> Iterator[tuple[int, ...]]:
-        if n == 1:
-            yield (left,)
-            return
-        for first in range(left + 1):
-            for rest in counts(n - 1, left - first):
-                yield (first, *rest)
-
-    for chosen in counts(n, steps):
-        yield tuple(count / steps for count in chosen)
+    """All n weights that sum to 1 and are multiples of 1 / steps, in the order of growing weights of the first."""
+    counts = itertools.product(range(steps + 1), repeat=n)
+    return (tuple(count / steps for count in chosen) for chosen in counts if sum(chosen) == steps)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_vl.checkpoints.torch_io import cast, check_finite
-from mergekit_vl.errors import Failed, Unsuitable, UserError
+from mergekit_vl.errors import Failed, Unsuitable
 from mergekit_vl.estimators import fisher_information
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model
 from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import as_model, endpoints
+from mergekit_vl.strategies.weights import check_mixture, one_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,24 +55,17 @@ class Fisher:
         import torch
 
         zero_shot, tuned = endpoints(inputs)
-        if zero_shot.adapter.about.exact_fisher:
-            check_effect(self, ("images",), where=WHERE, why=f"on {zero_shot.adapter.about.many}: all images count")
+        about = zero_shot.adapter.about
+        why = f"on {about.many}: all images count"
+        check_effect(self, ("images",), where=WHERE, why=why, read=not about.exact_fisher)
         models = (zero_shot, *tuned) if self.base else tuned
         if len(models) < 2:
             raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set base=true")
-        weights = self.weights or (1.0,) * len(models)
-        if len(weights) != len(models):
-            raise Unsuitable(
-                f"{len(weights)} weights for {len(models)} models",
-                where=WHERE,
-                hint=f"one per tuned model{', zero-shot first' * self.base}",
-            )
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(f"weights {weights}", where=WHERE, hint="use weights >= 0 with a positive sum")
+        weights = one_each(WHERE, self.weights, len(models), f"one per tuned model{', zero-shot first' * self.base}")
+        check_mixture(WHERE, weights)
         fishers: list[Tensors] = []
         if self.base:
-            tasks = {id(task): task for task in inputs.data}.values()
-            each = [fisher_information.of_model(zero_shot, task, inputs, self.images) for task in tasks]
+            each = [fisher_information.of_model(zero_shot, task, inputs, self.images) for task in inputs.tasks]
             fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
         for model, task in zip(tuned, inputs.data, strict=True):
             fishers.append(fisher_information.of_model(model, task, inputs, self.images))

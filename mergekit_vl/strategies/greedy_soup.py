@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_vl.models.choices import Choice
-from mergekit_vl.models.evaluate import evaluate
+from mergekit_vl.models.evaluate import mean_quality
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.models.model import Model, Single
 from mergekit_vl.strategies.in_memory import merge_adapters
@@ -30,8 +30,7 @@ class GreedySoup:
             return merge_adapters(UniformSoup(), replace(inputs, tuned=tuple(models)))
 
         def accuracy(model: Model) -> float:
-            scores = [evaluate(model, task.classes, task.val, inputs.features)[0].acc1 for task in tasks]
-            return sum(scores) / len(scores)
+            return mean_quality(model, tasks, inputs.features)[0]
 
         alone = [accuracy(model) for model in inputs.tuned]
         order = sorted(range(len(alone)), key=lambda i: -alone[i])

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run
 from mergekit_vl.merging.coefficients import Coefficient, per_model
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
+from mergekit_vl.strategies.weights import check_mixture
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,8 +40,7 @@ class Karcher:
 
     def check(self, models: Models) -> None:
         for tensor in models.tensors:
-            if min(w := models.weight_at(self.weights, tensor, len(models.tuned))) < 0 or not sum(w):
-                raise UserError(f"weights {w} are not a mean", where=WHERE, hint="weights >= 0 with a positive sum")
+            check_mixture(WHERE, models.weight_at(self.weights, tensor, len(models.tuned)))
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, list[float]]:
         grams = products(models, lambda chunk: chunk.tuned, run, chunk_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models
 from mergekit_vl.merging.coefficients import Coefficient, per_model
 from mergekit_vl.merging.task_vectors import weighted_sum
@@ -21,6 +21,9 @@ from mergekit_vl.strategies.in_memory import (
     merge_adapters,
     space_option,
 )
+from mergekit_vl.strategies.weights import one_each
+
+WHERE = "strategy linear"
 
 
 @closed_form("linear", chunks="accumulating", averages=True, weighs_base=True)
@@ -39,29 +42,22 @@ class Linear:
     grid = {"space": ("weights", "classifiers")}
 
     def check(self, models: Models) -> None:
-        check_space("strategy linear", self.space)
+        check_space(WHERE, self.space)
         if self.normalise:
-            models.check_sum("strategy linear", self.weights, len(models.members))
+            models.check_sum(WHERE, self.weights, len(models.members))
 
     def merge(self, inputs: MergeInputs) -> Model:
         if self.space == "weights":
             return merge_adapters(self, inputs)
         _, tuned = endpoints(inputs)
-        weights = check_numbers("strategy linear", self.weights, "a weight") or (1.0,) * (1 + len(tuned))
-        if len(weights) != 1 + len(tuned):
-            raise Unsuitable(
-                f"{len(weights)} weights for {1 + len(tuned)} models",
-                where="strategy linear",
-                hint="zero-shot first, then one per tuned model",
-            )
+        given = check_numbers(WHERE, self.weights, "a weight")
+        weights = one_each(WHERE, given, 1 + len(tuned), "zero-shot first, then one per tuned model")
         return Mixture((inputs.base, *tuned), self._normalised(weights))
 
     def _normalised(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         total = sum(weights) if self.normalise else 1.0
         if abs(total) < 1e-12:
-            raise UserError(
-                "the weights sum to zero", where="strategy linear", hint="change them, or set normalise=false"
-            )
+            raise UserError("the weights sum to zero", where=WHERE, hint="change them, or set normalise=false")
         return tuple(w / total for w in weights)
 
     def merge_chunk(self, chunk: Chunk, stats: object) -> Array:

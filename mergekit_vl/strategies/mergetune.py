@@ -238,35 +238,32 @@ class MergeTune:
 
     def ends(self, inputs: MergeInputs) -> tuple[Single, Single]:
         """The zero-shot point and the tuned model; raises Unsuitable for others than one model that this can continue."""
-        if len(inputs.tuned) != 1:
-            raise Unsuitable(
-                f"one tuned model, not {len(inputs.tuned)}",
-                where=WHERE,
-                hint="merge several with linear or task_arithmetic first",
-            )
+        inputs.only(WHERE, "merge several with linear or task_arithmetic first")
         zero_shot, (tuned,) = endpoints(inputs)
         for names, read, why in self._readers(tuned.adapter.about):
-            if not read:
-                check_effect(self, names, where=WHERE, why=why)
+            check_effect(self, names, where=WHERE, why=why, read=read)
         if self.surrogate == "cosine" and tuned.adapter.about.reads == "images":
             raise Unsuitable(
                 f"surrogate=cosine is not there for {tuned.adapter.about.many}", where=WHERE, hint="l2 or fisher"
             )
         return zero_shot, tuned
 
-    def _readers(self, about: About) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    def _readers(self, about: About) -> tuple[tuple[tuple[str, ...], bool, str], ...]:
         """Options, whether something reads them for such a model, and what is so if not."""
-        images, on_path = about.reads == "images", " with space=classifiers" * about.makes_texts
-        yield ("space", "zero_shot"), about.makes_texts, f"on {about.one}"
-        yield ("views",), not (images or about.fresh_views), f"on {about.one}"
-        yield ("accumulate",), images, f"on {about.one}"
-        yield ("warmup", "longest"), not images, f"on {about.one}"
-        yield ("zero_shot",), self.space == "classifiers", "with space=weights"
-        yield ("n_alpha",), not self.alphas, "beside alphas"
-        yield ("crop", "flip"), images or about.fresh_views or self.views > 0, "without views"
-        exact = about.exact_fisher or (about.makes_texts and self.space == "classifiers")
-        yield ("fisher_images",), not exact, f"on {about.one}{on_path}: all images count"
-        yield ("fisher_images",), self.surrogate == "fisher", f"with surrogate={self.surrogate}"
+        images, on = about.reads == "images", f"on {about.one}"
+        texts = about.makes_texts and self.space == "classifiers"
+        path = " with space=classifiers" * about.makes_texts
+        return (
+            (("space", "zero_shot"), about.makes_texts, on),
+            (("views",), not (images or about.fresh_views), on),
+            (("accumulate",), images, on),
+            (("warmup", "longest"), not images, on),
+            (("zero_shot",), self.space == "classifiers", "with space=weights"),
+            (("n_alpha",), not self.alphas, "beside alphas"),
+            (("crop", "flip"), images or about.fresh_views or self.views > 0, "without views"),
+            (("fisher_images",), not (about.exact_fisher or texts), f"{on}{path}: all images count"),
+            (("fisher_images",), self.surrogate == "fisher", f"with surrogate={self.surrogate}"),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Run, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, coefficient, value_at
 from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import absolute_sums, magnitude, tensor_ranks
 from mergekit_vl.merging.task_vectors import add_to_base, agreeing
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.strategies.closed_form import closed_form
 
 Selected = dict[str, tuple[float, tuple[float, ...]]]
@@ -52,8 +51,7 @@ class Sce:
         return replace(self.info, passes=1 if self.density == 1 else 3 + (self.share_of == "varying"))
 
     def check(self, models: Models) -> None:
-        if not self.equal_below >= 0:
-            raise UserError(f"equal_below={self.equal_below:g}", where=self.info.where, hint="a number from 0")
+        check(self, where=self.info.where, equal_below=(self.equal_below >= 0, "a number from 0"))
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> Selected:
         """By tensor name: the smallest variance that is selected, and the coefficient of each model."""

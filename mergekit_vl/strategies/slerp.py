@@ -15,7 +15,7 @@ from mergekit_vl.merging.coefficients import Coefficient, coefficient
 from mergekit_vl.merging.method import MethodInfo
 from mergekit_vl.merging.prepass import products
 from mergekit_vl.merging.task_vectors import weighted_sum
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.strategies.closed_form import closed_form
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ class Slerp:
     def check(self, models: Models) -> None:
         ends = 2 - len(models.tuned) if models.base is not None else 2
         models.check_count("strategy slerp", at_least=max(1, ends), at_most=2)
-        if not 0 <= self.line_above <= 1:
-            raise UserError(f"line_above={self.line_above:g}", where="strategy slerp", hint="it lies in 0 .. 1")
+        check(self, where="strategy slerp", line_above=(0 <= self.line_above <= 1, "it lies in 0 .. 1"))
 
     def prepass(self, models: Models, run: Run, chunk_size: int) -> dict[str, Array]:
         return products(models, _ends, run, chunk_size)

@@ -43,8 +43,8 @@ class TallMask:
         return replace(self.info, passes=passes(self), by_task=self.task is None)
 
     def check(self, models: Models) -> None:
-        if self.task is None:
-            check_effect(self, ("lambda_", "lambdas"), where=self.info.where, why="without a task: there is no mask")
+        why = "without a task: there is no mask"
+        check_effect(self, ("lambda_", "lambdas"), where=self.info.where, why=why, read=self.task is not None)
         check_masks(self.info.where, self)
         chosen_task(self.info.where, self.task, models)
 

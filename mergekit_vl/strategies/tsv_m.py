@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models, Tensor
 from mergekit_vl.merging.coefficients import Coefficient, coefficient
 from mergekit_vl.merging.method import MethodInfo
@@ -22,7 +21,7 @@ from mergekit_vl.merging.svd import (
     svd,
     task_matrix,
 )
-from mergekit_vl.options import option
+from mergekit_vl.options import check, option
 from mergekit_vl.strategies.closed_form import closed_form
 
 
@@ -60,8 +59,8 @@ class TsvM:
         return self._kept(tensor, n) > 0
 
     def check(self, models: Models) -> None:
-        if self.rank is not None and not 0 < self.rank <= 1:
-            raise UserError(f"rank={self.rank:g}", where=self.info.where, hint="a share above 0, at most 1")
+        rank = self.rank is None or 0 < self.rank <= 1
+        check(self, where=self.info.where, rank=(rank, "a share above 0, at most 1"))
         check_averaged(self, models)
 
     def _kept(self, tensor: Tensor, n: int) -> int:

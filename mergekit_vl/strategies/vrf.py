@@ -56,10 +56,7 @@ class Vrf:
     def merge(self, inputs: MergeInputs) -> Model:
         import torch
 
-        if len(inputs.tuned) != 1:
-            raise Unsuitable(
-                f"one tuned model, not {len(inputs.tuned)}", where=WHERE, hint="merge or ensemble several first"
-            )
+        tuned = inputs.only(WHERE, "merge or ensemble several first")
         near = self.failures(inputs)
         if not len(near):
             return inputs.base
@@ -68,7 +65,7 @@ class Vrf:
             raise Unsuitable(
                 f"k={k}, and zero-shot fails on {len(near)} training images only", where=WHERE, hint=f"k={len(near)}"
             )
-        members = (inputs.base, inputs.tuned[0])
+        members = (inputs.base, tuned)
         if self.a is not None and self.b is not None and not self.calibrated:
             return ByDistance(members, near, k, self.a, self.b)
         task = inputs.validated(WHERE, "give a and b and set calibrated=false")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
-from mergekit_vl.errors import Unsuitable, UserError
+from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models
 from mergekit_vl.merging.coefficients import Coefficient
 from mergekit_vl.merging.task_vectors import weighted_sum
@@ -55,28 +55,21 @@ class WiseFT:
     def _at_alpha(self, inputs: MergeInputs) -> Single | Mixture:
         if self.space == "weights":
             return merge_adapters(self, inputs)
+        inputs.only(WHERE, "use linear for several")
         _, tuned = endpoints(inputs)
-        if len(tuned) != 1:
-            raise Unsuitable(f"1 tuned model, not {len(tuned)}", where=WHERE, hint="use linear for several")
         (alpha,) = check_numbers(WHERE, (self._alpha(),), "alpha")
-        return Mixture((inputs.base, tuned[0]), (1 - alpha, alpha))
+        return Mixture((inputs.base, *tuned), (1 - alpha, alpha))
 
     def _chosen(self, inputs: MergeInputs) -> Model:
-        from mergekit_vl.models.evaluate import evaluate, quality
+        from mergekit_vl.models.evaluate import mean_quality
 
-        tasks = inputs.to_choose_on(WHERE, "give alpha as a number")
-        about = endpoints(inputs)[0].adapter.about
-        once = about.reads == "images"  # a tower an alpha: its features are looked at once
-        store = inputs.features.temporary() if once else inputs.features
-
-        def made(alpha: float) -> Single | Mixture:
-            return replace(replace(self, alpha=alpha)._at_alpha(inputs), choice=Choice({"alpha": alpha}))
-
-        def mean(model: Model) -> tuple[float, ...]:
-            found = [quality(evaluate(model, task.classes, task.val, store).scores) for task in tasks]
-            return tuple(sum(values) / len(tasks) for values in zip(*found))
-
-        return max(map(made, ALPHAS), key=mean)
+        tasks, store = inputs.to_choose_on(WHERE, "give alpha as a number"), inputs.features
+        if endpoints(inputs)[0].adapter.about.reads == "images":
+            store = store.temporary()  # a tower an alpha: its features are looked at once
+        models = (
+            replace(replace(self, alpha=alpha)._at_alpha(inputs), choice=Choice({"alpha": alpha})) for alpha in ALPHAS
+        )
+        return max(models, key=lambda model: mean_quality(model, tasks, store))
 
     def _alpha(self) -> Coefficient:
         if isinstance(self.alpha, str):

@@ -11,6 +11,7 @@ from test_merge import call
 from test_symmetries import MODELS, TEXT, VISION, arrays, clip, randomised, shapes_of, shuffled
 
 from mergekit_vl.alignment import rebasin
+from mergekit_vl.alignment.permuted import Permuted
 from mergekit_vl.alignment.symmetries import find
 from mergekit_vl.commands.merge_request import ask
 from mergekit_vl.errors import UserError
@@ -39,7 +40,7 @@ def test_a_permuted_model_reads_the_same_in_any_pieces(monkeypatch):
     expected = {"w": tensors["w"][orders["w"][0]][:, orders["w"][1]], "v": tensors["v"][orders["v"][0]]}
     for chunk_size in (1 << 17, 8):  # whole tensors, and row by row
         monkeypatch.setattr(rebasin, "CHUNK_SIZE", chunk_size)
-        permuted = rebasin.Permuted(source(tensors), shapes_of(tensors), orders)
+        permuted = Permuted(source(tensors), shapes_of(tensors), orders)
         for name, array in expected.items():
             flat = array.reshape(-1)
             for start in range(0, flat.size + 1):
@@ -54,7 +55,7 @@ def test_a_permuted_model_is_found_again_bit_by_bit(name):
     shapes, groups = shapes_of(tensors), find(shapes_of(tensors), heads).groups
     other = shuffled(tensors, groups)
     found = rebasin.align(source(tensors), source(other), shapes, groups)
-    aligned = rebasin.Permuted(source(other), shapes, found.orders)
+    aligned = Permuted(source(other), shapes, found.orders)
     for key, array in tensors.items():
         assert np.array_equal(aligned.read(key, 0, array.size, FLOAT), array.reshape(-1)), key
     assert found.moved and found.before < 0.9 and found.after == pytest.approx(1)

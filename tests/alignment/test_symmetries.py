@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_vl.alignment.rebasin import Permuted, _reorder
+from mergekit_vl.alignment.permuted import Permuted
+from mergekit_vl.alignment.rebasin import _reorder
 from mergekit_vl.alignment.symmetries import find, heads_told
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Arrays

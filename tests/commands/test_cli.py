@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 from mergekit_vl.commands import app
@@ -141,6 +142,27 @@ def test_light_commands_do_not_import_torch():
         code = f"import sys; sys.modules['torch'] = None; sys.argv = {['mergekit-vl', *arguments]!r}; from mergekit_vl.commands.app import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout and not done.stderr, (arguments, done.stderr)
+
+
+def test_the_list_of_commands_has_the_first_line_of_the_help_of_each():
+    told = {name: summary for name, (_, summary) in app.COMMANDS.items() if summary}
+    for command in (None, ""):
+        found = typer.main.get_command(app.application(command)).commands.items()
+        assert {name: each.help.partition("\n")[0] for name, each in found if not each.hidden} == told
+
+
+def test_a_command_imports_what_it_needs_alone(tmp_path):
+    """What others need - tables, runs, torch - costs a merge of small files more than the merge itself."""
+    for name, value in (("A", 1.0), ("B", 3.0)):
+        save_file({"w": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
+    merge = ["mergekit-vl", "merge", "A.safetensors", "B.safetensors", "--strategy", "linear", "-o", "out"]
+    for words, needless in (
+        (merge, ("rich", "torch", "omegaconf", "scipy", "mergekit_vl.recipes.recipe", "mergekit_vl.experiments")),
+        (["mergekit-vl", "--help"], ("rich", "numpy", "pydantic", "mergekit_vl.recipes", "mergekit_vl.experiments")),
+    ):
+        code = f"import sys; sys.argv = {words!r}\nfrom mergekit_vl.commands.app import main\ntry: main()\nexcept SystemExit as end: assert not end.code\nprint(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0 and not set(needless) & set(done.stdout.split()), done.stderr
 
 
 def test_every_recipe_is_valid(monkeypatch, capsys):

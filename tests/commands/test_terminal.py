@@ -173,4 +173,10 @@ def test_an_error_is_one_line_of_bearable_length(capsys):
 def test_text_goes_to_the_terminal_in_one_place():
     writing = re.compile(r"typer\.echo|\bprint\(|Console\(|sys\.std(out|err)")
     found = {f.name for f in PACKAGE.rglob("*.py") if writing.search(f.read_text().replace("def _print(", ""))}
-    assert found - {"app.py"} == {"terminal.py", "exits.py", "calls.py", "text_table.py"}  # the last draws into a text
+    assert found - {"app.py"} == {
+        "terminal.py",
+        "bars.py",
+        "exits.py",
+        "calls.py",
+        "text_table.py",
+    }  # the last draws into a text

@@ -37,7 +37,7 @@ def counted(many: int, few: int = 25) -> settings:
 def _commands() -> typer.core.TyperGroup:
     from mergekit_vl.commands import app
 
-    return typer.main.get_command(app.app)
+    return typer.main.get_command(app.application())
 
 
 def answer(*words: object) -> int:

@@ -231,14 +231,12 @@ def command(monkeypatch, capsys):
     """The console script in this process, with the plugin that was written last: exit code, stdout, stderr."""
     from mergekit_vl.commands import app
 
-    before = list(app.app.registered_commands)
     for name, value in (("MERGEKIT_VL_PLUGINS", "plug"), (PATIENCE, "60")):  # the command writes there too
         monkeypatch.setenv(name, value)
 
     def call(*words):
         sys.modules.pop("mergekit_vl_plugin_mine", None)
         plugins.registry.cache_clear()
-        app.app.registered_commands[:] = before
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["mergekit-vl", "--plugins-dir", "plug", *words])
         with pytest.raises(SystemExit) as stop:
@@ -248,7 +246,6 @@ def command(monkeypatch, capsys):
 
     yield call
     plugins.registry.cache_clear()
-    app.app.registered_commands[:] = before
 
 
 COMMANDS = """

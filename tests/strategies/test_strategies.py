@@ -90,9 +90,10 @@ def test_greedy_soup_takes_what_helps_on_validation_images(monkeypatch):
 
     def evaluate(model, classes, split, features):
         read.append(split)
-        return SimpleNamespace(acc1=accuracy.get(model.adapter.ctx[0, 1].item(), 0.1)), 0.0, None
+        acc1 = accuracy.get(model.adapter.ctx[0, 1].item(), 0.1)
+        return SimpleNamespace(scores=SimpleNamespace(acc1=acc1, nll=0.0))
 
-    monkeypatch.setattr(greedy_soup, "evaluate", evaluate)
+    monkeypatch.setattr("mergekit_vl.models.evaluate.evaluate", evaluate)
     task = TaskData(Classes(("a",)), "train", [1])
     given = replace(inputs((0.0, 0.0), (0.0, 4.0), (0.0, 2.0)), data=(task,) * 3)
     merged = greedy_soup.GreedySoup().merge(given)

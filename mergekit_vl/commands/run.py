@@ -1,0 +1,87 @@
+"""`mergekit-vl run`: a recipe in, a comparison table and a report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_vl.commands import arguments
+from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
+from mergekit_vl.recipes.loading import load_recipe
+from mergekit_vl.registry.plugins import registry
+from mergekit_vl.system.devices import device_of
+from mergekit_vl.system.interrupts import noted
+
+if TYPE_CHECKING:
+    from mergekit_vl.experiments.experiment import Experiment
+    from mergekit_vl.recipes.recipe import Recipe
+    from mergekit_vl.reports.results import Report
+
+
+def run(
+    recipe: arguments.RecipeArgument,
+    overrides: arguments.Overrides = None,
+    out: arguments.Out = None,
+    device: arguments.Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="the same as seed=N")] = None,
+    allow_env: arguments.AllowEnv = None,
+    force: arguments.Force = False,
+    quiet: arguments.Quiet = False,
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Tune, merge, evaluate and report; rerun the same command to resume."""
+    from mergekit_vl.experiments import experiment as experiments
+    from mergekit_vl.reports import report
+
+    def build(plan: Recipe) -> experiments.Experiment:
+        return experiments.build(plan, registry())
+
+    words = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
+    experiment = build(plan)
+    folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
+    load = lambda folder: found if (found := report.load(folder)) and found.code == experiment.code() else None  # noqa: E731
+    show = not quiet and not as_json
+    with noted("the same command continues"), tidied(folder), alone(folder):
+        again = claim(folder, plan.hash, load, force=force)
+        if again is not None:
+            say(json.dumps(again.to_json()) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
+            return
+        from mergekit_vl.models.features import FeatureStore
+
+        with TerminalReporter(show) as reporter:
+            made = experiments.run(
+                experiment, folder, device=device_of(device), store=FeatureStore(), reporter=reporter
+            )
+    if as_json:
+        say(json.dumps(made.to_json()))
+    elif not quiet:
+        _print_report(
+            made,
+            folder,
+            experiment,
+            [recipe, *plan.allowing, *(o for o in overrides or [] if not o.startswith("seed="))],
+        )
+
+
+def _print_report(report: Report, folder: Path, made: Experiment, words: list[str]) -> None:
+    import shlex
+
+    from mergekit_vl.experiments import suite
+    from mergekit_vl.models import choices
+    from mergekit_vl.reports.comparison import comparison
+    from mergekit_vl.reports.report import gain
+
+    say_table(comparison(report))
+    for row in report.summary:
+        for what, values in row.chosen.items():
+            say(f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}")
+    if recorded := suite.beside(made, registry()):
+        say(recorded)
+    say(gain(report))
+    say(f"report: {folder / 'report.html'}")
+    say(f"next: mergekit-vl run {shlex.join(words)} seed={max(made.recipe.seeds) + 1}    # another seed")

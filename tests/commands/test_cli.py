@@ -181,7 +181,9 @@ def test_every_recipe_is_valid(monkeypatch, capsys):
 def test_show_tells_options_and_source(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "show", "mergetune")
     assert (
-        "arXiv 2601.10497" in out and "lambda: float | None = None" in out and "weight of the path to zero-shot" in out
+        "arXiv 2601.10497" in out
+        and "lambda: float | None = None" in out
+        and "weight of the loss on the line to zero-shot" in out
     )
 
 

@@ -107,6 +107,8 @@ def _plane(axis: Axes, report: Report) -> None:
     ):
         points = along(report, segment)
         axis.plot([_at(p, first) for p in points], [_at(p, last) for p in points], "-", color=colour, lw=1.2, zorder=1)
+    from matplotlib.patheffects import withStroke
+
     placed: list[tuple[float, float]] = []
     for r in sorted(rows, key=lambda r: r.row != report.main):
         colour, marker = STYLES[r.kind]
@@ -121,8 +123,9 @@ def _plane(axis: Axes, report: Report) -> None:
             y -= 0.036
         placed.append((x, y))
         axis.annotate(
-            drawn(r.row), (_at(r, first), _at(r, last)), xytext=(x + 0.013, y + 0.01), textcoords="axes fraction",
-            fontsize=8, weight="bold" if big else "normal",
+            drawn(r.row), (_at(r, first), _at(r, last)), xytext=(x + (-0.02 if x > 0.85 else 0.02), y + 0.01),
+            textcoords="axes fraction", ha="right" if x > 0.85 else "left", fontsize=8, zorder=4,
+            weight="bold" if big else "normal", path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
     axis.set(xlim=xs, ylim=ys, xlabel=f"{drawn(first)} accuracy (%)", ylabel=f"{drawn(last)} accuracy (%)")
     axis.set_title("What each method gains (right) and keeps (up)")

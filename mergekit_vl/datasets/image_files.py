@@ -55,7 +55,7 @@ class FolderImages:
 
     root: Path
     files: tuple[str, ...]
-    """Relative to the root, sorted; a row is a position here."""
+    """Relative to the root, sorted; the rows of a split are positions here."""
     key: str
     """sha256 over each file's relative path, size and content hash."""
     megapixels: float = MOST_MEGAPIXELS

@@ -138,10 +138,12 @@ class Models:
             for start in range(0, each.size, step):
                 yield Chunk(self, each, start, min(start + step, each.size))
 
-    def check_count(self, method: str, *, at_least: int = 1, at_most: int | None = None, base: bool = False) -> None:
+    def check_count(
+        self, method: str, *, at_least: int = 1, at_most: int | None = None, needs_base: bool = False
+    ) -> None:
         """Raise UserError for too few or too many tuned models, or a missing base."""
         n = len(self.tuned)
-        if base and self.base is None:
+        if needs_base and self.base is None:
             raise Unsuitable(
                 "needs the model that the others were tuned from", where=method, hint="give it with --base"
             )

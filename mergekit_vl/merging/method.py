@@ -153,7 +153,7 @@ def described(strategy: object, n: int) -> MethodInfo | None:
 def check_usual(method: ClosedForm, models: Models) -> None:
     """Raise UserError for too few or too many models, a missing base, and options that are not the models' (`coefficient`, `per_model`)."""
     info = method.describe(len(models.tuned))
-    models.check_count(info.where, at_least=info.at_least, at_most=info.at_most, base=info.needs_base)
+    models.check_count(info.where, at_least=info.at_least, at_most=info.at_most, needs_base=info.needs_base)
     fields = {field.name: field for field in dataclasses.fields(method)}
     for name, field in fields.items():
         value, key = vars(method)[name], key_of(field)

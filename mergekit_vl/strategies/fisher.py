@@ -27,7 +27,7 @@ WHERE = "strategy fisher"
 class Fisher:
     """sum_i w_i F_i theta_i / sum_i w_i F_i, element by element; F_i is the diagonal Fisher information at theta_i on model i's own images.
 
-    Of a prompt theta are the context vectors. The zero-shot point, where it takes part (`base`), has the mean of its information on
+    Of a prompt theta are the context vectors. The zero-shot point, where it takes part (`with_base`), has the mean of its information on
     the images of every task. Tensors without information (a text tower, running statistics) take the weighted mean without F.
 
     Departures: labels are the model's own as in the paper, but for contexts and towers one is drawn per image instead of the mean over all
@@ -38,15 +38,17 @@ class Fisher:
     is unsure of its own outweighs it, normalised or not: look at each task's accuracy.
     """
 
-    weights: tuple[float, ...] = option((), "one per tuned model, before them zero-shot's if base; empty: all equal")
-    base: bool = option(False, "the zero-shot point is one of the models")
+    weights: tuple[float, ...] = option(
+        (), "one per tuned model, before them zero-shot's if with_base; empty: all equal"
+    )
+    with_base: bool = option(False, "the zero-shot point is one of the models", formerly="base")
     images: int = option(
         256, "training images of each estimate, at most, where each takes a backward (contexts, towers)"
     )
     floor: float = option(1e-6, "least information, in units of the mean")
     normalise: bool = option(False, "divide each model's information by its norm")
 
-    grid = {"base": (False, True), "normalise": (False, True)}
+    grid = {"with_base": (False, True), "normalise": (False, True)}
 
     def __post_init__(self) -> None:
         check(self, where=WHERE, images=(self.images >= 1, "at least 1"), floor=(self.floor > 0, "above 0"))
@@ -58,13 +60,13 @@ class Fisher:
         about = zero_shot.adapter.about
         why = f"on {about.many}: all images count"
         check_effect(self, ("images",), where=WHERE, why=why, read=not about.exact_fisher)
-        models = (zero_shot, *tuned) if self.base else tuned
+        models = (zero_shot, *tuned) if self.with_base else tuned
         if len(models) < 2:
-            raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set base=true")
-        weights = one_each(WHERE, self.weights, len(models), f"one per tuned model{', zero-shot first' * self.base}")
+            raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set with_base=true")
+        weights = one_each(WHERE, self.weights, len(models), f"one per tuned model{', zero-shot first' * self.with_base}")
         check_mixture(WHERE, weights)
         fishers: list[Tensors] = []
-        if self.base:
+        if self.with_base:
             each = [fisher_information.of_model(zero_shot, task, inputs, self.images) for task in inputs.tasks]
             fishers.append({name: torch.stack([f[name] for f in each]).mean(0) for name in each[0]})
         for model, task in zip(tuned, inputs.data, strict=True):

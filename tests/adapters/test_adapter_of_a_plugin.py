@@ -28,7 +28,7 @@ strategy:
   - {name: mergetune, label: weights, epochs: 2, batch: 8, space: weights, surrogate: fisher, fisher_images: 4}
   - {name: wise_ft}
   - {name: linear, space: classifiers}
-  - {name: fisher, base: true, images: 4}
+  - {name: fisher, with_base: true, images: 4}
 """
 
 

@@ -83,7 +83,7 @@ def test_fisher_of_two_heads_by_hand():
     torch.testing.assert_close(merged.weight, torch.full((2, 1), (1 + 4 * 3) / 5))
     torch.testing.assert_close(merged.bias, torch.ones(2))
     # zero-shot, all zeros, has the mean of its information on both tasks: 2.5 / 4
-    merged = Fisher(base=True).merge(inputs).adapter
+    merged = Fisher(with_base=True).merge(inputs).adapter
     torch.testing.assert_close(merged.weight, torch.full((2, 1), (1 + 4 * 3) / 7.5))
     assert models[0].adapter.weight.tolist() == [[1.0], [1.0]]
 
@@ -91,7 +91,7 @@ def test_fisher_of_two_heads_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda i: Fisher().merge(replace(i, tuned=i.tuned[:1], data=i.data[:1])), "set base=true"),
+        (lambda i: Fisher().merge(replace(i, tuned=i.tuned[:1], data=i.data[:1])), "set with_base=true"),
         (lambda i: RegMean().merge(replace(i, tuned=i.tuned[:1], data=i.data[:1])), "one model alone"),
         (lambda i: Fisher(weights=(1.0,)).merge(i), "1 weights for 2 models"),
         (lambda i: Fisher(weights=(1.0, -1.0)).merge(i), "use weights >= 0"),

@@ -63,7 +63,9 @@ class Fisher:
         models = (zero_shot, *tuned) if self.with_base else tuned
         if len(models) < 2:
             raise Unsuitable("one model alone", where=WHERE, hint="name another under `tuned`, or set with_base=true")
-        weights = one_each(WHERE, self.weights, len(models), f"one per tuned model{', zero-shot first' * self.with_base}")
+        weights = one_each(
+            WHERE, self.weights, len(models), f"one per tuned model{', zero-shot first' * self.with_base}"
+        )
         check_mixture(WHERE, weights)
         fishers: list[Tensors] = []
         if self.with_base:

@@ -54,7 +54,7 @@ def running(folder: Path) -> None:
     plan: mk.Checked = mk.check(RECIPE)
     print(plan)
     result: mk.RunResult = mk.run(RECIPE, out=folder / "run")
-    print(result)
+    print(result, result.changed[0].classes[0])
     model: mk.LoadedModel = mk.load_model(folder / "run")
     scored: mk.Evaluated = mk.evaluate(model, split="val", cache=False)
     scores: mk.Scores = scored.scores

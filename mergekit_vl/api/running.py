@@ -17,6 +17,7 @@ from mergekit_vl.recipes.recipe import Recipe, parse, with_datasets
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.reporter import Reporter
 from mergekit_vl.reports import render
+from mergekit_vl.reports.changes import changed, changes_table
 from mergekit_vl.reports.comparison import comparison
 from mergekit_vl.reports.text_table import table_text
 from mergekit_vl.system.devices import device_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mergekit_vl.benchmark.plan import Plan
     from mergekit_vl.benchmark.records import BenchReport
     from mergekit_vl.merging.method import ClosedForm
+    from mergekit_vl.reports.changes import Changed
     from mergekit_vl.reports.results import Report
     from mergekit_vl.reports.table import Table
 
@@ -53,11 +55,20 @@ class RunResult:
         """The headline of each row, in percent."""
         return {row.row: row.score for row in self.report.summary}
 
+    @property
+    def changed(self) -> tuple[Changed, ...]:
+        """What was gained and what was forgotten on each test, by class, with the images whose answer changed."""
+        return changed(self.report)
+
+    def _tables(self) -> list[Table]:
+        made = changes_table(self.report)
+        return [comparison(self.report), *([made] if made is not None else [])]
+
     def __repr__(self) -> str:
-        return f"{self.folder}\n{table_text(comparison(self.report))}"
+        return "\n".join([str(self.folder), *map(table_text, self._tables())])
 
     def _repr_html_(self) -> str:
-        return render.html(comparison(self.report), titled=True)
+        return "".join(render.html(table, titled=True) for table in self._tables())
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,16 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
 
     from mergekit_vl.experiments import suite
     from mergekit_vl.models import choices
+    from mergekit_vl.reports.changes import changes_table, most_told
     from mergekit_vl.reports.comparison import comparison
     from mergekit_vl.reports.report import gain
 
-    say_table(comparison(report))
+    tables = [table for table in (comparison(report), changes_table(report)) if table is not None]
+    if len(made.datasets) > 1:
+        tables.reverse()  # what was forgotten is told first
+    for table in tables:
+        say_table(table)
+    say(*most_told(report))
     for row in report.summary:
         for what, values in row.chosen.items():
             say(f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}")
@@ -84,4 +90,5 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
         say(recorded)
     say(gain(report))
     say(f"report: {folder / 'report.html'}")
+    say(f"in Python: import mergekit_vl; model = mergekit_vl.load_model({str(folder)!r})")
     say(f"next: mergekit-vl run {shlex.join(words)} seed={max(made.recipe.seeds) + 1}    # another seed")

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from mergekit_vl.tuners.base import Tuner
 
 WITHOUT = (
-    *("strategies", "tuners", "recipes", "experiments.landscape", "storage.export"),
+    *("strategies", "tuners", "recipes", "experiments.landscape", "experiments.changes", "storage.export"),
     *("reports.report", "reports.html", "reports.card", "reports.landscape_page", "reports.plots"),
-    *("reports.table", "reports.comparison", "reports.render"),
+    *("reports.table", "reports.comparison", "reports.changes", "reports.render", "reports.text_table"),
     *("benchmark.report", "benchmark.table", "benchmark.page", "benchmark.plots", "benchmark.wording"),
     "benchmark.comparison",
 )
@@ -181,6 +181,7 @@ class Cell:
 
         The model is kept where it can be; one of whole towers is with `towers` alone, for a closed form makes it again.
         """
+        from mergekit_vl.reports.results import plain
         from mergekit_vl.storage import model_files
 
         if place.row is not None:
@@ -189,7 +190,8 @@ class Cell:
         if model_files.can_save(model) and (towers or not _has_towers(model)):
             model_files.save(model, self.folder, place.name)
         row = self.scored(place.label, kind, model, seconds)
-        write_json(self.folder / f"{place.name}.json", row.to_json() | {"made_of": self.made_of(place.makers)})
+        record = {"made_of": self.made_of(place.makers), "answers": plain(row.answers)}
+        write_json(self.folder / f"{place.name}.json", row.to_json() | record)
         return row
 
     def clock(self) -> float:
@@ -210,6 +212,7 @@ class Cell:
             tests={test: each.scores for test, each in found.items()},
             score=self.task.metric.headline_of({test: each.scores.acc1 for test, each in found.items()}),
             right={test: "".join("01"[int(hit)] for hit in each.right) for test, each in found.items()},
+            answers={test: tuple(each.answers.tolist()) for test, each in found.items()},
             digest={test: each.digest for test, each in found.items()},
             parameters=model.parameters,
             forwards=model.forwards,

@@ -20,6 +20,7 @@ from mergekit_vl.backbones.base import base_label
 from mergekit_vl.datasets.base import named_by
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT, Cell
+from mergekit_vl.experiments.changes import changes
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes
 from mergekit_vl.protocols.base import joint
@@ -392,4 +393,7 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, Ce
             # through the merged model between classifiers alone, where a point costs next to nothing
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
             points += landscape.lines(between, cell.task.tests, LINE_POINTS, segments)
-    return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), landscape=tuple(points))
+    changed = changes(cell.task, rows, experiment.strategies[0][0])
+    return main, dataclasses.replace(
+        cell.facts(name, seed), rows=tuple(rows), landscape=tuple(points), changes=changed
+    )

@@ -43,6 +43,8 @@ class Evaluation(NamedTuple):
     """Seconds per image from features to logits, with the head already bound."""
     right: Tensor
     """Whether each image was classified correctly, [B]."""
+    answers: Tensor
+    """The class of the highest logit of each image, [B]."""
     digest: str
     """Hash of the logits' bytes: equal for models with bit-equal logits."""
 
@@ -51,7 +53,8 @@ def evaluate(model: Model, classes: Classes, split: Split, store: FeatureStore) 
     """Score a model on a split against `classes`."""
     logits, labels, seconds = logits_of(model, classes, split, store)
     digest = hashlib.sha256(logits.contiguous().numpy().data).hexdigest()[:16]
-    return Evaluation(score(logits, labels), seconds / max(len(split), 1), logits.argmax(-1) == labels, digest)
+    answers = logits.argmax(-1)
+    return Evaluation(score(logits, labels), seconds / max(len(split), 1), answers == labels, answers, digest)
 
 
 def logits_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mergekit_vl.reports import changes
 from mergekit_vl.reports import comparison as tables
 from mergekit_vl.reports.comparison import comparison
 from mergekit_vl.reports.intervals import LEAST
@@ -48,6 +49,9 @@ def html(report: Report, svg: str, gain: str) -> str:
         spaces=list(lines),
         environment=", ".join(f"{name} {value}" for name, value in report.environment.items()),
         tables=tables,
+        changes=changes,
+        changed=changes.changed(report),
+        sortable=True,
         comparison=comparison,
         html=rendered,
     )

@@ -50,6 +50,8 @@ class Row:
     forwards: int
     cost: Cost
     choice: Choice | None = field(default=None, metadata=LEFT_OUT)
+    answers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, metadata=LEFT_OUT)
+    """By test: the class that it names of each image. Cells have it on record; reports, and records of earlier versions, do not."""
 
     def to_json(self) -> dict[str, Any]:
         choice = self.choice
@@ -97,6 +99,50 @@ class LinePoint:
 
 
 @dataclass(frozen=True)
+class ClassChange:
+    """Right answers on the test images of one class."""
+
+    name: str
+    n: int
+    before: int
+    """The base's."""
+    tuned: int
+    after: int
+    """The main row's."""
+    gained: int
+    """Images that are right after and were wrong before."""
+    forgotten: int
+    """Images that are wrong after and were right before."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image whose answer was right before and is wrong after, or the other way round."""
+
+    row: int
+    """Of the image source."""
+    label: str
+    before: str
+    """The base's answer; empty where it is not on record."""
+    after: str
+    right: bool
+    """Whether `after` is right."""
+    file: str = ""
+    """Where images are files."""
+    drawn: str = field(default="", metadata=LEFT_OUT)
+    """A small JPEG as a data URI."""
+
+
+@dataclass(frozen=True)
+class TestChange:
+    """What changed on one test from the base to the main row."""
+
+    test: str
+    classes: tuple[ClassChange, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
 class CellResult:
     """One task and one seed."""
 
@@ -109,6 +155,8 @@ class CellResult:
     """Images: to tune on, to choose on, and of each test."""
     rows: tuple[Row, ...] = ()
     landscape: tuple[LinePoint, ...] = field(default=(), metadata=LEFT_OUT)
+    changes: tuple[TestChange, ...] | None = field(default=None, metadata=IF_THERE)
+    """By test, from the base to the main row; None in reports of earlier versions."""
 
     def to_json(self) -> dict[str, Any]:
         return fields_of(self) | {"rows": [row.to_json() for row in self.rows]}

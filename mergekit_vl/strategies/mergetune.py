@@ -35,7 +35,8 @@ about 1 - cos, a tower's is the price of standing as far from zero-shot as the f
 second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100
 epochs in the code. Both warm up for an epoch at a rate of 1e-5, in which momentum sums gradients of norm 10 that the first step at
 the full rate then takes at once: a context can be thrown ten times its length away. `robust`, the default, is the paper's
-with a linear warm-up, no step longer than a tenth of the distance from w1 to w2, and crops of half of the area or more.
+with a linear warm-up, no step longer than a tenth of the distance from w1 to w2, crops of half of the area or more, and lambda 2
+for prompts: chosen on development sets of photographs and of the microworld (docs/photographs.md).
 The space of classifiers with surrogate `cosine` and the fixed grid of alphas is what the code does.
 """
 
@@ -50,7 +51,7 @@ from mergekit_vl.datasets.base import Augment
 from mergekit_vl.errors import Unsuitable
 from mergekit_vl.estimators import fisher_information, surrogates
 from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Model, Single
+from mergekit_vl.models.model import Mixture, Model, Single
 from mergekit_vl.options import check, check_effect, option
 from mergekit_vl.strategies.in_memory import Space, endpoints
 from mergekit_vl.strategies.wise_ft import WiseFT
@@ -71,6 +72,9 @@ class Settings:
     """Values that are published or recommended together."""
 
     lambda_: float
+    """Of prompts."""
+    others: float
+    """Lambda of heads and towers, whose distance to zero-shot has another unit."""
     beta: float
     tau: float
     epochs: int
@@ -80,9 +84,9 @@ class Settings:
 
 
 SETTINGS = {
-    "robust": Settings(8.0, 0.5, 0.3, epochs=50, warmup="linear", longest=0.1, crop=0.5),
-    "paper": Settings(8.0, 0.5, 0.3, epochs=50, warmup="constant", longest=0.0, crop=0.08),
-    "released": Settings(10.0, 1.0, 1.0, epochs=100, warmup="constant", longest=0.0, crop=0.08),
+    "robust": Settings(2.0, 8.0, 0.5, 0.3, epochs=50, warmup="linear", longest=0.1, crop=0.5),
+    "paper": Settings(8.0, 8.0, 0.5, 0.3, epochs=50, warmup="constant", longest=0.0, crop=0.08),
+    "released": Settings(10.0, 10.0, 1.0, 1.0, epochs=100, warmup="constant", longest=0.0, crop=0.08),
 }
 
 TRAINING = ("settings", "warmup", "longest", "epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
@@ -134,6 +138,10 @@ class MergeTune:
         256, "images of the estimate, at most, where it takes a backward each (contexts, towers)"
     )
     accumulate: int = option(1, "of a tower: batches whose gradients make one step")
+    middle: bool = option(
+        False,
+        "the result is the middle of the path from w to the fine-tuned model, in the same space, and not w itself",
+    )
 
     grid = {"lambda": (2.0, 4.0, 16.0)}
 
@@ -150,6 +158,7 @@ class MergeTune:
         """The values of `settings`, and what was given in their places."""
         given: dict[str, Any] = {
             "lambda_": self.lambda_,
+            "others": self.lambda_,
             "beta": self.beta,
             "tau": self.tau,
             "epochs": self.epochs,
@@ -206,7 +215,17 @@ class MergeTune:
             with step:
                 for term in objective.terms(step.weights, step.x, step.labels, step.draw):
                     step.minimise(term)
-        return Single(start.backbone, training.adapter())
+        w = Single(start.backbone, training.adapter())
+        return self.halfway(w, tuned) if self.middle else w
+
+    def halfway(self, w: Single, tuned: Single) -> Model:
+        """The point of the second term at alpha = 1/2; of two prompts in the space of classifiers it is no prompt, but the mean of their text features."""
+        if w.adapter.about.makes_texts and self.space == "classifiers":
+            return Mixture((w, tuned), (0.5, 0.5))
+        ends = w.adapter.tensors, tuned.adapter.tensors
+        return Single(
+            w.backbone, w.adapter.with_tensors({name: t.lerp(ends[1][name].to(t), 0.5) for name, t in ends[0].items()})
+        )
 
     def objective(
         self, network: Network[Adapter], x: Tensor | None, zero_shot: Single, tuned: Single, inputs: MergeInputs
@@ -228,7 +247,8 @@ class MergeTune:
         alphas = torch.tensor(self.alphas) if self.alphas else None
         surrogate = self.surrogate or ("l2" if about.reads == "images" else "cosine")
         used, unit = self.used, line.unit(weighted=fisher is not None)
-        return Objective(line, used.lambda_, used.beta, alphas, self.n_alpha, surrogate, fisher, unit)
+        lambda_ = used.lambda_ if about.makes_texts else used.others
+        return Objective(line, lambda_, used.beta, alphas, self.n_alpha, surrogate, fisher, unit)
 
     def _seen(self, network: Network[Adapter], x: Tensor, zero_shot: Single, inputs: MergeInputs) -> Tensor:
         """What a Fisher in closed form is of: the views that are trained on, or the test views where those change by epoch."""

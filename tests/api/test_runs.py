@@ -32,7 +32,10 @@ def test_a_run_tells_its_table(made):
     assert header.split()[:2] == ["row", "test"]
     assert "n = 800 test" in "\n".join(rows[4:])
     assert [row.split()[0] for row in rows[:4]] == list(made.scores())
-    assert made._repr_html_().count("<tr") == 5 and "<caption>recipe: " in made._repr_html_()
+    assert made._repr_html_().count("<tr") == 5 + 2 and "<caption>recipe: " in made._repr_html_()
+    (test,) = made.changed
+    assert len(test.classes) == 20 and test.whole.n == 800 and "Gained and forgotten" in repr(made)
+    assert test.whole.percent("after") == pytest.approx(made.scores()["wise_ft"])
     again = run(RECIPE, out=made.folder)
     assert again.report.seconds == made.report.seconds  # read, and not repeated
 

@@ -58,10 +58,28 @@ def test_what_a_run_leaves(finished):
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
-    assert (
-        out.strip().splitlines()[-3].startswith("mergetune against coop: ")
-        and str(Path("first") / "report.html") in out
-    )
+    against, where, in_python, _ = out.strip().splitlines()[-4:]
+    assert against.startswith("mergetune against coop: ") and str(Path("first") / "report.html") in where
+    assert in_python.startswith("in Python: import mergekit_vl; model = mergekit_vl.load_model(")
+
+
+def test_a_run_tells_what_was_gained_and_what_was_forgotten(finished):
+    place, out = finished
+    report = json.loads((place / "first" / "report.json").read_text())
+    rows = {row["row"]: row for row in report["cells"][0]["rows"]}
+    for change in report["cells"][0]["changes"]:
+        counted = {when: sum(each[when] for each in change["classes"]) for when in ("n", "before", "tuned", "after")}
+        for when, row in (("before", "zero-shot"), ("tuned", "coop"), ("after", "mergetune")):
+            assert counted[when] == rows[row]["right"][change["test"]].count("1")
+        assert counted["n"] == 400 and all("drawn" not in picture for picture in change["pictures"])
+        answers = {
+            (picture["before"] == picture["label"], picture["after"] == picture["label"])
+            for picture in change["pictures"]
+        }
+        assert answers <= {(True, False), (False, True)}
+    assert "Gained and forgotten: mergetune against zero-shot" in out
+    page = (place / "first" / "report.html").read_text()
+    assert "<h2>Gained and forgotten</h2>" in page and 'src="data:image/jpeg;base64,' in page
 
 
 def same(one, other):

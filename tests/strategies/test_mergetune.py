@@ -239,6 +239,23 @@ def test_endpoints_of_tau(task, monkeypatch):
     assert torch.equal(MergeTune(tau=1.0).merge(task).adapter.ctx, task.tuned[0].adapter.ctx)
 
 
+def test_the_middle_is_the_point_of_the_path_at_one_half(task, monkeypatch):
+    no_steps(monkeypatch)  # so w is where it starts: at tau=0 the context of the initial words
+    classes, w2 = task.data[0].classes, task.tuned[0]
+    w = MergeTune(tau=0.0).merge(task)
+    of_classifiers = MergeTune(tau=0.0, middle=True).merge(task).text_features(classes)
+    torch.testing.assert_close(of_classifiers, (w.text_features(classes) + w2.text_features(classes)) / 2)
+    of_weights = MergeTune(tau=0.0, middle=True, space="weights").merge(task)
+    torch.testing.assert_close(of_weights.adapter.ctx, (w.adapter.ctx + w2.adapter.ctx) / 2)
+
+
+def test_robust_settings_pull_prompts_with_a_quarter_of_the_papers_lambda():
+    assert MergeTune().used.lambda_ == 2 and MergeTune(settings="paper").used.lambda_ == 8
+    assert MergeTune().used.others == 8, "of heads and towers"
+    given = MergeTune(lambda_=5.0).used
+    assert given.lambda_ == given.others == 5
+
+
 def test_inputs_are_unchanged_and_the_seed_decides(task):
     before = task.tuned[0].adapter.ctx.clone()
     first, second = (MergeTune(epochs=2, batch=4, alphas=(), n_alpha=2).merge(task).adapter.ctx for _ in range(2))

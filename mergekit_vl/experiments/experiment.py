@@ -394,6 +394,4 @@ def _run_cell(ready: Ready, cell: Cell, name: str, seed: int) -> tuple[Model, Ce
             segments = landscape.SEGMENTS if between.space == "classifiers" else landscape.SEGMENTS[:1]
             points += landscape.lines(between, cell.task.tests, LINE_POINTS, segments)
     changed = changes(cell.task, rows, experiment.strategies[0][0])
-    return main, dataclasses.replace(
-        cell.facts(name, seed), rows=tuple(rows), landscape=tuple(points), changes=changed
-    )
+    return main, dataclasses.replace(cell.facts(name, seed), rows=tuple(rows), landscape=tuple(points), changes=changed)

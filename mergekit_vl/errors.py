@@ -34,9 +34,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -> UserError:
-    """The error for a name that is not among `known`, with the nearest one that is."""
+MOST_KNOWN = 40
+"""Names that an error lists; of more it says where they are."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "", see: str = "") -> UserError:
+    """The error for a name that is not among `known`, with the nearest one that is; `see` is where all are listed."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + (", ".join(known) or "none")
+    if not close and len(known) > MOST_KNOWN:
+        hint = f"there are {len(known)}" + (f": see {see}" if see else f", {', '.join(known[:5])} ...")
     return UserError(f"unknown {kind} {name!r}", where=where, hint=hint)

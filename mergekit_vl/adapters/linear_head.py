@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,6 +79,8 @@ class LinearHead:
         import torch
 
         self.check(backbone)
+        if not self.names and (rows := rows_by_config(backbone.classes, classes.names, backbone.spec)) is not None:
+            return AffineHead(backbone.key, self.weight[rows], self.bias[rows], self.normalise)
         if not self.names:
             if len(classes.names) != len(self.weight):
                 raise UserError(
@@ -192,6 +195,35 @@ class LinearHead:
     def load(cls, path: Path, *, device: str = "cpu") -> LinearHead:
         tensors, facts = stored.read(path, "linear_head", device)
         return cls.restored(tensors, facts, where=str(path))
+
+
+def rows_by_config(known: Sequence[str], asked: Sequence[str], where: str) -> list[int] | None:
+    """The rows of classes in a classifier whose own config names `known`; None where they are to be taken by place, with a warning where there are names.
+
+    Case and `_` make no difference. Raises Unsuitable where only some of the names are known.
+    """
+    index = {_loose(name): i for i, name in enumerate(known)}
+    missing = [name for name in asked if _loose(name) not in index]
+    if not index:
+        return None
+    if not missing:
+        return [index[_loose(name)] for name in asked]
+    if len(missing) == len(asked) == len(known):
+        first = f"{known[0]!r}, {known[1]!r}" if len(known) > 1 else repr(known[0])
+        warnings.warn(
+            f"{where}: its own config calls its classes {first} ...; the names that are asked for are taken by place",
+            stacklevel=3,
+        )
+        return None
+    raise Unsuitable(
+        f"the classifier knows no class {missing[0]!r}" + (f" (nor {len(missing) - 1} more)" * (len(missing) > 1)),
+        where=f"{where}, whose config names {', '.join(known[:5])}{', ...' * (len(known) > 5)}",
+        hint="ask for its own classes",
+    )
+
+
+def _loose(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())
 
 
 def by_class_name(heads: Sequence[LinearHead]) -> list[LinearHead]:

@@ -166,7 +166,9 @@ class Prompt:
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:
-        return not set(DASSL_KEYS).isdisjoint(names)
+        from mergekit_vl.checkpoints.foreign import OWN_PROMPTS
+
+        return not set(DASSL_KEYS).isdisjoint(names) or (bool(names) and OWN_PROMPTS.issuperset(names))
 
     @classmethod
     def read(cls, path: Path, backbone: Backbone) -> Prompt:
@@ -185,12 +187,15 @@ class Prompt:
         """
         import torch
 
+        from mergekit_vl.checkpoints.foreign import OWN_PROMPTS
         from mergekit_vl.checkpoints.reader import open_checkpoint
         from mergekit_vl.checkpoints.torch_io import cast, check_finite, tensors
 
-        if not path.is_file():
+        if not path.exists():
             raise UserError("no such checkpoint", where=str(path), hint=FILES)
         checkpoint = open_checkpoint(str(path))
+        if OWN_PROMPTS.issuperset(checkpoint.tensors):
+            checkpoint = checkpoint.renamed({name: name.rpartition(".")[2] for name in checkpoint.tensors})
         meta = stored.facts(checkpoint)
         more = [name for name in checkpoint.tensors if name not in DASSL_KEYS]
         if "ctx" not in checkpoint.tensors or meta.get("adapter", "prompt") != "prompt" or more:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -152,11 +153,17 @@ class Tower:
         import torch
 
         from mergekit_vl.checkpoints import torch_io
+        from mergekit_vl.checkpoints.configs import class_names
 
         where = str(path)
         state = torch_io.read(path)
         own = backbone.model.state_dict()
         given, classifier = backbone.read(state)
+        if backbone.text is None and own.keys().isdisjoint(given):
+            state, told = torch_io.under_names_of(own, state, where=where)
+            for line in told:
+                warnings.warn(line, stacklevel=2)
+            given, classifier = backbone.read(state)
         given = torch_io.without_made(backbone.model, given)
         if all(name.startswith("visual.") for name in state):  # what reading adds for a whole model is not the file's
             given = {name: tensor for name, tensor in given.items() if name.startswith("visual.")}
@@ -175,7 +182,8 @@ class Tower:
                 torch_io.cast(tensor, torch.float32, name=f"classifier.{name}", where=where).to(backbone.device)
                 for name, tensor in (("weight", classifier.weight), ("bias", classifier.bias))
             )
-            head = LinearHead(weight, bias, (), normalise=False)
+            names = class_names(path if path.is_dir() else path.parent)
+            head = LinearHead(weight, bias, names if len(names) == len(weight) else (), normalise=False)
         elif backbone.text is None:
             raise UserError("no classifier is in it", where=where, hint="give a timm checkpoint with its classifier")
         return cls(weights, head)

@@ -46,15 +46,22 @@ def load_model(
     checkpoint: str | Path | None = None,
     device: str = "auto",
     allow_env: Sequence[str] = (),
+    weights: str | None = None,
 ) -> LoadedModel:
     """A model to be used: a row of a finished run (default its main strategy's), or a backbone as it is.
 
     `model` is a run folder, or what the commands take: `micro`, `clip:ViT-B-32:openai`, `vision:resnet18`, a folder that open_clip
-    wrote. `checkpoint` is tuned weights, a prompt or a head on it. Its `.model` is the Model; its `.classes` are those of the run.
+    wrote. `checkpoint` is tuned weights, a prompt or a head on it; `weights` says which are taken of a file with several: plain, ema, or the key of one. Its `.model` is the Model; its `.classes` are those of the run.
     """
     file = None if checkpoint is None else Path(checkpoint)
     return open_model(
-        str(model), registry(), row=row, device=device_of(device), checkpoint=file, allow_env=tuple(allow_env)
+        str(model),
+        registry(),
+        row=row,
+        device=device_of(device),
+        checkpoint=file,
+        allow_env=tuple(allow_env),
+        weights=weights,
     )
 
 

@@ -90,6 +90,8 @@ class Backbone:
     notes: tuple[str, ...] = ()
     """What the user should know about how it was loaded."""
     classifier: Classifier | None = None
+    classes: tuple[str, ...] = ()
+    """The names of the classifier's rows, where the model's own config tells them."""
     block: int = BLOCK
     precision: Literal["float32", "bfloat16"] | None = None
     """Of the image tower's own arithmetic, weights and features staying float32; none: bfloat16 on a GPU, float32 elsewhere."""

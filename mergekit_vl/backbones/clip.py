@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
+from mergekit_vl.backbones.huggingface_names import config_of_clip_model
+from mergekit_vl.checkpoints.reader import taking
 from mergekit_vl.errors import UserError, first_line, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
@@ -60,6 +62,9 @@ class Clip:
     precision: Literal["float32", "bfloat16"] | None = option(
         None, "arithmetic of the image tower; none: bfloat16 on a GPU, float32 elsewhere"
     )
+    weights: str | None = option(
+        None, "of a checkpoint with several sets of weights, which: plain, ema, or the key of one; none: plain"
+    )
 
     def __post_init__(self) -> None:
         if not self.pretrained or user_path(self.pretrained).exists():
@@ -77,7 +82,8 @@ class Clip:
 
         where = f"backbone clip arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
         source = self._source(where)
-        state = torch_io.read(source.weights) if source.weights else None
+        with taking(self.weights):
+            state, told_of = torch_io.read_told(source.weights) if source.weights else (None, ())
         if state is not None and not state.keys().isdisjoint(OPENAI_ONLY):
             source = replace(source, quick_gelu=True)
         quick_gelu, notes = self._activation(source)
@@ -95,10 +101,11 @@ class Clip:
             config["text_cfg"] = {**config["text_cfg"], "hf_model_name": str(user_path(self.hf_text))}
         tokenizer = load_tokenizer(config["text_cfg"], self.tokenizer or self.hf_text or source.folder, where)
         model = construct(config, where)
+        notes = (*told_of, *notes)
         if state is not None:
-            torch_io.load_into(
-                model, convert(model, state), where=str(source.weights), hint=f"give arch={self.arch} its own weights"
-            )
+            state, more = converted(model, state, where=str(source.weights))
+            notes += more
+            torch_io.load_into(model, state, where=str(source.weights), hint=f"give arch={self.arch} its own weights")
         return backbone_of(
             model,
             tokenizer,
@@ -120,8 +127,8 @@ class Clip:
 
         given = user_path(self.pretrained) if self.pretrained else None
         kind, _, name = self.arch.partition(":")
-        if kind == "local-dir":
-            folder = user_path(name)
+        if kind == "local-dir" or (kind == self.arch and user_path(self.arch).is_dir()):
+            folder = user_path(name if kind == "local-dir" else self.arch)
             source = _from_folder(folder, where)
             return replace(source, weights=given or folder)
         if kind == "hf-hub":
@@ -133,7 +140,8 @@ class Clip:
             return replace(_from_folder(Path(config).parent, where), weights=weights, folder=None)
         config = open_clip.get_model_config(self.arch)
         if config is None:
-            raise unknown("arch", self.arch, open_clip.list_models(), where="backbone clip")
+            known = open_clip.list_models()
+            raise unknown("arch", self.arch, known, where="backbone clip", see="open_clip.list_models()")
         if given is None:
             return _Source(config, _usual_preprocessing(self.arch))
         tag = open_clip.get_pretrained_cfg(self.arch, self.pretrained)
@@ -202,8 +210,14 @@ class _Source:
 
 def _from_folder(folder: Path, where: str) -> _Source:
     file = folder / CONFIG
+    if not file.exists() and (told := config_of_clip_model(folder)) is not None:
+        return _Source(*told, quick_gelu=bool(told[0]["quick_gelu"]))
     if not file.exists():
-        raise UserError(f"no {CONFIG}", where=str(folder), hint="give a folder that open_clip wrote")
+        raise UserError(
+            f"no {CONFIG}",
+            where=str(folder),
+            hint="give a folder that open_clip wrote, or name the architecture: clip:ARCH:FOLDER",
+        )
     content = parse_json(read_regular(file, most=MOST_TEXT), where=str(file))
     checked = check_shape(content, Config, what="is no config of open_clip", where=str(file))
     config: Mapping[str, Any] = {**checked["model_cfg"]}
@@ -348,6 +362,19 @@ def convert(model: CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def converted(model: CLIP, state: dict[str, Tensor], *, where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """As `convert`, with one prefix over all names taken off and what stands beside the model left out; and what was done in words."""
+    from mergekit_vl.backbones.huggingface_names import prefix_of_clip_model
+    from mergekit_vl.checkpoints.torch_io import under_names_of
+
+    told: tuple[str, ...] = ()
+    if prefix := prefix_of_clip_model(state):
+        told = (f"{where}: its names begin with {prefix!r}, which is taken off",)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    found, more = under_names_of(model.state_dict(), convert(model, state), where=where)
+    return convert(model, found) if more else found, (*told, *more)
+
+
 def backbone_of(
     model: CLIP,
     tokenizer: Tokenizer,
@@ -395,7 +422,7 @@ def backbone_of(
         pretrained=pretrained,
         width=config.get("embed_dim") if config else None,
         config={"model_cfg": dict(config)} if config else {},
-        read=lambda state: (convert(model, dict(state)), None),
+        read=lambda state: (_told(*converted(model, dict(state), where=spec)), None),
         settings=settings,
         device=device,
         logit_scale=model.logit_scale,
@@ -405,3 +432,12 @@ def backbone_of(
         block=block,
         precision=precision,
     )
+
+
+def _told(state: dict[str, Tensor], lines: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors, once what was done to them is told."""
+    import warnings
+
+    for line in lines:
+        warnings.warn(line, stacklevel=2)
+    return state

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mergekit_vl.checkpoints.configs import read_config
 from mergekit_vl.errors import UserError
 from mergekit_vl.system.regular_files import MOST_TEXT, parse_json, read_regular
 
@@ -35,6 +37,13 @@ def is_clip_model(state: dict[str, Tensor]) -> bool:
     return "text_model.final_layer_norm.weight" in state and "visual_projection.weight" in state
 
 
+def prefix_of_clip_model(state: Mapping[str, Tensor]) -> str:
+    """What stands before the names of a CLIPModel: "model." of a wrapper; empty where nothing does, or it is none."""
+    sign = "text_model.final_layer_norm.weight"
+    found = next((name.removesuffix(sign) for name in state if name.endswith(sign)), "")
+    return found if f"{found}visual_projection.weight" in state else ""
+
+
 def from_clip_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A CLIPModel's tensors under open_clip's names."""
     import torch
@@ -53,6 +62,41 @@ def from_clip_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, to, name)
         out[name] = tensor
     return out
+
+
+def config_of_clip_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """open_clip's model_cfg and preprocess_cfg for a CLIPModel's folder, by its config.json and preprocessor_config.json; None where it is none."""
+    config = read_config(folder, "config.json")
+    vision, text = config.get("vision_config"), config.get("text_config")
+    if config.get("model_type") != "clip" or not isinstance(vision, Mapping) or not isinstance(text, Mapping):
+        return None
+    try:
+        width, text_width = int(vision.get("hidden_size", 768)), int(text.get("hidden_size", 512))
+        model = {
+            "embed_dim": int(config.get("projection_dim", 512)),
+            "quick_gelu": vision.get("hidden_act", "quick_gelu") == "quick_gelu",
+            "vision_cfg": {
+                "image_size": int(vision.get("image_size", 224)),
+                "patch_size": int(vision.get("patch_size", 32)),
+                "layers": int(vision.get("num_hidden_layers", 12)),
+                "width": width,
+                "head_width": width // int(vision.get("num_attention_heads", 12)),
+                "mlp_ratio": int(vision.get("intermediate_size", 4 * width)) / width,
+            },
+            "text_cfg": {
+                "context_length": int(text.get("max_position_embeddings", 77)),
+                "vocab_size": int(text.get("vocab_size", 49408)),
+                "layers": int(text.get("num_hidden_layers", 12)),
+                "width": text_width,
+                "heads": int(text.get("num_attention_heads", 8)),
+                "mlp_ratio": int(text.get("intermediate_size", 4 * text_width)) / text_width,
+            },
+        }
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    told = read_config(folder, "preprocessor_config.json")
+    pairs = (("mean", told.get("image_mean")), ("std", told.get("image_std")))
+    return model, {key: value for key, value in pairs if isinstance(value, list) and len(value) == 3}
 
 
 def has_quick_gelu(folder: Path) -> bool | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from mergekit_vl.checkpoints.reader import taking
 from mergekit_vl.errors import UserError, first_line, unknown
 from mergekit_vl.options import option
 from mergekit_vl.system.atomic_files import is_a_path
@@ -40,6 +41,9 @@ class Vision:
     precision: Literal["float32", "bfloat16"] | None = option(
         None, "arithmetic of the image tower; none: bfloat16 on a GPU, float32 elsewhere"
     )
+    weights: str | None = option(
+        None, "of a checkpoint with several sets of weights, which: plain, ema, or the key of one; none: plain"
+    )
 
     base = "class means"
     """What stands in the place of zero-shot."""
@@ -59,7 +63,9 @@ class Vision:
         where = f"backbone vision arch={self.arch}" + (f" pretrained={self.pretrained}" if self.pretrained else "")
         if self.batch < 1:
             raise UserError(f"batch={self.batch}", where=where, hint="at least 1")
-        model = self._model(where).eval()
+        with taking(self.weights):
+            model, notes = self._model(where)
+        model.eval()
         preprocess = _preprocess(model)
         with torch.no_grad():
             probe = torch.randn(2, *_input_size(model), generator=torch.Generator().manual_seed(0))
@@ -81,17 +87,27 @@ class Vision:
             settings=arch,
             device=device,
             classifier=classifier,
+            classes=self._classes(classifier),
+            notes=notes,
             block=self.batch,
             precision=self.precision,
         )
 
-    def _model(self, where: str) -> TimmModel:
+    def _classes(self, classifier: Classifier | None) -> tuple[str, ...]:
+        """The names that the checkpoint's config has for the classifier's rows; WordNet ids are none."""
+        from mergekit_vl.checkpoints.configs import class_names
+
+        given = user_path(self.pretrained) if self.pretrained else None
+        names = class_names(given if given is None or given.is_dir() else given.parent)
+        return names if classifier is not None and len(names) == len(classifier.weight) else ()
+
+    def _model(self, where: str) -> tuple[TimmModel, tuple[str, ...]]:
         import timm
         import torch
 
         arch, _, tag = self.arch.partition(".")
         if not timm.is_model(arch):
-            raise unknown("arch", arch, timm.list_models(), where="backbone vision")
+            raise unknown("arch", arch, timm.list_models(), where="backbone vision", see="timm.list_models()")
         given = user_path(self.pretrained) if self.pretrained else None
         if given and given.exists():
             return _from_checkpoint(arch, given)
@@ -99,12 +115,12 @@ class Vision:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights, the same ones each time
             if not tag:
-                return _created(arch)
+                return _created(arch), ()
             tags = [name.partition(".")[2] for name in timm.list_models(f"{arch}.*", pretrained=True)]
             if tag not in tags:
                 raise unknown("pretrained tag", tag, tags, where=where)
             try:
-                return _created(f"{arch}.{tag}", pretrained=True)
+                return _created(f"{arch}.{tag}", pretrained=True), ()
             except Exception as error:  # timm and the hub's client raise many kinds
                 cfg = timm.get_pretrained_cfg(f"{arch}.{tag}")
                 what = (cfg.hf_hub_id or cfg.url) if cfg else f"{arch}.{tag}"
@@ -124,16 +140,19 @@ def _created(name: str, *, pretrained: bool = False, classes: int | None = None)
     return cast("TimmModel", timm.create_model(name, pretrained=pretrained, **given))
 
 
-def _from_checkpoint(arch: str, path: Path) -> TimmModel:
-    """A timm model with a checkpoint's tensors, and as many classes as it has."""
-    from mergekit_vl.checkpoints.torch_io import load_into, read
+def _from_checkpoint(arch: str, path: Path) -> tuple[TimmModel, tuple[str, ...]]:
+    """A timm model with a checkpoint's tensors, and as many classes as it has; what is to be told of it."""
+    from mergekit_vl.checkpoints.torch_io import load_into, read_told, under_names_of
 
-    state = read(path)
+    state, told = read_told(path)
     names = _classifier_names(arch)
+    if not any(f"{name}.weight" in state for name in names):
+        state, more = under_names_of(_created(arch, classes=0).state_dict(), state, where=str(path))
+        told += more
     weight = state.get(f"{names[0]}.weight")
     model = _created(arch, classes=0 if weight is None else weight.shape[0])
     load_into(model, state, where=str(path), hint=f"give {arch} its own weights")
-    return model
+    return model, told
 
 
 def _classifier_names(arch: str) -> tuple[str, ...]:

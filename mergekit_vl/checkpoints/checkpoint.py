@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,20 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         self._seen = {file: _stamp(file) for file in self.files}
+
+    def renamed(self, to: Mapping[str, str]) -> Checkpoint:
+        """The same with these of its tensors alone, under other names."""
+        return replace(
+            self,
+            tensors={to[name]: tensor for name, tensor in self.tensors.items() if name in to},
+            twins={to[a]: to[b] for a, b in self.twins.items() if a in to and b in to},
+            arrays={to[name]: array for name, array in self.arrays.items() if name in to},
+        )
+
+    def told(self) -> tuple[str, ...]:
+        """What a user is told of how it was read, a line each."""
+        over = f"it holds averaged weights too ({self.passed_over}), and the plain ones are taken: --weights ema takes those"
+        return tuple(f"{self.path}: {note}" for note in (*self.notes, *([over] if self.passed_over else [])))
 
     @property
     def floats(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,38 @@ def among(names: list[str]) -> Foreign | None:
     """The first foreign format among the names of a folder's files that is one of weights."""
     weights = [each for each in FORMATS if not each.what.startswith(("a text", "a picture"))]
     return next((each for name in names for each in weights if each.is_one(b"", name.lower())), None)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Tensors of a method that is not here, by their names."""
+
+    what: str
+    sign: re.Pattern[str]
+    alone: bool = False
+    """Whether every name must fit."""
+
+
+METHODS = (
+    Method("MaPLe's prompts of both towers", re.compile(r"compound_prompt|prompt_learner\.proj\.")),
+    Method("PromptSRC's or IVLP's prompts of both towers", re.compile(r"(?:^|[._])VPT(?:_shallow)?(?:$|[._])")),
+    Method("CoCoOp's prompts and meta-network", re.compile(r"(?:^|\.)meta_net\.")),
+    Method("TaskRes's text residuals", re.compile(r"text_feature_residuals")),
+    Method("Tip-Adapter's cache", re.compile(r"(?:^|\.)(?:cache_keys|cache_values)$|^adapter\.weight$"), alone=True),
+    Method("CLIP-Adapter's bottleneck", re.compile(r"^(?:adapter\.)?fc\.[02]\.weight$"), alone=True),
+    Method("prompts of another method", re.compile(r"(?:^|[._])(?:prompts?|prompt_learner|prompt_embeddings?)(?:$|[._\d])")),
+)  # fmt: skip
+OWN_PROMPTS = frozenset(
+    f"{prefix}{name}" for prefix in ("", "prompt_learner.") for name in ("ctx", "token_prefix", "token_suffix")
+)
+"""CoOp's and KgCoOp's, which are read."""
+
+
+def method_of(names: Collection[str]) -> Method | None:
+    """The method of whose files these names are, where it is none that is read here."""
+    if OWN_PROMPTS.issuperset(names):
+        return None
+    return next((m for m in METHODS if (all if m.alone else any)(m.sign.search(name) for name in names)), None)
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?")

@@ -28,6 +28,36 @@ def read(path: Path) -> dict[str, Tensor]:
         checkpoint.close()
 
 
+def read_told(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """As `read`, with what is to be told of how the file was read."""
+    from mergekit_vl.checkpoints.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(str(path))
+    try:
+        return tensors(checkpoint), checkpoint.told()
+    finally:
+        checkpoint.close()
+
+
+def under_names_of(
+    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, where: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under the names that a model wants, where one prefix over all names is what they differ in; and what was done.
+
+    What stands beside the prefix is left out. Tensors whose names no prefix explains come back as they are.
+    """
+    from mergekit_vl.checkpoints import prefixes
+
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (wanted, given)]
+    found, _ = prefixes.find(*shapes)
+    if found is None:
+        return dict(given), ()
+    to = {name: renamed for name in given if (renamed := found.renamed(name)) is not None}
+    beside = [name for name in given if name not in to]
+    more = f"; {len(beside)} beside that prefix left out ({', '.join(beside[:3])})" if beside else ""
+    return {to[name]: given[name] for name in to}, (f"{where}: {found.told()}{more}",)
+
+
 def tensors(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The named tensors of a checkpoint (all of them by default), as they are stored. Tied ones share no memory."""
     checkpoint.check_recorded()
@@ -71,6 +101,8 @@ def check_fits(
         needed, found = (tuple(t[name].shape) if name in t else "missing" for t in (own, given))
         if needed != found:
             differing.append(f"{name} is {found} in the checkpoint, {needed} in the model")
+    if differing and own.keys().isdisjoint(given):
+        hint += f"; its names begin with {', '.join(list(given)[:3])}, and no one prefix makes them the model's"
     if differing:
         count = len(differing)
         raise UserError(

@@ -267,6 +267,9 @@ class _Reader:
         self.keep(_made(function, arguments))
 
     def persistent(self, pid: object) -> None:
+        if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module" and isinstance(pid[1], Global):
+            self.stack.append(pid[1])  # before 1.6, a module's class with its source, which is passed over
+            return
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             self.stack.append(INERT)
             return

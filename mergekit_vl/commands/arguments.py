@@ -30,3 +30,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no table")
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 Row = Annotated[str | None, typer.Option(help="row of the run; default its main strategy")]
 Checkpoint = Annotated[Path | None, typer.Option(help="tuned weights, a prompt or a head on the model")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="plain|ema|KEY",
+        help="of a file that holds several sets of weights, which: default plain, not averaged (EMA)",
+    ),
+]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_vl.commands import arguments
-from mergekit_vl.commands.merge import Base, DType, Keep, Rebasin, StrategyName, TensorsOf, Weights
+from mergekit_vl.commands.merge import Base, DType, Keep, Rebasin, StrategyName, TensorsOf
 from mergekit_vl.commands.merge import check as check_models
 from mergekit_vl.commands.merge_request import is_merge
 from mergekit_vl.commands.terminal import say
@@ -27,7 +27,7 @@ def check(
     keep: Keep = None,
     tensors: TensorsOf = None,
     dtype: DType = None,
-    weights: Weights = None,
+    weights: arguments.Weights = None,
     allow_env: arguments.AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from mergekit_vl import options
+from mergekit_vl.commands import arguments
 from mergekit_vl.commands.merge_request import RECIPES, Asked, ask, closed_form, steps_of
 from mergekit_vl.commands.terminal import TerminalReporter, ours_alone, say
 from mergekit_vl.errors import UserError, unknown
@@ -47,13 +48,6 @@ Keep = Annotated[
 Rebasin = Annotated[
     bool, typer.Option("--rebasin", help="first reorder units, heads, channels to match the base or first model")
 ]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="plain|ema|KEY",
-        help="of a file that holds several sets of weights, which: default plain, not averaged (EMA)",
-    ),
-]
 TensorsOf = Annotated[
     str | None,
     typer.Option(
@@ -77,7 +71,7 @@ def merge(
     keep: Keep = None,
     rebasin: Rebasin = False,
     tensors: TensorsOf = None,
-    weights: Weights = None,
+    weights: arguments.Weights = None,
     shard_size: Annotated[
         str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
     ] = None,

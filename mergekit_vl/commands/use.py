@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from mergekit_vl.errors import UserError
 from mergekit_vl.recipes.overrides import set_option
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import device_of
-from mergekit_vl.system.regular_files import read_text, user_path
 
 if TYPE_CHECKING:
     from mergekit_vl.experiments.open_run import LoadedModel
@@ -35,6 +33,7 @@ def evaluate(
     ] = None,
     row: arguments.Row = None,
     checkpoint: arguments.Checkpoint = None,
+    weights: arguments.Weights = None,
     allow_env: arguments.AllowEnv = None,
     device: arguments.Device = "auto",
     as_json: arguments.AsJson = False,
@@ -47,8 +46,9 @@ def evaluate(
     with TerminalReporter(not as_json) as reporter:
         reporter.progress(0, 0, "loading the model")
         used = open_model(
-            model, registry(), row=row, device=device_of(device), checkpoint=checkpoint, allow_env=allow_env or ()
-        )
+            model, registry(), row=row, device=device_of(device), checkpoint=checkpoint, allow_env=allow_env or (),
+            weights=weights,
+        )  # fmt: skip
         data, part = load_for(_dataset(used, dataset, words or []), split, reporter, of_run=dataset is None)
         found = evaluate_on(used.model, used.label, data, part, FeatureStore(reporter=reporter))
     scores: dict[str, Any] = found.to_json()
@@ -75,6 +75,7 @@ def predict(
     ] = None,
     row: arguments.Row = None,
     checkpoint: arguments.Checkpoint = None,
+    weights: arguments.Weights = None,
     allow_env: arguments.AllowEnv = None,
     device: arguments.Device = "auto",
     as_json: arguments.AsJson = False,
@@ -82,17 +83,18 @@ def predict(
     """Name what is on images, with probabilities."""
     from mergekit_vl.datasets.image_files import MOST_MEGAPIXELS, check_megapixels
     from mergekit_vl.experiments.open_run import open_model
-    from mergekit_vl.experiments.use import best, from_files, image_files, probabilities
+    from mergekit_vl.experiments.use import best, from_files, image_files, named_classes, probabilities, readable
 
     megapixels = MOST_MEGAPIXELS if max_megapixels is None else max_megapixels
     check_megapixels(megapixels)
     with TerminalReporter(not as_json) as reporter:
-        files = image_files(images)
+        files = readable(image_files(images), images, megapixels, reporter)
         reporter.progress(0, 0, "loading the model")
         used = open_model(
-            model, registry(), row=row, device=device_of(device), checkpoint=checkpoint, allow_env=allow_env or ()
-        )
-        known = _classes(used, classes)
+            model, registry(), row=row, device=device_of(device), checkpoint=checkpoint, allow_env=allow_env or (),
+            weights=weights,
+        )  # fmt: skip
+        known = _classes(used, None if classes is None else named_classes(classes, reporter))
         found = probabilities(used.model, known, from_files(files, megapixels), len(files), reporter)
     likeliest = best(found, known.names, top)
     if as_json:
@@ -119,17 +121,11 @@ def _dataset(used: LoadedModel, name: str | None, words: Sequence[str]) -> Any:
     return options.build(registry().find("datasets", name).resolve(), given, where=f"dataset {name}")
 
 
-def _classes(used: LoadedModel, given: str | None) -> Classes:
+def _classes(used: LoadedModel, names: tuple[str, ...] | None) -> Classes:
     from mergekit_vl.models.model import Classes
 
-    if given is None:
-        if used.classes is None:
-            raise UserError(
-                "no class names", where="command line", hint="name them: --classes dog,cat or a file of lines"
-            )
-        return used.classes
-    names = read_text(user_path(given)).splitlines() if os.path.exists(os.path.expanduser(given)) else given.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"class names {given!r}", where="--classes", hint="at least two, each once")
-    return Classes(tuple(names), used.classes.templates if used.classes else Classes.templates)
+    if names is not None:
+        return Classes(names, used.classes.templates if used.classes else Classes.templates)
+    if used.classes is None:
+        raise UserError("no class names", where="command line", hint="name them: --classes dog,cat or a file of lines")
+    return used.classes

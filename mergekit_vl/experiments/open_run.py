@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
 from mergekit_vl.adapters import before_tuning
+from mergekit_vl.backbones.huggingface_names import config_of_clip_model
+from mergekit_vl.checkpoints.configs import read_config
+from mergekit_vl.checkpoints.foreign import hub_hint
+from mergekit_vl.checkpoints.reader import taking
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, Single
 from mergekit_vl.recipes.loading import load_recipe
@@ -60,18 +65,32 @@ def open_model(
     device: str,
     checkpoint: Path | None = None,
     allow_env: Sequence[str] = (),
+    weights: str | None = None,
 ) -> LoadedModel:
-    """A row of a finished run, or a backbone as it is, or that backbone with a tuned checkpoint on it."""
+    """A row of a finished run, or a backbone as it is, or that backbone with a tuned checkpoint on it.
+
+    `weights` says which weights are taken of a file that holds several: plain, ema, or the key of one.
+    """
+    with taking(weights):
+        return _opened(given, registry, row, device, checkpoint, allow_env)
+
+
+def _opened(
+    given: str, registry: Registry, row: str | None, device: str, checkpoint: Path | None, allow_env: Sequence[str]
+) -> LoadedModel:
     folder = user_path(given)
     if (folder / "recipe.yaml").is_file() and (folder / "state").is_dir():
         return _of_run(folder, registry, row, device, allow_env)
     if row is not None:
         raise UserError("--row is for runs", where=given, hint="give a run folder")
     backbone = _backbone(given, registry, device)
+    for note in backbone.notes:
+        warnings.warn(note, stacklevel=2)
     if checkpoint is not None:
         return LoadedModel(Single(backbone, load_tuned(checkpoint, backbone, registry)), checkpoint.name)
     label = backbone.spec if backbone.text is None else f"{backbone.spec}, zero-shot"
-    return LoadedModel(before_tuning.of_backbone(backbone), label)
+    own = Classes(backbone.classes) if backbone.classes else None
+    return LoadedModel(before_tuning.of_backbone(backbone), label, own)
 
 
 def _of_run(folder: Path, registry: Registry, row: str | None, device: str, allow_env: Sequence[str]) -> LoadedModel:
@@ -116,13 +135,24 @@ def _classes(shots: Any) -> Classes:
 
 
 def _backbone(given: str, registry: Registry, device: str) -> Backbone:
-    if (user_path(given) / "open_clip_config.json").is_file():
+    folder = user_path(given)
+    if (folder / "open_clip_config.json").is_file() or config_of_clip_model(folder) is not None:
         return _built(registry, "clip", {"arch": f"local-dir:{given}"}, device)
+    config = read_config(folder, "config.json")
+    if isinstance(config.get("architecture"), str):
+        return _built(registry, "vision", {"arch": config["architecture"], "pretrained": given}, device)
+    if folder.is_dir():
+        named = ", ".join(map(str, config.get("architectures") or [])) or "nothing tells its architecture"
+        hint = "name it: clip:ARCH:FOLDER for open_clip's, vision:ARCH:FOLDER for timm's"
+        raise UserError(f"a folder that is no model here: {named}", where=given, hint=hint)
     name, _, rest = given.partition(":")
     if name not in registry.entries["backbones"]:
-        raise UserError(f"{given!r} is no model", where="command line", hint=f"give {FORMS}")
+        hint = f"a model of the hub is clip:hf-hub:{given}" if hub_hint(given) else f"give {FORMS}"
+        raise UserError(f"{given!r} is no model", where="command line", hint=hint)
     if not rest:
         return _built(registry, name, {}, device)
+    if user_path(rest).is_dir() and (user_path(rest) / "open_clip_config.json").is_file():
+        return _built(registry, name, {"arch": f"local-dir:{rest}"}, device)
     prefix = next((p for p in ("local-dir:", "hf-hub:") if rest.startswith(p)), "")
     arch, _, pretrained = rest.removeprefix(prefix).partition(":")
     return _built(registry, name, {"arch": prefix + arch} | ({"pretrained": pretrained} if pretrained else {}), device)

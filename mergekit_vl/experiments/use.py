@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 from mergekit_vl.datasets.base import CanBeWhole
 from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.models.model import Classes, image_encoders
+from mergekit_vl.printable import counted, first_names
 from mergekit_vl.reports.render import notebook_table
 from mergekit_vl.reports.results import plain
 from mergekit_vl.system.regular_files import user_path
@@ -193,6 +195,48 @@ def _below(folder: Path, kinds: set[str]) -> list[Path]:
             elif not is_folder and Path(name).suffix.lower() in kinds:
                 found.append(here / name)
     return sorted(found)
+
+
+def readable(files: Sequence[Path], given: Sequence[str], megapixels: float, reporter: Reporter) -> list[Path]:
+    """Of files of which some were found in folders, those that decode; of the others each is told. Raises UserError for one that is named itself, and where none is left."""
+    from mergekit_vl.datasets.image_files import decode
+
+    named = {user_path(name) for name in given}
+    good, bad = [], []
+    for file in files:
+        if file in named:  # it is read, or ends the command, later
+            good.append(file)
+            continue
+        try:
+            decode(file, megapixels=megapixels, draft=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL's decoders raise nearly anything
+            bad.append(f"{file}: {error.what if isinstance(error, UserError) else 'cannot be decoded'}")
+        else:
+            good.append(file)
+    for line in bad[:20]:
+        reporter.warn(f"{line}: left out")
+    if len(bad) > 20:
+        reporter.warn(f"{len(bad) - 20} more images left out")
+    if not good:
+        raise UserError(f"none of {len(bad)} images can be decoded", where=", ".join(given), hint="give images")
+    return good
+
+
+def named_classes(given: str, reporter: Reporter) -> tuple[str, ...]:
+    """Class names from a file in any form that `datasets.class_names` reads, or with commas between them; raises UserError for fewer than two."""
+    from mergekit_vl.datasets.class_names import doubles, in_order, read_names
+
+    if os.path.exists(os.path.expanduser(given)):
+        names = in_order(read_names(user_path(given)))
+    else:
+        names = tuple(name.strip() for name in given.split(",") if name.strip())
+    if len(names) < 2:
+        raise UserError(f"class names {given!r}", where="--classes", hint="at least two, each once")
+    if twice := doubles(names):
+        reporter.warn(f"--classes: {counted(twice, 'class name')} used more than once: {first_names(twice)}")
+    return names
 
 
 def from_files(files: Sequence[Path], megapixels: float) -> View:

@@ -97,21 +97,11 @@ def _under_names_of(first: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, l
     told = [f"{other.label}: {found.told()}, as {first.label} has them"]
     if beside:
         told.append(f"{other.label}: {_few(beside)} beside that prefix: left out")
-    return renamed_as(other, to), told
-
-
-def renamed_as(checkpoint: Checkpoint, to: dict[str, str]) -> Checkpoint:
-    """The checkpoint with these of its tensors under other names."""
-    return replace(
-        checkpoint,
-        tensors={to[name]: tensor for name, tensor in checkpoint.tensors.items() if name in to},
-        twins={to[a]: to[b] for a, b in checkpoint.twins.items() if a in to and b in to},
-        arrays={to[name]: array for name, array in checkpoint.arrays.items() if name in to},
-    )
+    return other.renamed(to), told
 
 
 def _only(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
-    return renamed_as(checkpoint, {name: name for name in checkpoint.tensors if name in names})
+    return checkpoint.renamed({name: name for name in checkpoint.tensors if name in names})
 
 
 def _without_one_axes(models: Sequence[Checkpoint], kept: Collection[str]) -> tuple[list[Checkpoint], list[str]]:

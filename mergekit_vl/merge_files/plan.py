@@ -11,6 +11,7 @@ import numpy as np
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import differing_settings
 from mergekit_vl.checkpoints.dtypes import FLOATS, NAMES, float_code
+from mergekit_vl.checkpoints.foreign import method_of
 from mergekit_vl.checkpoints.reader import open_checkpoint, taking
 from mergekit_vl.checkpoints.writer import Slot
 from mergekit_vl.errors import UserError
@@ -128,6 +129,11 @@ def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, .
         recognised=(*(f"{c.label}: {note}" for c in everyone for note in c.notes), *found.notes, *told),
     )
     opened.recognised += tuple(_kept(opened))
+    opened.recognised += tuple(
+        f"{c.label} holds {method.what}: merged as plain tensors"
+        for c in opened.all
+        if (method := method_of(c.tensors))
+    )
     opened.notes = _notes(opened)
     if plan.rebasin:
         opened.symmetries = _symmetries(opened, kept)

@@ -43,7 +43,7 @@ def seconds(opened: AlignedCheckpoints, threads: int) -> float:
     """Seconds that the merge takes, without the alignment of the models."""
     read = sum(checkpoint.bytes for checkpoint in opened.all)
     files = read * (passes(opened) + 1) / READ_BYTES + written(opened) / WRITE_BYTES
-    svds = opened.info.svds * sum(SVD_SECONDS * t.size * min(t.shape) for t in matrices(opened))
+    svds = opened.info.svds * sum(SVD_SECONDS * t.size * min(t.shape[0], t.row) for t in matrices(opened))
     return START_SECONDS + files * 2 / min(threads, 8) + svds / threads
 
 

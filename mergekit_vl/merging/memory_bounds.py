@@ -27,7 +27,8 @@ def whole_arrays(info: MethodInfo, tensor: Tensor) -> int:
     """Arrays of its size for a tensor that is merged whole: of a square matrix an SVD takes 8 of float64 beside its input."""
     if not info.svds:
         return 20
-    svd = min(16.0, 6 + 15 * min(tensor.shape) / max(*tensor.shape, 1))
+    sides = (tensor.shape[0], tensor.row) if len(tensor.shape) > 1 else (1, tensor.size)  # a convolution's too
+    svd = min(16.0, 6 + 15 * min(sides) / max(*sides, 1))
     return math.ceil(8 + svd + 12 * (info.stacked - 1))
 
 

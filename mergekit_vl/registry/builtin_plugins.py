@@ -98,6 +98,11 @@ def register_strategies(register: Register) -> None:
         "mergekit_vl.strategies.lines:Lines",
         "task vectors scaled linearly with depth, little in the first blocks (Wang et al. 2024)",
     )
+    register(
+        "monosoup",
+        "mergekit_vl.strategies.monosoup:MonoSoup",
+        "one tuned model, without images: its update's first singular directions against the rest (Abdollahpoorrostam et al. 2026)",
+    )
     register("ties", "mergekit_vl.strategies.ties:Ties", "trim, elect signs, disjoint mean (Yadav et al. 2023)")
     register(
         "dare_linear",

@@ -19,7 +19,7 @@ BUILTINS = {
     "tuners": ["coop", "kgcoop", "linear_probe", "full"],
     "strategies": [
         *("linear", "wise_ft", "uniform_soup", "greedy_soup", "ema", "slerp", "nuslerp", "multislerp", "karcher"),
-        *("task_arithmetic", "lines", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
+        *("task_arithmetic", "lines", "monosoup", "ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *(
             "breadcrumbs",
             "breadcrumbs_ties",

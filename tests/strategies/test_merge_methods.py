@@ -34,6 +34,7 @@ from mergekit_vl.strategies.karcher import Karcher
 from mergekit_vl.strategies.linear import Linear
 from mergekit_vl.strategies.lines import Lines
 from mergekit_vl.strategies.model_stock import ModelStock
+from mergekit_vl.strategies.monosoup import MonoSoup
 from mergekit_vl.strategies.multislerp import MultiSlerp
 from mergekit_vl.strategies.nuslerp import NuSlerp
 from mergekit_vl.strategies.pcb import Pcb
@@ -114,7 +115,7 @@ EVERY = (
 
 def test_every_closed_form_is_tested():
     registered = {e.resolve() for e in load_plugins().entries["strategies"].values() if e.owner in DEFAULT_PLUGINS}
-    assert {cls for cls in registered if info_of(cls)} == {type(m) for m in EVERY} | {WiseFT}
+    assert {cls for cls in registered if info_of(cls)} == {type(m) for m in EVERY} | {MonoSoup, WiseFT}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +278,21 @@ def test_every_closed_form_is_tested():
         (IsoCTS(scale=0.5), [1, 1], [[2, 4], [4, 8]], [2, 3.5]),
         (IsoC(averaged=("w",)), [[0, 0], [0, 0]], [[[3, 0], [4, 5]]], [[3, 0], [4, 5]]),
         (IsoC(), [[[0]] * 2] * 2, [[[[3], [0]], [[4], [5]]]], [[[3], [0]], [[4], [5]]]),  # three axes
+        # the entropy of (4, 1) / 5 is 0.5004 and exp of it 1.65, so both directions are high, and the update stays
+        (MonoSoup(), np.eye(2), [[[5, 0], [0, 2]]], [[5, 0], [0, 2]]),
+        # (8, 1, 0.5) / 9.5: exp of the entropy 0.5367 is 1.71, so k = 2; rho = 1/256, 1 - P = 1/261, w = rho + 255/256 / root of 261
+        (MonoSoup(), np.zeros((3, 3)), [np.diag([8, 1, 0.5])], np.diag([7.4754968, 0.9344371, 0.0327815])),
+        # k = 1 holds 16/17: rho = 1/16, 1 - P = 1/17, w = 1/16 + 15/16 / root of 17
+        (MonoSoup(0.8), np.eye(2), [[[5, 0], [0, 2]]], [[1 + 4 * 0.7101229, 0], [0, 1.2898771]]),
+        (
+            MonoSoup(0.8),
+            [[[[0]], [[0]]]] * 2,
+            [[[[[4]], [[0]]], [[[0]], [[1]]]]],
+            [[[[2.8404914]], [[0]]], [[[0]], [[0.2898771]]]],
+        ),
+        (MonoSoup(0.8, averaged=("w",)), np.eye(2), [[[5, 0], [0, 2]]], [[5, 0], [0, 2]]),
+        (MonoSoup(), [1, 2], [[3, 5]], [3, 5]),  # a vector is the tuned model's
+        (MonoSoup(), np.ones((2, 2)), [np.ones((2, 2))], np.ones((2, 2))),
         (TsvM(), np.zeros((2, 2)), [np.diag([3, 1]), np.diag([1, 2])], np.diag([3, 2])),
         # (1, 0) and (0.6, 0.8) made orthonormal: (3, -1) and (1, 3), over the root of 10
         (

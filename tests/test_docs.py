@@ -19,6 +19,13 @@ def test_the_reference_is_what_the_code_declares():
     assert module.FILE.read_text() == module.reference(), "run python scripts/make_reference.py"
 
 
+def test_the_page_of_inputs_is_what_the_code_lists():
+    spec = importlib.util.spec_from_file_location("make_inputs", ROOT / "scripts" / "make_inputs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text() == module.page(), "run python scripts/make_inputs.py"
+
+
 def test_every_hook_is_documented_with_its_arguments():
     page = (ROOT / "docs" / "plugins.md").read_text()
     hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("register_") and callable(f)}

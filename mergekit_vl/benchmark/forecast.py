@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from mergekit_vl.benchmark import plan as plans
 from mergekit_vl.benchmark.plan import Plan, lineup
+from mergekit_vl.datasets.base import HasPlace
 from mergekit_vl.experiments import experiment, forecast
 
 if TYPE_CHECKING:
+    from mergekit_vl.experiments.experiment import Experiment
     from mergekit_vl.recipes.recipe import Recipe
     from mergekit_vl.registry.plugins import Registry
 
@@ -16,8 +18,19 @@ if TYPE_CHECKING:
 def of_recipe(recipe: Recipe, registry: Registry) -> list[str]:
     """A line for each part of the plan; of a bench where the recipe has the strategy `all`. Raises UserError for what is wrong with it."""
     if recipe.every:
-        return described(plans.build(recipe, registry))
-    return forecast.described(experiment.build(recipe, registry))
+        plan = plans.build(recipe, registry)
+        _check_there(plan.experiment)
+        return described(plan)
+    made = experiment.build(recipe, registry)
+    _check_there(made)
+    return forecast.described(made)
+
+
+def _check_there(made: Experiment) -> None:
+    """Raise UserError for a dataset that is not on this machine."""
+    for dataset in made.datasets:
+        if isinstance(dataset, HasPlace):
+            dataset.check_there()
 
 
 def described(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files that hold no tensors we read, recognised by their first bytes or their names, with the next step for each."""
+"""The forms of checkpoints: those that are read, and those that are recognised by their first bytes or names and told with the next step."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ FORMATS = (
     Foreign("a picture", "the magic bytes of JPEG, PNG or GIF", "give a model", _starts(b"\xff\xd8\xff", b"\x89PNG", b"GIF8")),
     Foreign("a text file, and no weights", "the ending .json, .txt, .md, .csv, .py, .yaml or .yml", "give the file of weights beside it, or their folder", lambda start, name: name.endswith((".json", ".txt", ".md", ".csv", ".py", ".yaml", ".yml")) and not name.endswith(".index.json")),
 )  # fmt: skip
+
+
+READ = (
+    ("safetensors, one file", "its header, whatever its name", ""),
+    ("shards with an index", "`*.index.json` with a weight_map", "a shard that is missing, changed or not in the index"),
+    ("shards without their index", "names that end in -00001-of-00003", "how many; a single shard is no model"),
+    ("torch.save of a state_dict, zip or older", "`PK`, or a pickle's first byte", ""),
+    ("a training checkpoint", "mappings under state_dict, model, net, teacher, params or any other key", "under which key; of several models, which there are (`--weights KEY`)"),
+    ("averaged weights beside plain ones", "keys with ema, swa, averaged, shadow", "which are taken (`--weights ema`)"),
+    ("a whole module, torch.save(model)", "an object with _parameters, _buffers and _modules", "its class; none of its code is run"),
+    ("a TorchScript archive (OpenAI's CLIP)", "a zip whose objects are modules", ""),
+    ("names behind one prefix", "names and shapes of the other models or of the backbone: `model.`, `clip.`, `module.`", "the prefix, and what stands beside it and is left out"),
+    ("AveragedModel", "n_averaged beside module.", "that both are taken off"),
+    ("a folder of open_clip, timm or transformers (CLIPModel)", "open_clip_config.json, config.json", "where the models' configs differ, and whose the result gets"),
+    ("classifiers whose configs name classes", "id2label, label_names", "that rows are merged by name; of `predict`, names that differ from `--classes`"),
+    ("masks, position_ids, [1] against []", "their names and shapes", "from which model they are taken"),
+    ("prompts of CoOp and KgCoOp", "ctx, token_prefix, token_suffix, perhaps behind prompt_learner.", "other backbones and classes"),
+    ("a name of the hub", "hf-hub:ORG/NAME[@REVISION]", "a name without hf-hub:"),
+)  # fmt: skip
+"""What is read, how it is recognised, what is told."""
 
 
 def recognised(start: bytes, name: str) -> Foreign | None:

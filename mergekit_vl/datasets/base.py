@@ -106,6 +106,15 @@ class CanBeWhole(Protocol):
 
 
 @runtime_checkable
+class HasPlace(Protocol):
+    """A dataset that knows without reading an image whether it is there."""
+
+    def check_there(self) -> None:
+        """Raise UserError where it is not."""
+        ...
+
+
+@runtime_checkable
 class HasNamedBy(Protocol):
     @property
     def named_by(self) -> str:

@@ -53,7 +53,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         raise UserError(
             f"{' and '.join(flat)} hold{'s' * (len(flat) == 1)} images and no class folders",
             where=str(root),
-            hint=f"put the images into a folder for each class: {root / flat[0]}/CLASS/IMAGE",
+            hint=f"put the images into a folder for each class: {root / flat[0]}/CLASS/IMAGE; or, of a table of labels: --dataset table path=TABLE",
         )
     return {split: root / names[0] for split, names in found.items()}
 

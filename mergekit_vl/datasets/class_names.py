@@ -20,6 +20,18 @@ from mergekit_vl.errors import UserError, unknown
 from mergekit_vl.printable import counted, first_names
 from mergekit_vl.system.regular_files import parse_json, read_text
 
+LISTS = (
+    ("one name a line", "tench"),
+    ("folder, tab, name", "n01440764<TAB>tench"),
+    ("id and name", "n01440764 tench"),
+    ("number and name", "0, tench"),
+    ("CSV with a header", "label,name"),
+    ("JSON list", '["tench", "goldfish"]'),
+    ("JSON by number, folder or name", '{"0": "tench"}, {"n01440764": "tench"}, {"tench": 0}'),
+    ("JSON of ImageNet's index", '{"0": ["n01440764", "tench"]}'),
+    ("a config with id2label, label_names or categories", '{"id2label": {"0": "tench"}}'),
+)
+"""The forms of a list of names, and an example of each."""
 WORDNET = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"(\d+)\s*[,;:.)\t ]\s*(\S.*)")
 IDENTIFIED = re.compile(r"(n\d{8})\s*[,;:\t ]\s*(\S.*)")

@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.datasets.class_folders import Classes, check_divided, classes_in, scan, split_folders
 from mergekit_vl.datasets.class_names import WORDNET, are_few, doubles, for_folders, of_folders, of_wordnet, read_names
+from mergekit_vl.datasets.foreign_data import found_in, told
 from mergekit_vl.datasets.image_files import (
     MEGAPIXELS_HELP,
     MOST_MEGAPIXELS,
@@ -69,23 +70,43 @@ class Folder:
         """All images, of all splits, as test; train and val are empty. Raises UserError as `load` does."""
         return self._loaded(reporter, whole=True)
 
-    def _loaded(self, reporter: Reporter, *, whole: bool) -> Dataset:
-        templates = self._checked_templates()
-        check_megapixels(self.max_megapixels)
+    def check_there(self) -> None:
+        """Raise UserError where the folder is not there."""
+        self._root()
+
+    def _root(self) -> Path:
         root = user_path(self.path).resolve()
         check_utf8(root.name, where=self.path)
         if not root.is_dir():
             raise UserError(
                 "not a folder" if root.exists() else "no such folder", where=str(root), hint="check dataset.path"
             )
+        return root
+
+    def _loaded(self, reporter: Reporter, *, whole: bool) -> Dataset:
+        self._checked_templates()
+        check_megapixels(self.max_megapixels)
+        root = self._root()
         found = scan(root, reporter.tell)
+        if not any(files for classes in found.values() for files in classes.values()):
+            if other := found_in(root):
+                raise UserError(
+                    f"it holds {other[0].what}, and no folders of images", where=str(root), hint=told(*other)
+                )
+        elif not whole:
+            check_divided(root, found)
+        return self.made(root, found, reporter, whole=whole, name=root.name)
+
+    def made(self, root: Path, found: dict[str, Classes], reporter: Reporter, *, whole: bool, name: str) -> Dataset:
+        """The dataset of images under `root`, by split and class; all as test where `whole`. Raises UserError as `load` does."""
+        templates = self._checked_templates()
+        check_megapixels(self.max_megapixels)
         if whole:
             found = {"": _together(found)}
         else:
-            check_divided(root, found)
             if "test" not in found and "val" in found:
-                reporter.tell(f"{root.name} has no test folder: val is the test, and a share of train is val")
-                found = {"train": found["train"], "test": found["val"]}
+                reporter.tell(f"{name} has no test folder: val is the test, and a share of train is val")
+                found = {"train": found.get("train", {}), "test": found["val"]}
             self._check_shares(single="" in found)
         folders = self._check(root, found)
         names = self._names(folders, reporter)
@@ -108,7 +129,7 @@ class Folder:
             if shifted.name in shifts or shifted.name in ("ID", root.name):
                 raise UserError(f"two sets are called {shifted.name!r}", where="dataset.shifts", hint="rename a folder")
             shifts[shifted.name] = self._shift(reporter, shifted, folders)
-        return Dataset(root.name, names, templates, train, val, test, shifts=shifts)
+        return Dataset(name, names, templates, train, val, test, shifts=shifts)
 
     def _shift(self, reporter: Reporter, root: Path, folders: Sequence[str]) -> Split:
         """All images of a folder of class folders, as test images of those of our classes that it shows."""

@@ -38,9 +38,7 @@ LEFT_OUT = {
     **dict.fromkeys(
         (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"), "raw data of a camera: convert it"
     ),
-    **dict.fromkeys(
-        (".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".mat", ".h5", ".hdf5"), "an array: convert it to PNG"
-    ),
+    **dict.fromkeys((".dcm", ".nii", ".exr", ".hdr"), "an array: convert it to PNG"),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), "a film: extract frames"),
     **dict.fromkeys((".xcf", ".kra", ".sketch"), "a drawing program's: export it as PNG"),
 }

@@ -223,6 +223,11 @@ def register_datasets(register: Register) -> None:
         "your images: train/val/test folders of classes, or one folder to split",
     )
     register(
+        "table",
+        "mergekit_vl.datasets.table:Table",
+        "images by a table of paths and labels: CSV, TSV, JSON lines, Parquet (metadata.csv)",
+    )
+    register(
         "coop_layout",
         "mergekit_vl.datasets.coop_layout:CoOpLayout",
         "a data set of a tree prepared for CoOp, unchanged: its splits, its few-shot choice, its template",

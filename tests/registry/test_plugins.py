@@ -35,7 +35,7 @@ BUILTINS = {
         ),
         *("fisher", "regmean", "adamerging", "ensemble", "vrf", "mergetune"),
     ],
-    "datasets": ["microworld", "clothing", "folder", "coop_layout"],
+    "datasets": ["microworld", "clothing", "folder", "table", "coop_layout"],
     "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],
 }
 METHODS = {

@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` the tests; both make their own environment in .venv first.
+# `make demo` runs the main job, on drawings and on photographs, `make test` the tests; both make their own environment in .venv first.
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
@@ -16,6 +16,7 @@ $(READY): pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
 demo: $(READY)
 	$(VENV)/bin/mergekit-vl run recipes/mergetune_coop.yaml
+	$(VENV)/bin/mergekit-vl run recipes/photos.yaml
 
 # two workers with one thread each: most tests start processes that load torch, and wait for it
 test: $(READY)

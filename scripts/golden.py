@@ -29,7 +29,7 @@ RUNS = {
     "robust_micro": ["run", "robust_micro", "tuned.0.tuner.epochs=1", "strategy.0.epochs=1", "strategy.1.epochs=1", "protocol.shots=4"],
     "robust_micro_probe": ["run", "robust_micro_probe", "protocol.shots=4"],
     "multi_task_micro": ["run", "multi_task_micro", "tuned.0.tuner.epochs=1"],
-    "folder_coop": ["run", "folder_coop", *SHORT, "dataset.path=pictures", "backbone.name=micro"],
+    "my_photos": ["run", "my_photos", *SHORT, "dataset.path=pictures", "backbone.name=micro"],
     "linear_head_timm": ["run", "linear_head_timm", "dataset.path=pictures", "protocol.shots=4"],
     "bench_small": ["bench", "bench_small", "tuned.0.tuner.epochs=2", "search.budget=2", "search.training_budget=1"],
     "bench_few_shot_micro": ["bench", "bench_few_shot_micro", "seed=[1]", "protocol.shots=2", "search.budget=1"],

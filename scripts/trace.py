@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
-RUN = ["run", "folder_coop", "dataset.path=pictures", "backbone.name=micro", "tuned.0.tuner.epochs=1", "strategy.0.epochs=1", "protocol.shots=2", "--quiet", "--out", "out"]  # fmt: skip
+RUN = ["run", "my_photos", "dataset.path=pictures", "backbone.name=micro", "tuned.0.tuner.epochs=1", "strategy.0.epochs=1", "protocol.shots=2", "--quiet", "--out", "out"]  # fmt: skip
 MERGE = ["merge", "A.safetensors", "B.safetensors", "--base", "base.safetensors", "--strategy", "ties", "-o", "merged", "--quiet", "density=0.5"]  # fmt: skip
 COMMANDS = {
     "merge": (MERGE, "commands/merge.py: merge", {"merge to TIES' maths": ("strategies/ties.py: merge_chunk", "")}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from mergekit_vl.recipes import yaml_text
 from mergekit_vl.recipes.overrides import TYPED, held, overridden
 from mergekit_vl.recipes.recipe import DEFAULTS, Recipe, parse
 from mergekit_vl.system.regular_files import read_text, user_path
+
+FORMER = {"folder_coop": "my_photos"}
+"""Names of 0.1.0."""
 
 
 def recipe_folders() -> tuple[Path, ...]:
@@ -31,6 +35,9 @@ def find_recipe(given: str) -> Path:
     if os.path.exists(path) and not path.is_dir():
         return path
     recipes = installed_recipes()
+    if given in FORMER:
+        warnings.warn(f"the recipe {given} is now {FORMER[given]}", FutureWarning, stacklevel=2)
+        return recipes[FORMER[given]]
     if path.suffix == "" and len(path.parts) == 1 and given in recipes:
         return recipes[given]
     if path.parent == Path("recipes") and path.stem in recipes:  # as the README writes it, from any folder

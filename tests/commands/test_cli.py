@@ -62,10 +62,10 @@ BAD = {
         "list index out of range (list items are written tuned.0.tuner.epochs=5)",
     ),
     "same label twice": (["run", COOP, "strategy.1.label=mergetune"], "two rows are called 'mergetune'"),
-    "missing folder": (["run", "folder_coop", "dataset.path=nowhere"], "no such folder"),
-    "one class": (["run", "folder_coop", "dataset.path=one"], "one class"),
+    "missing folder": (["run", "my_photos", "dataset.path=nowhere"], "no such folder"),
+    "one class": (["run", "my_photos", "dataset.path=one"], "one class"),
     "nameless class": (
-        ["run", "folder_coop", "dataset.path=nameless", "protocol.shots=1"],
+        ["run", "my_photos", "dataset.path=nameless", "protocol.shots=1"],
         "the tokenizer maps ' ' to nothing (give the class a name in words)",
     ),
     "missing checkpoint": (

@@ -214,11 +214,18 @@ def test_a_folder_of_pictures(finished, tmp_path):
                 tmp_path / "pets" / name / f"{i}.jpg"
             )
     done = mergekit_vl(
-        "run", "folder_coop", "dataset.path=pets", *SMALL[:2], "protocol.shots=2", cwd=tmp_path, cache=place / "cache"
+        "run", "my_photos", "dataset.path=pets", *SMALL[:2], "protocol.shots=2", cwd=tmp_path, cache=place / "cache"
     )
     assert done.returncode == 0, done.stderr
     assert "photo was never trained on these words of pets: blorptag (nearest: borage);" in done.stderr
     assert "halves of the sorted labels" in done.stdout
+
+
+def test_a_recipe_that_was_renamed_is_found_and_told():
+    from mergekit_vl.recipes.loading import find_recipe
+
+    with pytest.warns(FutureWarning, match="folder_coop is now my_photos"):
+        assert find_recipe("folder_coop").name == "my_photos.yaml"
 
 
 def test_the_recorded_suite_is_that_of_the_recipe():

@@ -79,6 +79,7 @@ def _planned(
     rebasin: bool = False,
     device: str = "auto",
     tensors: Tensors = "same",
+    resize_pos_embed: bool = False,
 ) -> tuple[MergePlan, list[object]]:
     """The plan, and the models that it merges; reads none of them."""
     given, labels = _labelled(models)
@@ -101,6 +102,7 @@ def _planned(
         rebasin,
         _device(method, len(given), device),
         tensors,
+        resize_pos_embed,
     ), given
 
 
@@ -140,6 +142,7 @@ def merge(
     keep: str | Sequence[str] = (),
     rebasin: bool = False,
     tensors: Tensors = "same",
+    resize_pos_embed: bool = False,
     device: str = "auto",
     threads: int | None = None,
     max_ram: int | None = None,
@@ -159,7 +162,7 @@ def merge(
     Tensors and files have the bytes of the command's.
 
     `seed` is of random draws, `dtype` of the result (default: each tensor as the base or first model has it), `keep` are parts of names
-    of tensors that are taken from there unmerged, `tensors` says which the result has where models differ (`union`, `intersection`), `rebasin` reorders units, heads and channels to match it first, `device` is where
+    of tensors that are taken from there unmerged, `tensors` says which the result has where models differ (`union`, `intersection`), `resize_pos_embed` interpolates position embeddings of another image size, `rebasin` reorders units, heads and channels to match it first, `device` is where
     SVDs are taken, `max_ram` and `shard_size` are bytes, `force` replaces an earlier merge in `out`.
 
     Raises UserError for models that do not fit each other, for options that do not fit the models, and for a merge that fails.
@@ -175,6 +178,7 @@ def merge(
         rebasin=rebasin,
         device=device,
         tensors=tensors,
+        resize_pos_embed=resize_pos_embed,
     )
     everyone = [*([base] if base is not None else []), *given]
     if out is not None:

@@ -73,6 +73,8 @@ READ = (
     ("a folder of open_clip, timm or transformers (CLIPModel)", "open_clip_config.json, config.json", "where the models' configs differ, and whose the result gets"),
     ("classifiers whose configs name classes", "id2label, label_names", "that rows are merged by name; of `predict`, names that differ from `--classes`"),
     ("masks, position_ids, [1] against []", "their names and shapes", "from which model they are taken"),
+    ("another image size or context length", "shapes of position embeddings", "which; `--resize-pos-embed` interpolates"),
+    ("a CLIPModel of transformers beside open_clip's names", "text_model.final_layer_norm against ln_final", "that its names are mapped"),
     ("prompts of CoOp and KgCoOp", "ctx, token_prefix, token_suffix, perhaps behind prompt_learner.", "other backbones and classes"),
     ("a name of the hub", "hf-hub:ORG/NAME[@REVISION]", "a name without hf-hub:"),
 )  # fmt: skip

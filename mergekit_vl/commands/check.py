@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_vl.commands import arguments
-from mergekit_vl.commands.merge import Base, DType, Keep, Rebasin, StrategyName, TensorsOf
+from mergekit_vl.commands.merge import Base, DType, Keep, Rebasin, ResizePosEmbed, StrategyName, TensorsOf
 from mergekit_vl.commands.merge import check as check_models
 from mergekit_vl.commands.merge_request import is_merge
 from mergekit_vl.commands.terminal import say
@@ -28,6 +28,7 @@ def check(
     tensors: TensorsOf = None,
     dtype: DType = None,
     weights: arguments.Weights = None,
+    resize_pos_embed: ResizePosEmbed = False,
     allow_env: arguments.AllowEnv = None,
 ) -> None:
     """Validate a recipe, or models to be merged, and print the plan; reads no weights and no images."""
@@ -43,6 +44,7 @@ def check(
             dtype=dtype,
             tensors=tensors,
             weights=weights,
+            resize_pos_embed=resize_pos_embed,
         )
     return _check_recipe(recipe[0], recipe[1:], allow_env or [])
 

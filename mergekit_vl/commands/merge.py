@@ -56,6 +56,13 @@ TensorsOf = Annotated[
         help="where models differ in their tensors: refuse, take all that any has, or those that all have",
     ),
 ]
+ResizePosEmbed = Annotated[
+    bool,
+    typer.Option(
+        "--resize-pos-embed",
+        help="interpolate position embeddings of another image size or context length to the base's or first's",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="default: one per core")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where SVDs are taken; everything else is the CPU's")]
 MaxRam = Annotated[str | None, typer.Option(help="memory that may be used, for instance 500M or 2G")]
@@ -72,6 +79,7 @@ def merge(
     rebasin: Rebasin = False,
     tensors: TensorsOf = None,
     weights: arguments.Weights = None,
+    resize_pos_embed: ResizePosEmbed = False,
     shard_size: Annotated[
         str | None, typer.Option(help="split the output into files of at most this, for instance 5G")
     ] = None,
@@ -88,7 +96,7 @@ def merge(
         began = time.monotonic()
         asked = ask(
             words, base=base, strategy=strategy, seed=seed, dtype=dtype, keep=keep, rebasin=rebasin, device=device,
-            tensors=tensors_of(tensors), weights=weights, content=step.content,
+            tensors=tensors_of(tensors), weights=weights, resize_pos_embed=resize_pos_embed, content=step.content,
         )  # fmt: skip
         with noted("nothing was written"), TerminalReporter(not quiet, after=2) as reporter, _quiet(asked.plan.method):
             for note in (step.note, *asked.notes):
@@ -130,6 +138,7 @@ def check(
     dtype: str | None = None,
     tensors: str | None = None,
     weights: str | None = None,
+    resize_pos_embed: bool = False,
 ) -> None:
     """What `check` prints for models: read from their headers alone."""
     for step in steps_of(words, Path("out")):
@@ -147,6 +156,7 @@ def check(
             dtype=dtype,
             tensors=tensors_of(tensors),
             weights=weights,
+            resize_pos_embed=resize_pos_embed,
             content=step.content,
         )
         _check(asked)
@@ -222,6 +232,7 @@ def verify(
         metadata["rebasin"],
         device_of(metadata["device"]),
         metadata.get("tensors", "same"),
+        metadata.get("resize_pos_embed", False),
         metadata.get("weights", "plain"),
     )
     differing = streaming.verify(plan, metadata, merged, threads=threads)

@@ -126,6 +126,7 @@ def ask(
     device: str = "cpu",
     tensors: Tensors | None = None,
     weights: str | None = None,
+    resize_pos_embed: bool = False,
     content: Mapping[str, object] | None = None,
 ) -> Asked:
     """The plan that the words of the command line, or the recipe among them, ask for; reads no model. `content` is the recipe's, where it is read already."""
@@ -156,6 +157,7 @@ def ask(
         rebasin or section.rebasin,
         _device(method, len(named.paths), device),
         tensors or section.tensors,
+        resize_pos_embed,
         weights or "plain",
     )
     return Asked(plan, [*notes, *more])

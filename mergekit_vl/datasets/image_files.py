@@ -30,7 +30,7 @@ LARGE_MEGAPIXELS = 16
 STARTS_PROGRAMS = {"EPS", "WMF"}
 """Formats that are not read: decoding them would run Ghostscript, or the system's own player, on the file."""
 
-HEIC = {".heic", ".heif", ".hif"}
+HEIC = (".heic", ".heif", ".hif")
 LEFT_OUT = {
     **dict.fromkeys(HEIC, "pip install 'mergekit-vl[heic]' reads it"),
     **dict.fromkeys((".avif", ".jxl"), "convert it to PNG"),

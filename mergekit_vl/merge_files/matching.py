@@ -16,6 +16,7 @@ from mergekit_vl.checkpoints.dtypes import FLOATS
 from mergekit_vl.checkpoints.factors import factors
 from mergekit_vl.checkpoints.prefixes import same
 from mergekit_vl.errors import UserError
+from mergekit_vl.merge_files import positions
 from mergekit_vl.merging.coefficients import matches
 
 Tensors = Literal["same", "union", "intersection"]
@@ -41,15 +42,18 @@ class Matched:
     notes: tuple[str, ...] = ()
 
 
-def matched(everyone: Sequence[Checkpoint], keep: Sequence[str], tensors: Tensors) -> Matched:
+def matched(everyone: Sequence[Checkpoint], keep: Sequence[str], tensors: Tensors, *, resize: bool = False) -> Matched:
     """The models, so that every tensor that is merged has one name and shape in all of them; raises UserError where they differ."""
     first, notes = everyone[0], []
     models = [first]
     kept = {name for name in first.tensors if any(matches(name, key) for key in keep)}
     for other in everyone[1:]:
         other, told = _under_names_of(first, other)
-        models.append(other)
         notes += told
+        if resize:
+            other, told = positions.resized(first, other, kept)
+            notes += told
+        models.append(other)
     for key in keep:
         if not any(matches(name, key) for c in models for name in c.tensors):
             raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
@@ -88,16 +92,45 @@ def _is_constant(name: str, models: Sequence[Checkpoint]) -> bool:
 
 def _under_names_of(first: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """The other model with the names of the first, where one prefix over all names is what they differ in."""
+    other, mapped = _of_transformers(first, other)
     wanted, given = shapes(first), shapes(other)
     found, _ = prefixes.find(wanted, given)
     if found is None:
-        return other, []
+        return other, mapped
     to = {name: renamed for name in given if (renamed := found.renamed(name)) is not None}
     beside = [name for name in given if name not in to]
-    told = [f"{other.label}: {found.told()}, as {first.label} has them"]
+    told = [*mapped, f"{other.label}: {found.told()}, as {first.label} has them"]
     if beside:
         told.append(f"{other.label}: {_few(beside)} beside that prefix: left out")
     return other.renamed(to), told
+
+
+CLIP_MODEL = "text_model.final_layer_norm.weight"
+OPEN_CLIP = "ln_final.weight"
+
+
+def _of_transformers(first: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """A CLIPModel of transformers under open_clip's names, in memory, where the first model has those; raises UserError for the other way round."""
+    ours, theirs = (
+        [any(n.endswith(sign) for n in c.tensors) for sign in (OPEN_CLIP, CLIP_MODEL)] for c in (first, other)
+    )
+    if ours == [False, True] and theirs == [True, False]:
+        raise UserError(
+            f"{first.label} has transformers' names and {other.label} open_clip's",
+            hint=f"name {other.label} first, or as --base: transformers' names are mapped to open_clip's",
+        )
+    if ours != [True, False] or theirs != [False, True]:
+        return other, []
+    from mergekit_vl.backbones.huggingface_names import from_clip_model, prefix_of_clip_model
+    from mergekit_vl.checkpoints.pickles import from_torch
+    from mergekit_vl.checkpoints.torch_io import tensors
+
+    state = tensors(other)
+    prefix = prefix_of_clip_model(state)
+    state = from_clip_model({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    held = from_torch(state, str(other.path), other.label)
+    made = replace(other, tensors=held.tensors, arrays=held.arrays, twins=held.twins, config=None)
+    return made, [f"{other.label}: transformers' names of a CLIPModel are read as open_clip's"]
 
 
 def _only(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
@@ -158,11 +191,14 @@ def _check_same(
             more = f" and {len(differing) - 3} more tensors" if len(differing) > 3 else ""
             raise UserError(
                 f"{first.label} and {other.label} differ in {'; '.join(differing[:3])}{more}",
-                hint=_hint(first, before, differing, missing),
+                hint=_hint(first, before if missing else other, differing, missing),
             )
 
 
 def _hint(first: Checkpoint, other: Checkpoint, differing: Sequence[str], missing: int) -> str:
+    for name in [n for n in first.tensors if n in other.tensors and positions.is_position(n)]:
+        if what := positions.told(name, first.tensors[name].shape, other.tensors[name].shape):
+            return f"{name} is of {what}; --resize-pos-embed interpolates it to {first.label}'s, as open_clip does"
     if missing == len(differing) and first.tensors.keys() & other.tensors.keys():
         return "--tensors intersection merges what both have, union copies the rest from the model that has it"
     if missing and first.tensors.keys().isdisjoint(other.tensors):

@@ -46,6 +46,8 @@ class MergePlan:
     """Where matrices are decomposed: cpu, or a GPU as torch names it."""
     tensors: Tensors = "same"
     """Which tensors the output has where the models differ: none are allowed to, all that any model has, or those that all have."""
+    resize_pos_embed: bool = False
+    """Whether position embeddings of another image size or context length are interpolated to those of the base (or the first)."""
     weights: str = "plain"
     """Of files that hold several sets of weights, which are taken: plain, ema, or the key of one."""
 
@@ -98,7 +100,7 @@ def open_plan(plan: MergePlan) -> AlignedCheckpoints:
 
 def aligned(plan: MergePlan, base: Checkpoint | None, tuned: tuple[Checkpoint, ...]) -> AlignedCheckpoints:
     """The plan on checkpoints that are open, or held in memory; raises UserError for what cannot be merged; reads no tensor."""
-    found = matched((*((base,) if base else ()), *tuned), plan.keep, plan.tensors)
+    found = matched((*((base,) if base else ()), *tuned), plan.keep, plan.tensors, resize=plan.resize_pos_embed)
     everyone, kept = found.models, found.kept
     base, tuned = (everyone[0] if base else None), everyone[1 if base else 0 :]
     reference = everyone[0]

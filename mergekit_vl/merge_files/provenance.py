@@ -44,6 +44,7 @@ class Metadata(TypedDict):
     device: str
     tensors: NotRequired[Tensors]
     """Where it is not "same"."""
+    resize_pos_embed: NotRequired[bool]
     weights: NotRequired[str]
     """Where it is not "plain"."""
 
@@ -77,6 +78,8 @@ def describe(opened: AlignedCheckpoints, hashes: Mapping[Path, str]) -> Metadata
     }
     if plan.tensors != "same":
         told["tensors"] = plan.tensors
+    if plan.resize_pos_embed:
+        told["resize_pos_embed"] = True
     if plan.weights != "plain":
         told["weights"] = plan.weights
     return cast("Metadata", {**_adapter(opened), **told})

@@ -269,3 +269,78 @@ def test_configs_that_differ_are_told(key, call):
         code, out = call(*words)
         assert code == 0 and f"{key} is " in out and "the merged model gets the config of a" in out
     assert json.loads(Path("out", file).read_text()) == contents[0]
+
+
+POSITIONS = {
+    "open_clip": ("visual.positional_embedding", (5, 4), (17, 4), "another image size: 2 x 2 patches against 4 x 4"),
+    "timm": ("pos_embed", (1, 5, 4), (1, 17, 4), "another image size: 2 x 2 patches against 4 x 4"),
+    "transformers": ("vision_model.embeddings.position_embedding.weight", (5, 4), (17, 4), "another image size"),
+    "texts": ("positional_embedding", (8, 4), (12, 4), "another context length: 8 positions against 12"),
+}
+
+
+@pytest.mark.parametrize("form", POSITIONS)
+def test_another_image_size_is_told_and_interpolated(form, call):
+    name, small, large, told = POSITIONS[form]
+    save_file(model(1.0) | {name: np.ones(small, np.float32)}, "zs.safetensors")
+    save_file(model(3.0) | {name: np.full(large, 3, np.float32)}, "a.safetensors")
+    words = ("a.safetensors", "--base", "zs.safetensors", "--strategy", "wise_ft", "alpha=0.5")
+    code, out = call("merge", *words, "-o", "out")
+    assert code == 2 and told in out and "--resize-pos-embed" in out
+    assert call("check", *words, "--resize-pos-embed")[0] == 0
+    code, out = call("merge", *words, "-o", "out", "--resize-pos-embed")
+    assert code == 0 and f"a: {name} is of {told}" in out
+    merged = load_file("out/model.safetensors")[name]
+    assert merged.shape == small and np.allclose(merged, 2) and call("verify", "out")[0] == 0
+
+
+def test_positions_are_interpolated_as_open_clip_does():
+    from types import SimpleNamespace
+
+    from open_clip.model import resize_pos_embed
+
+    from mergekit_vl.merge_files.positions import _resized
+
+    table = torch.randn(17, 4, generator=torch.Generator().manual_seed(0))
+    state = {"visual.positional_embedding": table}
+    resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=(2, 2))))
+    found = _resized("visual.positional_embedding", table, (5, 4))
+    assert torch.allclose(found, state["visual.positional_embedding"], atol=1e-6)
+
+
+def test_transformers_names_are_merged_with_open_clips(call):
+    import open_clip
+    from safetensors.torch import save_file as save
+
+    cfg = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    ours = {n: t.contiguous() for n, t in open_clip.CLIP(12, cfg, text).state_dict().items() if n != "attn_mask"}
+    theirs = dict(ours)
+    for tower, to, width in (("visual.transformer", "vision_model", 32), ("transformer", "text_model", 16)):
+        for part in ("weight", "bias"):
+            three = theirs.pop(f"{tower}.resblocks.0.attn.in_proj_{part}").split(width)
+            theirs |= {f"{to}.encoder.layers.0.self_attn.{q}_proj.{part}": t.clone() for q, t in zip("qkv", three)}
+            for a, b in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
+                theirs[f"{to}.encoder.layers.0.{b}.{part}"] = theirs.pop(f"{tower}.resblocks.0.{a}.{part}")
+    for part in ("weight", "bias"):
+        theirs[f"text_model.final_layer_norm.{part}"] = theirs.pop(f"ln_final.{part}")
+        theirs[f"vision_model.pre_layrnorm.{part}"] = theirs.pop(f"visual.ln_pre.{part}")
+        theirs[f"vision_model.post_layernorm.{part}"] = theirs.pop(f"visual.ln_post.{part}")
+    theirs["text_model.embeddings.token_embedding.weight"] = theirs.pop("token_embedding.weight")
+    theirs["text_model.embeddings.position_embedding.weight"] = theirs.pop("positional_embedding")
+    theirs["vision_model.embeddings.class_embedding"] = theirs.pop("visual.class_embedding")
+    theirs["vision_model.embeddings.patch_embedding.weight"] = theirs.pop("visual.conv1.weight")
+    theirs["vision_model.embeddings.position_embedding.weight"] = theirs.pop("visual.positional_embedding")
+    theirs["text_projection.weight"] = theirs.pop("text_projection").T.contiguous()
+    theirs["visual_projection.weight"] = theirs.pop("visual.proj").T.contiguous()
+    save(ours, "zs.safetensors")
+    save({n: t + 2 for n, t in theirs.items()}, "hf.safetensors")
+    words = ("--strategy", "wise_ft", "alpha=0.5", "-o", "out")
+    code, out = call("merge", "hf.safetensors", "--base", "zs.safetensors", *words)
+    assert code == 0 and "hf: transformers' names of a CLIPModel are read as open_clip's" in out
+    merged = load_file("out/model.safetensors")
+    assert merged.keys() == ours.keys() and all(np.allclose(merged[n], ours[n].numpy() + 1, atol=1e-5) for n in ours)
+    assert call("verify", "out")[0] == 0
+    code, out = call("merge", "zs.safetensors", "--base", "hf.safetensors", *words, "--force")
+    assert code == 2 and "name zs first, or as --base" in out

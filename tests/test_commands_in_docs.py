@@ -128,7 +128,14 @@ def models(home):
 
 def pictures(home):
     draw = np.random.default_rng(0)
-    for folder in ("pets", "flowers", "pets-sketches", "pets-night", "night"):
+    for folder in (
+        "pets",
+        "flowers",
+        "pets-sketches",
+        "pets-night",
+        "night",
+        *(f"OUT/folders/{shift}" for shift in ("plain", "sketch", "grey")),
+    ):
         for name in CLASSES:
             (home / folder / name).mkdir(parents=True)
             for i in range(6):

@@ -105,6 +105,21 @@ def read_names(file: Path, folders: Sequence[str] = ()) -> Names:
     return Names(tuple(lines))
 
 
+def read_templates(file: Path) -> tuple[str, ...]:
+    """Prompts around class names: one a line, or a JSON list. Raises UserError for sentences per class, which are not there, and for none."""
+    where, text = str(file), read_text(file)
+    if text.lstrip()[:1] not in ("[", "{"):
+        found: object = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        found = parse_json(text, where=where, hint="write a list of templates")
+    if isinstance(found, Mapping):
+        hint = 'write templates that hold for every class: ["a photo of a {}."]'
+        raise UserError("sentences for each class are not there", where=where, hint=hint)
+    if not isinstance(found, list) or not found or not all(isinstance(each, str) for each in found):
+        raise UserError("no templates in it", where=where, hint="write one a line, with {} where the class name goes")
+    return tuple(found)
+
+
 def _numbers(keys: Sequence[str]) -> bool:
     """Whether keys count from 0 or 1, in any order."""
     found = sorted(int(key) for key in keys if key.isdigit())

@@ -12,7 +12,16 @@ import numpy as np
 
 from mergekit_vl.datasets.base import Dataset, Split
 from mergekit_vl.datasets.class_folders import Classes, check_divided, classes_in, scan, split_folders
-from mergekit_vl.datasets.class_names import WORDNET, are_few, doubles, for_folders, of_folders, of_wordnet, read_names
+from mergekit_vl.datasets.class_names import (
+    WORDNET,
+    are_few,
+    doubles,
+    for_folders,
+    of_folders,
+    of_wordnet,
+    read_names,
+    read_templates,
+)
 from mergekit_vl.datasets.foreign_data import found_in, told
 from mergekit_vl.datasets.image_files import (
     MEGAPIXELS_HELP,
@@ -43,6 +52,7 @@ class Folder:
     )
     template: str = option("a photo of a {}.", "the prompt around a class name")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
+    templates_file: str | None = option(None, "the same in a file: one a line, or a JSON list")
     val_share: float = option(0.1, "share of each class that becomes val where there is no val folder")
     test_share: float = option(0.3, "share of each class that becomes test where there are no train and test folders")
     split_seed: int = option(0, "draws the shares")
@@ -178,6 +188,8 @@ class Folder:
 
     def _checked_templates(self) -> tuple[str, ...]:
         templates = tuple(self.templates) or (self.template,)
+        if self.templates_file is not None:
+            templates = read_templates(user_path(self.templates_file))
         for template in templates:
             if "{}" not in template and "{c}" not in template:
                 raise UserError(

@@ -17,6 +17,7 @@ READ = (
     ("nested class folders", "folders in folders", "a class inside another class's folder"),
     ("a table of paths and labels (data set `table`)", ".csv, .tsv, .jsonl, .parquet with columns path or file_name, label or class, perhaps split", "columns that are not there, several labels an image"),
     ("a tree prepared for CoOp (data set `coop_layout`)", "split_zhou_*.json, or the lists of FGVCAircraft and ImageNet", "images that are missing"),
+    ("templates in a file (`templates_file`)", "one a line, or a JSON list", "sentences for each class, which are not there"),
     ("HEIC", ".heic, .heif, with pip install 'mergekit-vl[heic]'", "how many are left out without it"),
     ("images of 16 and 32 bits, and of floats", "their modes", ""),
 )  # fmt: skip

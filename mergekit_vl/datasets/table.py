@@ -50,6 +50,7 @@ class Table:
     classes_file: str | None = option(None, "names for the labels, in any form that the data set `folder` takes")
     template: str = option("a photo of a {}.", "the prompt around a class name")
     templates: tuple[str, ...] = option((), "several prompts, instead of `template`")
+    templates_file: str | None = option(None, "the same in a file: one a line, or a JSON list")
     val_share: float = option(0.1, "share of each class that becomes val where no split says")
     test_share: float = option(0.3, "share of each class that becomes test where no split says")
     split_seed: int = option(0, "draws the shares")
@@ -78,9 +79,10 @@ class Table:
             self.classes_file,
             self.template,
             self.templates,
-            self.val_share,
-            self.test_share,
-            self.split_seed,
+            val_share=self.val_share,
+            test_share=self.test_share,
+            split_seed=self.split_seed,
+            templates_file=self.templates_file,
             skip_corrupt=self.skip_corrupt,
             max_megapixels=self.max_megapixels,
         )

@@ -41,6 +41,8 @@ class Evaluated:
     scores: Scores
     ms_per_sample: float
     """From features to logits."""
+    pretrained: str = ""
+    """Which weights the backbone was loaded with."""
 
     @property
     def accuracy(self) -> float:
@@ -54,6 +56,7 @@ class Evaluated:
             "dataset": self.dataset,
             "split": self.split,
             "model": self.model,
+            "pretrained": self.pretrained,  # `clip_benchmark build` names rows by model and pretrained
             "task": "zeroshot_classification",
             "language": "en",
             "classes": self.classes,
@@ -126,7 +129,8 @@ def evaluate_on(model: Model, label: str, data: Dataset, split: str, store: Feat
     shown = tuple(sorted(set(part.labels.tolist()))) if split in data.shifts else tuple(range(len(data.classes)))
     classes = Classes(data.classes, data.templates).subset(shown)
     found = evaluate(model, classes, part.of_classes(shown), store)
-    return Evaluated(label, data.name, split, len(classes.names), found.scores, 1000 * found.seconds)
+    weights = ", ".join(dict.fromkeys(path.backbone.pretrained for path in image_encoders(model, classes)))
+    return Evaluated(label, data.name, split, len(classes.names), found.scores, 1000 * found.seconds, weights)
 
 
 View = Callable[["ImageEncoder", int], "Tensor"]

@@ -130,3 +130,12 @@ def test_another_methods_prompts_are_named(call):
         _check_method({"prompt_learner.ctx": (2, 8), "prompt_learner.proj.weight": (8, 8)}, Path("m.pth"))
     with pytest.raises(UserError, match="factors of low-rank updates"):
         _check_method({"q.lora_A": (2, 8), "q.lora_B": (8, 2)}, Path("m.pth"))
+
+
+def test_json_of_eval_is_what_clip_benchmark_builds_from(call, monkeypatch):
+    monkeypatch.setattr("mergekit_vl.microworld.tasks.PER_CLASS", {"train": 4, "val": 2, "test": 3})
+    code, out, err = call("eval", "micro", "--dataset", "microworld", "task=sea_and_sky_emboss", "--json")
+    data = json.loads(out)
+    row = {**data["metrics"], **data}  # clip_benchmark/cli.py, main_build
+    del row["metrics"]
+    assert code == 0 and isinstance(row["model"] + " " + row["pretrained"], str) and row["dataset"] and row["task"]

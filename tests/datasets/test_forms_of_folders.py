@@ -190,3 +190,23 @@ def test_wide_pixels_are_scaled_by_their_range(tmp_path):
     assert wide(tmp_path, np.array([[0, 0.5, 1]], np.float32)) == [0, 128, 255]
     assert wide(tmp_path, np.array([[0, 128, 255]], np.float32)) == [0, 128, 255]
     assert wide(tmp_path, np.array([[-1, 0, 1]], np.float32)) == [0, 128, 255]
+
+
+@pytest.mark.parametrize("text", ["a photo of a {}.\na {c}, drawn.\n", '["a photo of a {}.", "a {c}, drawn."]'])
+def test_templates_from_a_file(text, tmp_path):
+    fill(tmp_path / "d", ("cat", "dog"))
+    (tmp_path / "t.txt").write_text(text)
+    data = Folder(str(tmp_path / "d"), templates_file=str(tmp_path / "t.txt")).load()
+    assert data.templates == ("a photo of a {}.", "a {c}, drawn.")
+
+
+def test_templates_that_are_none(tmp_path):
+    fill(tmp_path / "d", ("cat", "dog"))
+    for text, told in (
+        ('{"cat": ["a cat."]}', "sentences for each class are not there"),
+        ("[]", "no templates in it"),
+        ("a cat\n", "no {} in"),
+    ):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            Folder(str(tmp_path / "d"), templates_file=str(tmp_path / "t.json")).load()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergekit_vl.checkpoints.torch_io import cast
 from mergekit_vl.errors import Failed, UserError
-from mergekit_vl.system.memory import out_of_memory
+from mergekit_vl.system.memory import out_of_memory, reuse_freed_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -105,6 +105,8 @@ class Backbone:
     def __post_init__(self) -> None:
         if self.precision is None:
             object.__setattr__(self, "precision", "bfloat16" if self.device.startswith("cuda") else "float32")
+        if self.device.startswith("cpu"):
+            reuse_freed_memory()
         self.image.to(self.device).eval().requires_grad_(False)
         if self.text is not None:
             self.text.to(self.device).eval().requires_grad_(False)

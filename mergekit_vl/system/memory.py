@@ -84,10 +84,11 @@ def _reset_peak() -> bool:
 
 
 def reuse_freed_memory() -> None:
-    """Tell glibc not to give a piece's memory back to the system when it is freed: the next piece takes it.
+    """Tell glibc not to give the memory of an array back to the system when it is freed: the next array takes it.
 
     Without this every new array gets fresh pages, which the kernel clears one by one: a million page faults and 3 s of 8 for a merge of three
-    ViT-B-16 with DARE-TIES. Peak memory does not change. Elsewhere than on glibc nothing happens.
+    ViT-B-16 with DARE-TIES, 13 to 16 of the 40 ms of CPU that an image takes in an EfficientNet-Lite0. Peak memory hardly changes. Up to 1 GiB stays with the process.
+    Elsewhere than on glibc nothing happens.
     """
     if sys.platform != "linux":
         return

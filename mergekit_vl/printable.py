@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Sized
 
@@ -49,16 +48,19 @@ def first_names(names: Iterable[str], most: int = 3) -> str:
 
 def in_html(text: str) -> str:
     """The text in a page, and in an attribute's quotes."""
+    import html  # whose table of entities a merge does not need
+
     return html.escape(printable(text))
 
 
-MARKS = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
-"""What Markdown, with tables and mathematics, reads as a mark; an underscore inside a word is none."""
+MARKS = re.compile(r"[&<>\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown, with HTML, tables and mathematics, reads as a mark; an underscore inside a word is none."""
+ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def in_markdown(text: str) -> str:
     """The text in a paragraph, a list or a table's cell."""
-    return MARKS.sub(lambda mark: f"\\{mark[0]}", html.escape(printable(text), quote=False))
+    return MARKS.sub(lambda mark: ENTITIES.get(mark[0], f"\\{mark[0]}"), printable(text))
 
 
 def in_code(text: str) -> str:

@@ -14,11 +14,6 @@ import numpy as np
 from mergekit_vl.checkpoints.dtypes import FLOATS, STORED, Array, widen
 from mergekit_vl.errors import UserError
 
-try:
-    from isal.isal_zlib import crc32
-except ImportError:  # a processor that it is not built for
-    from zlib import crc32
-
 MOST_DIMENSIONS = 64
 LONGEST_NAME = 4096
 MOST_TENSORS = 100_000
@@ -207,7 +202,7 @@ class Checkpoint:
     ) -> None:
         crc, start, stop = 0, recorded.start, recorded.start + recorded.size
         for block in self._blocks(recorded.file, buffer, start, stop):
-            crc = crc32(block, crc)
+            crc = _crc32(block, crc)
             tell(block)
         if crc != recorded.crc:
             inside = (n for n, t in self.tensors.items() if start <= t.offset < stop and t.file == recorded.file)
@@ -239,6 +234,14 @@ class Checkpoint:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+
+def _crc32(block: memoryview, crc: int) -> int:
+    try:
+        from isal.isal_zlib import crc32
+    except ImportError:  # a processor that it is not built for
+        from zlib import crc32
+    return crc32(block, crc)
 
 
 def _buffer() -> memoryview:

@@ -22,7 +22,8 @@ AllowEnv = Annotated[
     ),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="folder; default runs/<recipe>-<hash>, of a bench runs/bench-<recipe>-<hash>")
+    Path | None,
+    typer.Option("--out", "-o", help="folder; default runs/<recipe>-<hash>, of a bench runs/bench-<recipe>-<hash>"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Force = Annotated[bool, typer.Option("--force", help="do again what is done already")]

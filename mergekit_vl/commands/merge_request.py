@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_vl import options
 from mergekit_vl.errors import UserError, unknown
-from mergekit_vl.recipes import yaml_text
-from mergekit_vl.recipes.overrides import set_option
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.atomic_files import slug
 from mergekit_vl.system.devices import check_device, device_of
@@ -44,6 +42,8 @@ def is_merge(words: Sequence[str], *, base: str | None, strategy: str | None) ->
 
 
 def _contents(file: Path) -> list[Any]:
+    from mergekit_vl.recipes import yaml_text
+
     return yaml_text.parse_documents(read_text(file, most=yaml_text.MOST_BYTES), where=str(file))
 
 
@@ -269,6 +269,10 @@ def _set(
 ) -> dict[str, object]:
     """Applies the words key=value to the options `chosen`; weights of models, by label, are given back."""
     weights: dict[str, object] = {}
+    if not settings:
+        return weights
+    from mergekit_vl.recipes.overrides import set_option
+
     for word in settings:
         key, _, value = word.partition("=")
         if key in weighed and key not in known:

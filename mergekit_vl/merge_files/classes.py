@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from mergekit_vl.alignment.permuted import Permuted
 from mergekit_vl.checkpoints.checkpoint import Checkpoint
 from mergekit_vl.checkpoints.configs import class_names
 from mergekit_vl.errors import UserError
@@ -30,6 +29,8 @@ def by_class_name(everyone: Sequence[Checkpoint], kept: Collection[str]) -> tupl
     sources: list[Source] = list(everyone)
     if first is None:
         return sources, []
+    from mergekit_vl.alignment.permuted import Permuted
+
     order, notes = named[first.label], []
     for i, other in enumerate(everyone):
         own = named[other.label]

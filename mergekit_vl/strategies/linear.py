@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models
 from mergekit_vl.merging.coefficients import Coefficient, per_model
 from mergekit_vl.merging.task_vectors import weighted_sum
-from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Mixture, Model
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import (
@@ -22,6 +21,10 @@ from mergekit_vl.strategies.in_memory import (
     space_option,
 )
 from mergekit_vl.strategies.weights import one_each
+
+if TYPE_CHECKING:
+    from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.models.model import Model
 
 WHERE = "strategy linear"
 
@@ -49,6 +52,8 @@ class Linear:
     def merge(self, inputs: MergeInputs) -> Model:
         if self.space == "weights":
             return merge_adapters(self, inputs)
+        from mergekit_vl.models.model import Mixture
+
         _, tuned = endpoints(inputs)
         given = check_numbers(WHERE, self.weights, "a weight")
         weights = one_each(WHERE, given, 1 + len(tuned), "zero-shot first, then one per tuned model")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_vl.checkpoints.dtypes import Array
 from mergekit_vl.errors import UserError
 from mergekit_vl.merging.chunks import Chunk, Models
 from mergekit_vl.merging.coefficients import Coefficient
 from mergekit_vl.merging.task_vectors import weighted_sum
-from mergekit_vl.models.choices import Choice
-from mergekit_vl.models.inputs import MergeInputs
-from mergekit_vl.models.model import Mixture, Model, Single
 from mergekit_vl.options import option
 from mergekit_vl.strategies.closed_form import closed_form
 from mergekit_vl.strategies.in_memory import (
@@ -23,6 +20,10 @@ from mergekit_vl.strategies.in_memory import (
     merge_adapters,
     space_option,
 )
+
+if TYPE_CHECKING:
+    from mergekit_vl.models.inputs import MergeInputs
+    from mergekit_vl.models.model import Mixture, Model, Single
 
 WHERE = "strategy wise_ft"
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -55,12 +56,15 @@ class WiseFT:
     def _at_alpha(self, inputs: MergeInputs) -> Single | Mixture:
         if self.space == "weights":
             return merge_adapters(self, inputs)
+        from mergekit_vl.models.model import Mixture
+
         inputs.only(WHERE, "use linear for several")
         _, tuned = endpoints(inputs)
         (alpha,) = check_numbers(WHERE, (self._alpha(),), "alpha")
         return Mixture((inputs.base, *tuned), (1 - alpha, alpha))
 
     def _chosen(self, inputs: MergeInputs) -> Model:
+        from mergekit_vl.models.choices import Choice
         from mergekit_vl.models.evaluate import mean_quality
 
         tasks, store = inputs.to_choose_on(WHERE, "give alpha as a number"), inputs.features

@@ -151,16 +151,25 @@ def test_the_list_of_commands_has_the_first_line_of_the_help_of_each():
         assert {name: each.help.partition("\n")[0] for name, each in found if not each.hidden} == told
 
 
+def test_every_command_that_writes_a_folder_takes_out_and_o():
+    commands = typer.main.get_command(app.application()).commands
+    found = {name: param.opts for name, each in commands.items() for param in each.params if "--out" in param.opts}
+    assert set(found) >= {"run", "bench", "landscape", "merge"}
+    assert all(opts == ["--out", "-o"] for opts in found.values()), found
+
+
 def test_a_command_imports_what_it_needs_alone(tmp_path):
     """What others need - tables, runs, torch - costs a merge of small files more than the merge itself."""
     for name, value in (("A", 1.0), ("B", 3.0)):
         save_file({"w": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
+    rooms = ("recipes", "models.model", "alignment", "experiments")
+    no_plugins = "import importlib.metadata; importlib.metadata.entry_points = lambda **group: ()"
     merge = ["mergekit-vl", "merge", "A.safetensors", "B.safetensors", "--strategy", "linear", "-o", "out"]
     for words, needless in (
-        (merge, ("rich", "torch", "omegaconf", "scipy", "mergekit_vl.recipes.recipe", "mergekit_vl.experiments")),
+        (merge, ("rich", "torch", "omegaconf", "scipy", "html", "isal", *(f"mergekit_vl.{each}" for each in rooms))),
         (["mergekit-vl", "--help"], ("rich", "numpy", "pydantic", "mergekit_vl.recipes", "mergekit_vl.experiments")),
     ):
-        code = f"import sys; sys.argv = {words!r}\nfrom mergekit_vl.commands.app import main\ntry: main()\nexcept SystemExit as end: assert not end.code\nprint(*sys.modules)"
+        code = f"{no_plugins}\nimport sys; sys.argv = {words!r}\nfrom mergekit_vl.commands.app import main\ntry: main()\nexcept SystemExit as end: assert not end.code\nprint(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0 and not set(needless) & set(done.stdout.split()), done.stderr
 

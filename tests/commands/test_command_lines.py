@@ -50,6 +50,7 @@ run mergetune_coop.yml
 {COOP} --nonsense
 {COOP} --out ''
 {COOP} --out=
+{COOP} -o ''
 bench bench_small --out ''
 landscape mergetune_coop --out ''
 merge A.safetensors B.safetensors --strategy linear -o .
@@ -113,6 +114,7 @@ merge A.safetensors B.safetensors --strategy linear --force -o /
 {COOP} --out A.safetensors
 {COOP} --out A.safetensors/below
 {COOP} --out taken
+{COOP} -o taken
 {COOP} --out {LONG}
 {COOP} --out /proc/nowhere
 check
@@ -298,6 +300,7 @@ bench bench_small --shots ²
 bench bench_small --device cpu:x
 bench bench_small --out A.safetensors
 bench bench_small --out taken
+bench bench_small -o taken
 bench bench_small nonsense=1
 bench nonsense=1
 landscape

@@ -27,7 +27,7 @@ def page() -> str:
     rows += _part("**Files that are named, with the next step**", [(f.what, f.sign, f.step) for f in foreign.FORMATS])
     rows += _part(
         "**Files of methods that are not here**",
-        [(m.what, f"`{m.sign.pattern}`", "what they are") for m in foreign.METHODS],
+        [(m.what, f"`{m.sign}`", "what they are") for m in foreign.METHODS],
     )
     rows += _part("**Data**", foreign_data.READ)
     rows += _part(

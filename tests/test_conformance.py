@@ -15,6 +15,7 @@ from mergekit_vl.backbones.clip import Clip
 from mergekit_vl.backbones.vision import Vision
 from mergekit_vl.datasets.coop_layout import CoOpLayout
 from mergekit_vl.datasets.folder import Folder
+from mergekit_vl.datasets.table import Table
 from mergekit_vl.registry.plugins import KINDS, load_plugins
 from mergekit_vl.testing import Violation, world
 
@@ -38,6 +39,14 @@ def folder(root):
     return Folder(path=str(root))
 
 
+def table(root):
+    """The same pictures, told by a table."""
+    folder(root)
+    rows = [f"{file.relative_to(root)},{file.parent.name},{file.parts[-3]}" for file in sorted(root.rglob("*.png"))]
+    (root / "metadata.csv").write_text("\n".join(["path,label,split", *rows]))
+    return Table(path=str(root / "metadata.csv"))
+
+
 def coop_layout(root):
     images, split = root / "oxford_pets" / "images", {}
     images.mkdir(parents=True)
@@ -56,6 +65,7 @@ def examples(tmp_path_factory):
         ("backbones", "clip"): Clip("small"),
         ("backbones", "vision"): Vision("test_resnet", batch=4),
         ("datasets", "folder"): folder(tmp_path_factory.mktemp("folder")),
+        ("datasets", "table"): table(tmp_path_factory.mktemp("table")),
         ("datasets", "coop_layout"): coop_layout(tmp_path_factory.mktemp("coop")),
     }
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-NAMED = re.compile(r"(?<![a-zA-Z])(?:ada|q)?(?:lora|loha|lokr|hada|dora|vera)(?![a-z])", re.I)
+WORDS = ("lora", "loha", "lokr", "hada", "dora", "vera")
+NAMED = rf"(?<![a-zA-Z])(?:ada|q)?(?:{'|'.join(WORDS)})(?![a-z])"
 """A word of a name that says so."""
 ENDS = (("a", "b"), ("down", "up"), ("left", "right"), ("u", "v"))
 """What the two of a pair are called."""
-WHOLE = re.compile(r"mlp|ffn|feed_?forward|expert|gate", re.I)
+PAIRED = frozenset(word for pair in ENDS for word in pair)
+WHOLE = r"mlp|ffn|feed_?forward|expert|gate"
 """Layers whose two matrices are called `up` and `down` too, with a nonlinearity between them."""
 FULL = 2
 """A product of rank r from n to m is an update of low rank where r is at most n / FULL and m / FULL."""
@@ -25,14 +27,16 @@ def factors(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     A pair is two matrices (or kernels) under names that differ in one word, as `down` and `up`, without a bias: layers of an adapter with a
     nonlinearity between them have biases, or are as wide as the network.
     """
-    found = {name for name in shapes if NAMED.search(name)}
+    found = {name for name in shapes if any(w in name.lower() for w in WORDS) and re.search(NAMED, name, re.I)}
     stems: dict[tuple[str, ...], dict[str, str]] = {}
     for name, shape in shapes.items():
-        if name in found or len(shape) not in (2, 4) or WHOLE.search(name):
+        if name in found or len(shape) not in (2, 4) or PAIRED.isdisjoint(name.lower().replace("_", ".").split(".")):
+            continue
+        if re.search(WHOLE, name, re.I):
             continue
         words = re.split(r"([._])", name)
         for i, word in enumerate(words):
-            if any(word.lower() in pair for pair in ENDS):
+            if word.lower() in PAIRED:
                 stem = (*words[:i], "*", *words[i + 1 :])
                 stems.setdefault(stem, {})[word.lower()] = name
     for each in stems.values():

@@ -97,19 +97,22 @@ class Method:
     """Tensors of a method that is not here, by their names."""
 
     what: str
-    sign: re.Pattern[str]
+    words: tuple[str, ...]
+    """One of them stands in each of the names: quicker to look for than the pattern."""
+    sign: str
+    """A pattern of a name."""
     alone: bool = False
     """Whether every name must fit."""
 
 
 METHODS = (
-    Method("MaPLe's prompts of both towers", re.compile(r"compound_prompt|prompt_learner\.proj\.")),
-    Method("PromptSRC's or IVLP's prompts of both towers", re.compile(r"(?:^|[._])VPT(?:_shallow)?(?:$|[._])")),
-    Method("CoCoOp's prompts and meta-network", re.compile(r"(?:^|\.)meta_net\.")),
-    Method("TaskRes's text residuals", re.compile(r"text_feature_residuals")),
-    Method("Tip-Adapter's cache", re.compile(r"(?:^|\.)(?:cache_keys|cache_values)$|^adapter\.weight$"), alone=True),
-    Method("CLIP-Adapter's bottleneck", re.compile(r"^(?:adapter\.)?fc\.[02]\.weight$"), alone=True),
-    Method("prompts of another method", re.compile(r"(?:^|[._])(?:prompts?|prompt_learner|prompt_embeddings?)(?:$|[._\d])")),
+    Method("MaPLe's prompts of both towers", ("prompt",), r"compound_prompt|prompt_learner\.proj\."),
+    Method("PromptSRC's or IVLP's prompts of both towers", ("VPT",), r"(?:^|[._])VPT(?:_shallow)?(?:$|[._])"),
+    Method("CoCoOp's prompts and meta-network", ("meta_net.",), r"(?:^|\.)meta_net\."),
+    Method("TaskRes's text residuals", ("text_feature_residuals",), r"text_feature_residuals"),
+    Method("Tip-Adapter's cache", ("cache_", "adapter.weight"), r"(?:^|\.)(?:cache_keys|cache_values)$|^adapter\.weight$", alone=True),
+    Method("CLIP-Adapter's bottleneck", ("fc.0.weight", "fc.2.weight"), r"^(?:adapter\.)?fc\.[02]\.weight$", alone=True),
+    Method("prompts of another method", ("prompt",), r"(?:^|[._])(?:prompts?|prompt_learner|prompt_embeddings?)(?:$|[._\d])"),
 )  # fmt: skip
 OWN_PROMPTS = frozenset(
     f"{prefix}{name}" for prefix in ("", "prompt_learner.") for name in ("ctx", "token_prefix", "token_suffix")
@@ -121,7 +124,9 @@ def method_of(names: Collection[str]) -> Method | None:
     """The method of whose files these names are, where it is none that is read here."""
     if OWN_PROMPTS.issuperset(names):
         return None
-    return next((m for m in METHODS if (all if m.alone else any)(m.sign.search(name) for name in names)), None)
+    text = "\n".join(names)
+    likely = (m for m in METHODS if any(word in text for word in m.words))
+    return next((m for m in likely if (all if m.alone else any)(re.search(m.sign, name) for name in names)), None)
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?")

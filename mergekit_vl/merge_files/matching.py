@@ -5,7 +5,6 @@ Nothing is done without a word: every function gives the lines that tell it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,12 +19,13 @@ from mergekit_vl.merge_files import positions
 from mergekit_vl.merging.coefficients import matches
 
 Tensors = Literal["same", "union", "intersection"]
-CONSTANTS = re.compile(
-    r"(?:^|\.)(?:position_ids|(?:causal_)?(?:attn|attention)_mask|causal_mask|relative_position_index|relative_coords_table"
-    r"|token_prefix|token_suffix|n_averaged|rope\.(?:periods|freqs)|rotary_emb\.inv_freq)$"
+CONSTANTS = (
+    *(".position_ids", ".attn_mask", ".attention_mask", ".causal_attn_mask", ".causal_attention_mask", ".causal_mask"),
+    *(".relative_position_index", ".relative_coords_table", ".token_prefix", ".token_suffix", ".n_averaged"),
+    *(".rope.periods", ".rope.freqs", ".rotary_emb.inv_freq"),
 )
-"""Buffers that training does not change, or that belong to one list of class names: they are copied from the first model that has them."""
-OPTIONAL = re.compile(r"(?:^|\.)(?:logit_bias|num_batches_tracked)$")
+"""Ends of the names of buffers that training does not change, or that belong to one list of class names: they are copied from the first model that has them."""
+OPTIONAL = (".logit_bias", ".num_batches_tracked")
 """Not needed to compute the same classes: a model without it is like one with it."""
 MATCHING = "merge models of one architecture, or --keep what differs as the first has it"
 
@@ -59,7 +59,9 @@ def matched(everyone: Sequence[Checkpoint], keep: Sequence[str], tensors: Tensor
             raise UserError(f"--keep {key} covers no tensor", hint="use a part of a tensor's name")
     models, told = _without_one_axes(models, kept)
     notes += told
-    constants = {name for c in models for name in c.tensors if _is_constant(name, models)}
+    constants = {
+        name for name in dict.fromkeys(name for c in models for name in c.tensors) if _is_constant(name, models)
+    }
     if constants:
         lacking = [c.label for c in models if not constants <= c.tensors.keys()]
         notes.append(
@@ -86,8 +88,8 @@ def matched(everyone: Sequence[Checkpoint], keep: Sequence[str], tensors: Tensor
 
 
 def _is_constant(name: str, models: Sequence[Checkpoint]) -> bool:
-    lacking = any(name not in c.tensors for c in models)
-    return bool(CONSTANTS.search(name)) or (lacking and bool(OPTIONAL.search(name)))
+    end = f".{name}"
+    return end.endswith(CONSTANTS) or (end.endswith(OPTIONAL) and any(name not in c.tensors for c in models))
 
 
 def _under_names_of(first: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -157,7 +159,9 @@ def _without_one_axes(models: Sequence[Checkpoint], kept: Collection[str]) -> tu
 
 
 def _check_no_factors(models: Sequence[Checkpoint], passed: Collection[str]) -> None:
-    for each in models:
+    for i, each in enumerate(models):
+        if i and shapes(each) == shapes(models[0]):
+            continue
         found = [name for name in factors(shapes(each)) if name not in passed]
         if found:
             raise UserError(

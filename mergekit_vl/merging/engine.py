@@ -136,6 +136,9 @@ def workers(threads: int, reporter: Reporter = SILENT, total: int = 0) -> Run:
                     if numbered is None:
                         return
                     i, job = numbered
+                    del (
+                        numbered
+                    )  # while it is there, enumerate keeps the chunk, and with it the base's values, beside the next
                     try:
                         result = function(job)
                     except BaseException as error:

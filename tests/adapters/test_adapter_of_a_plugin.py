@@ -16,7 +16,7 @@ from mergekit_vl.options import build
 from mergekit_vl.registry import plugins
 
 PLUG = Path(__file__).parent / "plug"
-ONE = {"wise_ft": {"alpha": 0.5}}
+ONE = {"wise_ft": {"alpha": 0.5}, "monosoup": {}}
 TWO = {"slerp", "nuslerp"}
 RECIPE = """
 backbone: {name: micro}

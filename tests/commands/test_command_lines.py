@@ -266,7 +266,6 @@ predict micro A.safetensors --classes a,b
 predict micro empty --classes a,b
 predict micro ok.png --classes ''
 predict micro ok.png --classes a
-predict micro ok.png --classes a,a
 predict micro ok.png --classes {LONG}
 predict micro ok.png --classes A.safetensors
 predict micro ok.png --classes .

@@ -317,7 +317,7 @@ def test_a_plugin_at_work_makes_its_own_rows_again_and_says_so(registry, tmp_pat
     assert {row: record["digest"] for row, record in records(tmp_path / "out").items()} == before
 
 
-def test_a_bench_that_is_killed_before_its_path_draws_it(registry, tmp_path, monkeypatch):
+def test_a_bench_that_is_killed_before_its_landscape_draws_it(registry, tmp_path, monkeypatch):
     from mergekit_vl.experiments import landscape
 
     class Kill(BaseException):
@@ -333,7 +333,7 @@ def test_a_bench_that_is_killed_before_its_path_draws_it(registry, tmp_path, mon
     assert {"zero-shot", "coop", "slerp"} <= set(records(tmp_path / "out"))
     made = go(given, registry, tmp_path / "out")
     assert made.landscape.row == "slerp" and made.landscape.points
-    assert "The path" in (tmp_path / "out" / "report.html").read_text()
+    assert "The loss landscape" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_shots_are_a_table_each(registry, tmp_path):

@@ -65,6 +65,16 @@ def running(folder: Path) -> None:
     recipe: mk.Recipe = result.recipe
     table: mk.BenchResult = mk.bench({**RECIPE, "controls": False, "search": {"by": "none"}}, out=folder / "bench")
     print(recipe.name, table)
+    for name in ("shapes", "colours"):
+        for i, colour in enumerate(("red", "blue", "green")):
+            (folder / name / f"{colour}").mkdir(parents=True)
+            for n in range(4):
+                Image.new("RGB", (48, 48), (80 * i, 20 * n, 60)).save(folder / name / colour / f"{n}.png")
+    prompts = [next((folder / "run" / "state").glob("*/coop.safetensors")), folder / "again.safetensors"]
+    prompts[1].write_bytes(prompts[0].read_bytes())
+    repaired = mk.repair("micro", prompts[0], new=folder / "shapes", keep=folder / "colours", out=folder / "repaired")
+    soup = mk.soup(prompts, base="micro", val=folder / "shapes", out=folder / "soup")
+    print(repaired.chosen, soup.chosen)
 
 
 # 3. A plugin: everything that it needs comes from the same module

@@ -94,7 +94,9 @@ __all__ = [
     "per_model",
     "predict",
     "read_adapter",
+    "repair",
     "run",
+    "soup",
     "sparse",
     "summed",
     "tensor_ranks",
@@ -107,6 +109,7 @@ MODULES = {
     "adapters.stored": ("read_adapter=read", "write_adapter=write"),
     "adapters.text_network": ("TextNetwork",),
     "adapters.zero_shot": ("ZeroShot",),
+    "api.jobs": ("repair", "soup"),
     "api.listing": ("Strategies", "list_strategies"),
     "api.merging": ("MergedFolder", "merge"),
     "api.models": ("Predictions", "evaluate", "load_model", "predict"),
@@ -156,6 +159,7 @@ if TYPE_CHECKING:
     from mergekit_vl.adapters.stored import write as write_adapter
     from mergekit_vl.adapters.text_network import TextNetwork
     from mergekit_vl.adapters.zero_shot import ZeroShot
+    from mergekit_vl.api.jobs import repair, soup
     from mergekit_vl.api.listing import Strategies, list_strategies
     from mergekit_vl.api.merging import MergedFolder, merge
     from mergekit_vl.api.models import Predictions, evaluate, load_model, predict

@@ -51,7 +51,7 @@ SMALL = {
 }
 MERGEKIT = "merge_method: linear\nmodels: [{model: A, parameters: {weight: 1}}, {model: B, parameters: {weight: 1}}]\n"
 CLASSES = ("cat", "dog", "ant", "bee")
-WORDS = r"mergekit-vl (?:--|run|check|list|show|eval|predict|bench|path|cache|merge|verify)[^`\n]*|(?:make|python|pip install) [^`\n]+"
+WORDS = r"mergekit-vl (?:--|run|check|list|show|eval|predict|bench|path|cache|merge|verify|repair|soup)[^`\n]*|(?:make|python|pip install) [^`\n]+"
 
 
 def commands():

@@ -56,6 +56,12 @@ class RunResult:
         return {row.row: row.score for row in self.report.summary}
 
     @property
+    def chosen(self) -> dict[str, object]:
+        """What the main strategy chose in the first cell: a coefficient, a soup's ingredients."""
+        row = next(row for row in self.report.cells[0].rows if row.row == self.report.main)
+        return {what: value for what, (value, _) in row.chosen.items()}
+
+    @property
     def changed(self) -> tuple[Changed, ...]:
         """What was gained and what was forgotten on each test, by class, with the images whose answer changed."""
         return changed(self.report)

@@ -15,7 +15,7 @@ from mergekit_vl.benchmark import search
 from mergekit_vl.benchmark.plan import Entry, Plan, lineup
 from mergekit_vl.benchmark.records import Record
 from mergekit_vl.experiments.cell import read_record
-from mergekit_vl.experiments.experiment import Ready, has_novel_classes, load_datasets
+from mergekit_vl.experiments.experiment import Ready, load_datasets, novel_classes
 from mergekit_vl.models.inputs import MergeInputs
 from mergekit_vl.protocols.base import shots_of
 from mergekit_vl.reporter import Reporter
@@ -82,7 +82,7 @@ class Bench:
     def select(self, key: Key, cell: Cell, inputs: MergeInputs) -> list[tuple[Cell, MergeInputs]]:
         """The selection tasks of a cell, with their tuned models; raises UserError where nothing can be chosen."""
         how = self.plan.search
-        if how.by == "validation" or (how.by == "auto" and not has_novel_classes(cell.task)):
+        if how.by == "validation" or (how.by == "auto" and not novel_classes(cell.task)):
             made = dataclasses.replace(cell, task=search.by_validation(cell.task), folder=cell.folder / "select")
             return [(made, inputs)]
         if how.by == "development":

@@ -39,6 +39,14 @@ COMMANDS = {
         "Merge checkpoints, weights only: no data, no model is built, any size of model in little memory.",
     ),
     "verify": ("merge:verify", "Merge again from the recorded inputs and compare every byte; writes nothing."),
+    "repair": (
+        "jobs:repair",
+        "Repair a fine-tuned model that forgot: the best merge with the model before, on your images; without images, MonoSoup.",
+    ),
+    "soup": (
+        "jobs:soup",
+        "Make one model of several tuned from one base: the greedy soup and the uniform one; models must be on disk, nothing is trained.",
+    ),
     "eval": (
         "use:evaluate",
         "Score a finished model, or a backbone as it is, on a dataset, against all of its class names.",

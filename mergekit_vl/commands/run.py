@@ -72,9 +72,8 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
     import shlex
 
     from mergekit_vl.experiments import suite
-    from mergekit_vl.models import choices
     from mergekit_vl.reports.changes import changes_table, most_told
-    from mergekit_vl.reports.comparison import comparison
+    from mergekit_vl.reports.comparison import chosen_told, comparison
     from mergekit_vl.reports.report import gain
 
     tables = [table for table in (comparison(report), changes_table(report)) if table is not None]
@@ -83,9 +82,7 @@ def _print_report(report: Report, folder: Path, made: Experiment, words: list[st
     for table in tables:
         say_table(table)
     say(*most_told(report))
-    for row in report.summary:
-        for what, values in row.chosen.items():
-            say(f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}")
+    say(*chosen_told(report))
     if recorded := suite.beside(made, registry()):
         say(recorded)
     say(gain(report))

@@ -84,6 +84,12 @@ class Dataset:
     shifts: Mapping[str, Split] = field(default_factory=dict)
     """Test images of the same classes, or of some of them, under other distributions (protocol `robust`)."""
 
+    def of_classes(self, name: str, classes: Sequence[int]) -> Dataset:
+        """Only the given classes, relabelled 0.. in their order, under a name; without shifts."""
+        train, val, test = (split.of_classes(classes) for split in (self.train, self.val, self.test))
+        names = tuple(self.classes[i] for i in classes)
+        return replace(self, name=name, classes=names, train=train, val=val, test=test, shifts={})
+
 
 class DatasetOptions(Options, Protocol):
     """A frozen dataclass whose fields are its options."""

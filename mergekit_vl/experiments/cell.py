@@ -70,7 +70,7 @@ class Cell:
 
     def claim(self, tuners: tuple[object, ...]) -> None:
         """Keep what rows are made of beside code. Those that were made of something else are made again, and a warning says why."""
-        tasks = {id(data): data for data in (*self.task.data, *self.inputs.everywhere)}.values()
+        tasks = {id(data): data for data in (*self.task.data, *self.task.kept, *self.inputs.everywhere)}.values()
         chosen_on = [data.val for data in tasks if data.val is not None]
         splits = [data.train for data in self.task.data] + chosen_on + [split for _, _, split in self.task.tests]
         self.given = {
@@ -115,7 +115,7 @@ class Cell:
         out: dict[str, object] = {"dataset": dataset, "seed": seed, **self.task.parts, "classes": list(tested)}
         out["templates"] = [t for t in first.templates if isinstance(t, str)] or list(Classes.templates)
         out["train"] = [shot for data in self.task.data for shot in _shots(data, data.train)]
-        out["val"] = [shot for data in self.task.data for shot in _shots(data, data.val)]
+        out["val"] = [shot for data in (*self.task.data, *self.task.kept) for shot in _shots(data, data.val)]
         write_json(self.folder / "shots.json", out)
 
     def endpoints(
@@ -227,7 +227,7 @@ class Cell:
         backbone = self.inputs.base.backbone
         counts = {
             "train": sum(len(data.train) for data in self.task.data),
-            "val": sum(len(data.val or ()) for data in self.task.data),
+            "val": sum(len(data.val or ()) for data in (*self.task.data, *self.task.kept)),
             **{name: len(split) for name, _, split in self.task.tests},
         }
         told = BackboneFacts(backbone.spec, backbone.pretrained, backbone.digest)

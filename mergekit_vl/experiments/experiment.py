@@ -23,7 +23,8 @@ from mergekit_vl.experiments.cell import WITHOUT, Cell
 from mergekit_vl.experiments.changes import changes
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes
-from mergekit_vl.protocols.base import joint
+from mergekit_vl.printable import counted, first_names
+from mergekit_vl.protocols.base import joint, one_task_each
 from mergekit_vl.recipes.recipe import Recipe, Spec, TunedSpec
 from mergekit_vl.registry import sources
 from mergekit_vl.registry.plugins import Registry
@@ -84,6 +85,11 @@ class Experiment:
         return joint(self.protocol)
 
     @property
+    def one_task_each(self) -> bool:
+        """Whether each dataset is a task of its own, with a tuned model of its own."""
+        return one_task_each(self.protocol)
+
+    @property
     def cells(self) -> int:
         return len(self.recipe.seeds) * (1 if self.joint else len(self.datasets))
 
@@ -109,7 +115,7 @@ class Experiment:
 
         one_each = len(self.tuners) == 1 or any(isinstance(tuner, TunedSpec) for tuner in self.tuners)
         info = described(strategy, len(self.tuners))
-        if info is not None and info.by_task and not (self.joint and one_each):
+        if info is not None and info.by_task and not (self.one_task_each and one_each):
             raise Unsuitable(
                 "makes a model for each task, of one tuned model each",
                 where=f"{self.recipe.name}: {label}",
@@ -173,7 +179,7 @@ def _tuned_label(item: TunedSpec, place: str) -> str:
 def _check_checkpoints(made: Experiment) -> None:
     """Raise UserError for checkpoints that are not one for each of the data sets that make one cell."""
     checkpoints, data = sum(isinstance(tuner, TunedSpec) for tuner in made.tuners), len(made.recipe.datasets)
-    if made.joint and checkpoints and not checkpoints == len(made.tuners) == data:
+    if made.one_task_each and checkpoints and not checkpoints == len(made.tuners) == data:
         raise UserError(
             f"{checkpoints} checkpoints among {len(made.tuners)} tuned models for {data} data sets",
             where=f"{made.recipe.name}: tuned",
@@ -220,7 +226,14 @@ class Ready:
             out = [(name, seed, together.task(self.datasets, seed)) for seed in seeds]
         else:
             out = [(each.name, seed, protocol.task(each, seed)) for each in self.datasets for seed in seeds]
-        if self.experiment.joint or any(has_novel_classes(task) for _, _, task in out):
+        novel = [name for _, _, task in out for name in novel_classes(task)]
+        if novel and self.backbone.text is None and out[0][2].kept:
+            raise UserError(
+                f"has no text tower, and no class for {counted(novel, 'class', 'classes')} of what is kept: {first_names(novel)}",
+                where=self.backbone.spec,
+                hint="keep images of the classes that are new, or use a CLIP",
+            )
+        if self.experiment.one_task_each or novel:
             self.backbone.require_text()
         return out
 
@@ -243,7 +256,7 @@ class Ready:
         base = before_tuning.of_task(self.backbone, task.data[0], store)
         scratch = folder / "scratch"
         inputs = MergeInputs(
-            base, (), task.data[:1], store, seed, self.device, reporter, scratch, everywhere=everywhere
+            base, (), task.data[:1], store, seed, self.device, reporter, scratch, everywhere, task.kept
         )
         code = (*self.experiment.makers, *self.more)
         return Cell(task, inputs, folder, self.experiment.registry, code, self.told)
@@ -251,13 +264,13 @@ class Ready:
     def endpoints(self, cell: Cell) -> tuple[list[Row], MergeInputs]:
         """The rows of the base and of the tuned models in a cell, and the inputs that merges get."""
         made = self.experiment
-        return cell.endpoints(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.joint)
+        return cell.endpoints(made.base_label, tuple(zip(made.tuned_labels, made.tuners)), joint=made.one_task_each)
 
 
-def has_novel_classes(task: Task) -> bool:
-    """Whether a test asks for classes that nothing is tuned on."""
+def novel_classes(task: Task) -> list[str]:
+    """What tests ask for and nothing is tuned on."""
     known = {name for data in task.data for name in data.classes.names}
-    return not all(known.issuperset(classes.names) for _, classes, _ in task.tests)
+    return list(dict.fromkeys(name for _, classes, _ in task.tests for name in classes.names if name not in known))
 
 
 def prepare(experiment: Experiment, *, device: str, reporter: Reporter) -> Ready:

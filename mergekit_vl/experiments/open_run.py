@@ -83,7 +83,7 @@ def _opened(
         return _of_run(folder, registry, row, device, allow_env)
     if row is not None:
         raise UserError("--row is for runs", where=given, hint="give a run folder")
-    backbone = _backbone(given, registry, device)
+    backbone = _built(registry, *backbone_options(given, registry), device)
     for note in backbone.notes:
         warnings.warn(note, stacklevel=2)
     if checkpoint is not None:
@@ -134,13 +134,14 @@ def _classes(shots: Any) -> Classes:
     return Classes(names, templates)
 
 
-def _backbone(given: str, registry: Registry, device: str) -> Backbone:
+def backbone_options(given: str, registry: Registry) -> tuple[str, dict[str, object]]:
+    """The backbone that a model's name or folder stands for: its registered name and options. Raises UserError for what is no model."""
     folder = user_path(given)
     if (folder / "open_clip_config.json").is_file() or config_of_clip_model(folder) is not None:
-        return _built(registry, "clip", {"arch": f"local-dir:{given}"}, device)
+        return "clip", {"arch": f"local-dir:{given}"}
     config = read_config(folder, "config.json")
     if isinstance(config.get("architecture"), str):
-        return _built(registry, "vision", {"arch": config["architecture"], "pretrained": given}, device)
+        return "vision", {"arch": config["architecture"], "pretrained": given}
     if folder.is_dir():
         named = ", ".join(map(str, config.get("architectures") or [])) or "nothing tells its architecture"
         hint = "name it: clip:ARCH:FOLDER for open_clip's, vision:ARCH:FOLDER for timm's"
@@ -150,12 +151,13 @@ def _backbone(given: str, registry: Registry, device: str) -> Backbone:
         hint = f"a model of the hub is clip:hf-hub:{given}" if hub_hint(given) else f"give {FORMS}"
         raise UserError(f"{given!r} is no model", where="command line", hint=hint)
     if not rest:
-        return _built(registry, name, {}, device)
+        return name, {}
     if user_path(rest).is_dir() and (user_path(rest) / "open_clip_config.json").is_file():
-        return _built(registry, name, {"arch": f"local-dir:{rest}"}, device)
+        return name, {"arch": f"local-dir:{rest}"}
     prefix = next((p for p in ("local-dir:", "hf-hub:") if rest.startswith(p)), "")
     arch, _, pretrained = rest.removeprefix(prefix).partition(":")
-    return _built(registry, name, {"arch": prefix + arch} | ({"pretrained": pretrained} if pretrained else {}), device)
+    chosen: dict[str, object] = {"arch": prefix + arch}
+    return name, chosen | ({"pretrained": pretrained} if pretrained else {})
 
 
 def _built(registry: Registry, name: str, given: Mapping[str, object], device: str) -> Backbone:

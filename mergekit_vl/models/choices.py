@@ -18,6 +18,27 @@ SHOWN = 2
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A candidate of a choice, with what it scored on the images that were chosen on."""
+
+    method: str
+    alpha: float | None
+    """Its coefficient; None where it has none."""
+    accuracy: Mapping[str, float]
+    """By what is weighed against each other (new, kept): a fraction."""
+    n: Mapping[str, int]
+    """Images, by the same."""
+
+    @property
+    def label(self) -> str:
+        return self.method if self.alpha is None else f"{self.method} {self.alpha:g}"
+
+    def is_chosen(self, values: Mapping[str, object]) -> bool:
+        """Whether these are the values that were chosen."""
+        return values.get("method") == self.method and values.get("alpha") == self.alpha
+
+
+@dataclass(frozen=True)
 class Choice:
     """Chosen values by name (plain data) and the split they were chosen on; a strategy or tuner returns it with its model."""
 
@@ -26,6 +47,8 @@ class Choice:
     """One of `SPLITS`."""
     learnt: bool = False
     """Whether the values were fitted, and not the best of candidates."""
+    tried: tuple[Tried, ...] = ()
+    """The candidates, where reports show them."""
 
 
 @dataclass(frozen=True)

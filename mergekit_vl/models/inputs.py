@@ -50,6 +50,8 @@ class MergeInputs:
 
     everywhere: tuple[TaskData, ...] = ()
     """The tasks of all data sets, where the same models are tested on each: what is chosen for them is chosen on all; empty: `data`."""
+    kept: tuple[TaskData, ...] = ()
+    """What the base knows and must not be forgotten: nothing is tuned on it, and what is chosen is chosen on it too."""
     labels: tuple[str, ...] = ()
     """What reports call the tuned models, aligned with `tuned`; empty: nothing."""
     batch_norm: Literal["images", "mean"] = "images"
@@ -86,7 +88,7 @@ class MergeInputs:
 
     def to_choose_on(self, where: str, hint: str) -> tuple[Validation, ...]:
         """The tasks with validation images on which a single model is chosen; raises Unsuitable where one has none."""
-        tasks = self.everywhere or self.tasks
+        tasks = self.everywhere or (*self.tasks, *self.kept)
         return tuple(Validation(*each) for each in _with_images(tasks, "validation", where, hint))
 
     def unlabelled(self, images: Literal["train", "validation"], where: str, hint: str) -> list[tuple[Classes, Split]]:

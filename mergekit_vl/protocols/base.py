@@ -70,6 +70,8 @@ class Task:
     """Class names by part (base, novel); empty if the protocol does not divide the classes."""
     note: str = ""
     """A note that is printed with the table."""
+    kept: tuple[TaskData, ...] = ()
+    """What must not be forgotten: strategies choose on its validation images too."""
 
 
 class EvaluationProtocol(Options, Protocol):
@@ -95,6 +97,14 @@ class IsJoint(Protocol):
 
 
 @runtime_checkable
+class TunesOnFirst(Protocol):
+    @property
+    def tunes_on_first(self) -> bool:
+        """Whether, of all datasets that make one cell, models are tuned on the first alone."""
+        ...
+
+
+@runtime_checkable
 class HasShots(Protocol):
     @property
     def shots(self) -> int | None:
@@ -104,6 +114,11 @@ class HasShots(Protocol):
 
 def joint(protocol: EvaluationProtocol) -> bool:
     return isinstance(protocol, IsJoint) and protocol.joint
+
+
+def one_task_each(protocol: EvaluationProtocol) -> bool:
+    """Whether each dataset is a task of its own, with a tuned model of its own."""
+    return joint(protocol) and not (isinstance(protocol, TunesOnFirst) and protocol.tunes_on_first)
 
 
 def shots_of(protocol: EvaluationProtocol) -> int | None:

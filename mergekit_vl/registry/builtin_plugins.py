@@ -198,6 +198,11 @@ def register_strategies(register: Register) -> None:
         "mean of the members' probabilities or logits, calibrated or not",
     )
     register(
+        "repair",
+        "mergekit_vl.strategies.repair:Repair",
+        "the best of closed forms of one tuned model, on validation images of what is new and of what is kept",
+    )
+    register(
         "vrf",
         "mergekit_vl.strategies.vrf:Vrf",
         "image by image: fine-tuned near the training images that zero-shot fails on (Zhu et al. 2024)",
@@ -253,4 +258,9 @@ def register_protocols(register: Register) -> None:
         "multi_task",
         "mergekit_vl.protocols.multi_task:MultiTask",
         "tune a model on each dataset, merge them into one, test it on all of them",
+    )
+    register(
+        "new_and_kept",
+        "mergekit_vl.protocols.new_and_kept:NewAndKept",
+        "tune on the first data set, test on it and on what must not be forgotten: the other data sets",
     )

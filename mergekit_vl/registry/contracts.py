@@ -23,7 +23,7 @@ PROTOCOLS = {
         *("Trains", "HasGrid", "HasControls", "TrainsOn"),
     ),
     "datasets": ("mergekit_vl.datasets.base:DatasetOptions", "HasNamedBy"),
-    "protocols": ("mergekit_vl.protocols.base:EvaluationProtocol", "IsJoint", "HasShots"),
+    "protocols": ("mergekit_vl.protocols.base:EvaluationProtocol", "IsJoint", "TunesOnFirst", "HasShots"),
 }
 """By kind: the protocol that a class must fit, then those of the same module whose members it may have."""
 ABOUT = "mergekit_vl.models.adapter:About"

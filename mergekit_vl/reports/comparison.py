@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mergekit_vl.models import choices
+from mergekit_vl.models.evaluate import wilson
 from mergekit_vl.printable import shortened
 from mergekit_vl.protocols.base import Metric
 from mergekit_vl.reports.intervals import NO_INTERVAL
 from mergekit_vl.reports.table import Cell, Column, Mark, Table, TableRow, best
 
 if TYPE_CHECKING:
+    from mergekit_vl.models.choices import Choice, Tried
     from mergekit_vl.reports.results import Difference, MeanPoint, Paired, Report, SummaryRow
 
 MORE = (("acc5", "top-5"), ("mean_per_class_recall", "mean per class"), ("nll", "NLL"), ("ece", "ECE"))
+HARMONIC = Metric("HM", {}, harmonic=True)
 VERDICTS: dict[str, Mark] = {"above": "above", "below": "below"}
 
 
@@ -92,6 +95,51 @@ def difference(found: Difference | Paired | None) -> Cell:
 def sizes(rows: Sequence[SummaryRow]) -> str:
     """Test images by column."""
     return ", ".join(f"{column.n} {name}" for name, column in rows[0].columns.items())
+
+
+def tried_table(report: Report) -> Table | None:
+    """What the main row was chosen from, with what each candidate scored on the images that were chosen on, in percent; of the first cell."""
+    choice = next(row for row in report.cells[0].rows if row.row == report.main).choice
+    if choice is None or not choice.tried:
+        return None
+    rows = []
+    for one in choice.tried:
+        cells = [_share(accuracy, one.n[side]) for side, accuracy in one.accuracy.items()]
+        cells.append(Cell(HARMONIC.score([100 * accuracy for accuracy in one.accuracy.values()])))
+        rows.append(TableRow(one.label, tuple(cells), main=one.is_chosen(choice.values)))
+    sides = choice.tried[0].n
+    columns = [*(Column(side, ".1f", "half") for side in sides), Column("HM", ".1f")]
+    sizes = ", ".join(f"{n} {side}" for side, n in sides.items())
+    return Table(tuple(columns), tuple(rows), notes=(f"n = {sizes}, of validation",), corner="candidate")
+
+
+def chosen_told(report: Report) -> Iterator[str]:
+    """Lines of the terminal: what every row chose; of candidates that are on record, how the chosen one and the ends scored."""
+    for row in report.summary:
+        choice = next(each for each in report.cells[0].rows if each.row == row.row).choice
+        if choice is not None and choice.tried:
+            yield _best_told(row.row, choice)
+            continue
+        for what, values in row.chosen.items():
+            yield f"{row.row}: {choices.told({what: values})}, chosen on {choices.SPLITS[values[0].split]}"
+
+
+def _best_told(label: str, choice: Choice) -> str:
+    """Of the first cell."""
+    best = next(one for one in choice.tried if one.is_chosen(choice.values))
+
+    def scores(one: Tried) -> str:
+        return ", ".join(f"{100 * accuracy:.1f} {side}" for side, accuracy in one.accuracy.items())
+
+    ends = [f"{one.method} {scores(one)}" for one in (choice.tried[0], choice.tried[-1]) if one is not best]
+    told = f"{label}: {best.label} is the best of {len(choice.tried)} on {choices.SPLITS[choice.split]} ({scores(best)}; {'; '.join(ends)})"
+    meaning = {"base": ": nothing that was tuned is worth what it costs", "tuned": ": nothing had to be repaired"}
+    return told + meaning.get(best.method, "")
+
+
+def _share(accuracy: float, n: int) -> Cell:
+    low, high = wilson(accuracy * n, n)
+    return Cell(100 * accuracy, (100 * low, 100 * high))
 
 
 def beyond_top1(report: Report) -> Table:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mergekit_vl.models.choices import Tried
     from mergekit_vl.reports.results import MeanPoint, Report, SummaryRow
 
 
 def plot(report: Report) -> tuple[str, bytes]:
     """What each row gains and keeps, and accuracy on the lines from zero-shot through merged to fine-tuned; as SVG and PNG."""
-    panels = [_plane, _lines] if report.landscape else [_plane]
+    panels = [_plane, *[_lines] * bool(report.landscape), *[_tried] * bool(_candidates(report))]
     figure, axes = figure_of(1, len(panels), 6, 4.8)
     for panel, axis in zip(panels, axes[0]):
         panel(axis, report)
@@ -169,6 +170,51 @@ def _lines(axis: Axes, report: Report) -> None:
     axis.set_xticks([0, 1, 2], [drawn(report.base), middle, drawn(report.tuned_row)])
     axis.set(ylabel="accuracy (%)", title=f"From {drawn(report.base)} to fine-tuned")
     axis.legend(fontsize=8, frameon=False)
+
+
+def _candidates(report: Report) -> tuple[Tried, ...]:
+    """What the main row of the first cell was chosen from."""
+    choice = next(row for row in report.cells[0].rows if row.row == report.main).choice
+    return choice.tried if choice is not None else ()
+
+
+def _tried(axis: Axes, report: Report) -> None:
+    """Accuracy on validation images along the line of coefficients, with 95% intervals; other candidates beside it."""
+    from mergekit_vl.models.evaluate import wilson
+
+    tried, chosen = _candidates(report), next(row for row in report.cells[0].rows if row.row == report.main).choice
+    assert chosen is not None
+    line = sorted(((p, one) for one in tried if (p := _place(one)) is not None), key=lambda pair: pair[0])
+    beside = [one for one in tried if _place(one) is None]
+    for side, colour in zip(tried[0].n, COLOURS):
+        shares = [one.accuracy[side] for _, one in line]
+        spans = [wilson(share * one.n[side], one.n[side]) for share, (_, one) in zip(shares, line)]
+        xs = [p for p, _ in line]
+        axis.plot(xs, [100 * share for share in shares], "-o", ms=3, color=colour, label=drawn(side))
+        low, high = ([100 * span[end] for span in spans] for end in (0, 1))
+        axis.fill_between(xs, low, high, color=colour, alpha=0.12, lw=0)
+        axis.plot(
+            [1.1 + 0.1 * i for i in range(len(beside))],
+            [100 * one.accuracy[side] for one in beside],
+            "D",
+            ms=4,
+            color=colour,
+        )
+    at = [p for p, one in line if one.is_chosen(chosen.values)] + [
+        1.1 + 0.1 * i for i, one in enumerate(beside) if one.is_chosen(chosen.values)
+    ]
+    for x in at:
+        axis.axvline(x, color="#333333", lw=1, ls="--", label="chosen")
+    ticks = [0, 0.5, 1, *(1.1 + 0.1 * i for i in range(len(beside)))]
+    axis.set_xticks(ticks, ["base", "halfway", "tuned", *(drawn(one.label) for one in beside)])
+    axis.tick_params(axis="x", labelrotation=60 if len(beside) > 1 else 0, labelsize=8)
+    axis.set(ylabel="accuracy on validation images (%)", title="What was tried, on validation images")
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _place(one: Tried) -> float | None:
+    """Where a candidate lies on the line from the base (0) to the tuned model (1); None for one beside it."""
+    return one.alpha if one.method == "wise_ft" else {"base": 0.0, "tuned": 1.0}.get(one.method)
 
 
 SPACES = ("classifiers", "heads", "towers", "own", "contexts")

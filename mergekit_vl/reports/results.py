@@ -58,14 +58,18 @@ class Row:
         values = dict(choice.values) if choice is not None else {}
         learnt = choice is not None and choice.learnt
         told = {"chosen": {} if learnt else values, "learnt": values if learnt else {}}
-        return fields_of(self) | told | {"chosen_on": choice.split if choice is not None else None}
+        tried = {"tried": plain(choice.tried)} if choice is not None and choice.tried else {}
+        return fields_of(self) | told | {"chosen_on": choice.split if choice is not None else None} | tried
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Row:
         """Of an earlier version's row too, which did not tell the split: it was `val`."""
         learnt = bool(found.get("learnt"))
         values = found["learnt"] if learnt else found.get("chosen")
-        choice = {"values": values, "split": found.get("chosen_on", "val"), "learnt": learnt} if values else None
+        choice = None
+        if values:
+            on, tried = found.get("chosen_on", "val"), found.get("tried", ())
+            choice = {"values": values, "split": on, "learnt": learnt, "tried": tried}
         return read(cls, {**found, "choice": choice})
 
     @property

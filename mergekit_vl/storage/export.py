@@ -12,6 +12,7 @@ from mergekit_vl.adapters import stored
 from mergekit_vl.backbones.vision import CROP_MODES
 from mergekit_vl.errors import UserError
 from mergekit_vl.models.model import Single
+from mergekit_vl.system.regular_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,6 +70,18 @@ def export(model: Model, folder: Path) -> None:
         ) from None
     if whole.head is not None and backbone.text is not None:
         whole.head.save(folder.with_name("linear_head.safetensors"), backbone=backbone.spec)
+
+
+def loading(folder: Path, run: Path) -> str:
+    """One line of Python that loads what a run exported into `folder`, by the library that the folder is for; else what the run keeps."""
+    if (folder / "open_clip_config.json").is_file():
+        place = f"local-dir:{folder}"
+        return f"import open_clip; model, _, preprocess = open_clip.create_model_and_transforms({place!r})"
+    if (folder / "config.json").is_file():
+        told = read_json(folder / "config.json", dict)
+        given = f"{told['architecture']!r}, num_classes={told['num_classes']}, checkpoint_path={str(folder / TIMM)!r}"
+        return f"import timm; model = timm.create_model({given})"
+    return f"import mergekit_vl; model = mergekit_vl.load_model({str(run)!r})"
 
 
 def _write(file: Path, value: Mapping[str, object]) -> None:

@@ -33,10 +33,10 @@ BUILTINS = {
             "iso_c",
             "iso_cts",
         ),
-        *("fisher", "regmean", "adamerging", "ensemble", "vrf", "mergetune"),
+        *("fisher", "regmean", "adamerging", "ensemble", "repair", "vrf", "mergetune"),
     ],
     "datasets": ["microworld", "clothing", "folder", "table", "coop_layout"],
-    "protocols": ["base_to_novel", "few_shot", "robust", "multi_task"],
+    "protocols": ["base_to_novel", "few_shot", "robust", "multi_task", "new_and_kept"],
 }
 METHODS = {
     "backbones": "build",
@@ -150,7 +150,11 @@ def test_light_modules_import_without_torch():
     [
         ("strategies", "mergetun", "unknown strategy 'mergetun' (did you mean 'mergetune'?)"),
         ("tuners", "co-op", "unknown tuner 'co-op' (did you mean 'coop'?)"),
-        ("protocols", "zzz", "unknown protocol 'zzz' (known: base_to_novel, few_shot, multi_task, robust)"),
+        (
+            "protocols",
+            "zzz",
+            "unknown protocol 'zzz' (known: base_to_novel, few_shot, multi_task, new_and_kept, robust)",
+        ),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(kind, name, message):

@@ -35,8 +35,9 @@ about 1 - cos, a tower's is the price of standing as far from zero-shot as the f
 second-hand): lambda 8, beta 0.5, tau 0.3, 50 epochs in the paper; lambda 10 or 8, beta 1, no tau (start at w2, that is tau=1) and 100
 epochs in the code. Both warm up for an epoch at a rate of 1e-5, in which momentum sums gradients of norm 10 that the first step at
 the full rate then takes at once: a context can be thrown ten times its length away. `robust`, the default, is the paper's
-with a linear warm-up, no step longer than a tenth of the distance from w1 to w2, crops of half of the area or more, and lambda 2
-for prompts: chosen on development sets of photographs and of the microworld (docs/photographs.md).
+with a linear warm-up, no step longer than a tenth of the distance from w1 to w2, crops of half of the area or more, and for prompts
+lambda 2 and 8 steps a pass or more, since few shots in large batches are a step a pass: chosen on development sets of photographs and of the
+microworld (docs/photographs.md).
 The space of classifiers with surrogate `cosine` and the fixed grid of alphas is what the code does.
 """
 
@@ -81,13 +82,17 @@ class Settings:
     warmup: Warmup
     longest: float
     crop: float
+    steps: int
+    """Of a pass over the shots of a prompt, at least."""
 
 
 SETTINGS = {
-    "robust": Settings(2.0, 8.0, 0.5, 0.3, epochs=50, warmup="linear", longest=0.1, crop=0.5),
-    "paper": Settings(8.0, 8.0, 0.5, 0.3, epochs=50, warmup="constant", longest=0.0, crop=0.08),
-    "released": Settings(10.0, 10.0, 1.0, 1.0, epochs=100, warmup="constant", longest=0.0, crop=0.08),
+    "robust": Settings(2.0, 8.0, 0.5, 0.3, epochs=50, warmup="linear", longest=0.1, crop=0.5, steps=8),
+    "paper": Settings(8.0, 8.0, 0.5, 0.3, epochs=50, warmup="constant", longest=0.0, crop=0.08, steps=1),
+    "released": Settings(10.0, 10.0, 1.0, 1.0, epochs=100, warmup="constant", longest=0.0, crop=0.08, steps=1),
 }
+SMALLEST = 8
+"""Images a step that a pass with more steps does not go below."""
 
 TRAINING = ("settings", "warmup", "longest", "epochs", "batch", "lr", "views", "crop", "flip", "accumulate")
 """Options that say how it is trained, and not on what."""
@@ -120,7 +125,9 @@ class MergeTune:
         "template", "of a prompt in the space of classifiers: which text features are zero-shot's", formerly="anchor"
     )
     epochs: int | None = option(None, "passes over the shots; none: by settings")
-    batch: int = option(128, "images a step")
+    batch: int = option(
+        128, "images a step; with settings=robust a prompt sees at most an eighth of the shots a step, or 8"
+    )
     warmup: Warmup | None = option(
         None, "first epoch of prompts and heads: constant at 1e-5, as in the field, or linear; none: by settings"
     )
@@ -202,7 +209,7 @@ class MergeTune:
             inputs,
             what="mergetune",
             epochs=used.epochs,
-            batch=self.batch,
+            batch=self.at_once(tuned, len(inputs.data[0].train)),
             lr=self.lr,
             augment=Augment(used.crop, self.flip),
             views=self.views,
@@ -217,6 +224,12 @@ class MergeTune:
                     step.minimise(term)
         w = Single(start.backbone, training.adapter())
         return self.halfway(w, tuned) if self.middle else w
+
+    def at_once(self, tuned: Single, images: int) -> int:
+        """Images a step: `batch`, or fewer where a pass over a prompt's shots would have fewer steps than `settings` say."""
+        if not tuned.adapter.about.makes_texts:
+            return self.batch
+        return min(self.batch, max(SMALLEST, math.ceil(images / self.used.steps)))
 
     def halfway(self, w: Single, tuned: Single) -> Model:
         """The point of the second term at alpha = 1/2; of two prompts in the space of classifiers it is no prompt, but the mean of their text features."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_vl.adapters.linear_head import LinearHead
 from mergekit_vl.adapters.prompt import Prompt
 from mergekit_vl.adapters.zero_shot import ZeroShot
 from mergekit_vl.backbones import micro
@@ -254,6 +255,25 @@ def test_robust_settings_pull_prompts_with_a_quarter_of_the_papers_lambda():
     assert MergeTune().used.others == 8, "of heads and towers"
     given = MergeTune(lambda_=5.0).used
     assert given.lambda_ == given.others == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "images", "at_once"),
+    [
+        ("robust", 128, 250, 32),  # an eighth, rounded up
+        ("robust", 16, 250, 16),
+        ("robust", 128, 2000, 128),
+        ("robust", 128, 20, 8),  # not below 8
+        ("paper", 128, 250, 128),
+    ],
+)
+def test_a_pass_over_few_shots_has_eight_steps(task, settings, batch, images, at_once):
+    assert MergeTune(settings=settings, batch=batch).at_once(task.tuned[0], images) == at_once
+
+
+def test_a_head_has_the_batch_that_is_given():
+    head = LinearHead(torch.zeros(2, 3), torch.zeros(2), ("a", "b"), False)
+    assert MergeTune(batch=128).at_once(Single(None, head), 20) == 128
 
 
 def test_inputs_are_unchanged_and_the_seed_decides(task):

@@ -131,8 +131,9 @@ class Names:
                     hint="rename the class, or set backbone.unknown=warn: its zero-shot answers then mean nothing",
                 )
             for word in strange:
-                near = self._near(word)
-                out.setdefault(word, f"{word} (nearest: {near})" if near else word)
+                if word not in out:
+                    near = self._near(word)
+                    out[word] = f"{word} (nearest: {near})" if near else word
         return tuple(out.values())
 
     def _knows(self, word: str) -> bool:

@@ -47,7 +47,7 @@ def repair(
             metavar="2pt", help="gain the most on --new and lose at most this on --keep; default the best harmonic mean"
         ),
     ] = None,
-    train: Annotated[bool, typer.Option("--train", help="also try MergeTune, which trains")] = False,
+    train: Annotated[bool, typer.Option("--train", help="also try continued fine-tuning: it trains")] = False,
     out: arguments.Out = None,
     device: arguments.Device = "auto",
     force: arguments.Force = False,

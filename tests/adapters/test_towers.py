@@ -148,7 +148,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(task, tmp_path):
 def test_a_text_classifier_stays_and_takes_other_classes(backbone, task):
     tuned = Full(head="text", epochs=1, batch=9, lr=0.01).tune(task)
     assert tuned.adapter.head is None and not any(name.startswith(HEAD) for name in tuned.adapter.tensors)
-    features = {tuned.paths[0].key: torch.randn(2, 16)}
+    features = {tuned.encoders[0].key: torch.randn(2, 16)}
     assert tuned.bind(Classes(("swan", "boat")))(features).shape == (2, 2)
 
 

@@ -21,7 +21,7 @@ with alone(Path("out")):
 """
 
 
-@pytest.mark.parametrize("words", ["run mergetune_coop", "bench bench_small", "path mergetune_coop"])
+@pytest.mark.parametrize("words", ["run mergetune_coop", "bench bench_small", "landscape mergetune_coop"])
 def test_the_second_of_two_on_one_folder_names_the_first(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mergekit-vl", *shlex.split(words), "--out", "out"])

@@ -26,6 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def recipe(**more) -> str:
+    Path("pets").mkdir(exist_ok=True)
     Path("r.yaml").write_text(yaml.safe_dump({**PLAIN, **more}))
     return "r.yaml"
 
@@ -56,7 +57,6 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ('a: "\\ud800"', "U+D800"),
         ("a: 0x" + "f" * 99, "more than 64 bits"),
         ("a: " + "9" * 5000, "broken YAML"),
-        ("a\n---\nb", "another document"),
     ],
 )
 def test_yaml_that_no_recipe_is(text, what):
@@ -66,6 +66,12 @@ def test_yaml_that_no_recipe_is(text, what):
             read()
         assert what in str(caught.value) and str(caught.value).startswith("r.yaml: ")
     assert not is_merge(["r.yaml"], base=None, strategy=None)
+
+
+def test_a_recipe_is_one_document():
+    Path("r.yaml").write_text("a\n---\nb")
+    with pytest.raises(UserError, match="^r.yaml: 2 documents in one file"):
+        load_recipe("r.yaml")
 
 
 def test_yaml_is_read_as_ever():

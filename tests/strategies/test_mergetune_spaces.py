@@ -244,7 +244,7 @@ def test_the_pull_of_a_model_with_running_statistics_is_over_its_parameters():
         def _model(self, where):
             model = timm.create_model("resnet10t", num_classes=3)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, 32, 32), "crop_pct": 1.0}
-            return model
+            return model, ()
 
     norm = Tiny("resnet10t").build("cpu")
     top = head(drawn(3, 513, seed=1).float(), start=head(drawn(3, 513, seed=2).float()))

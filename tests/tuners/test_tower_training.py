@@ -58,7 +58,7 @@ def norm():
                 torch.manual_seed(0)
                 model = timm.create_model("resnet10t", num_classes=3)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, 32, 32), "crop_pct": 1.0}
-            return model
+            return model, ()
 
     return Tiny("resnet10t").build("cpu")
 

@@ -131,6 +131,7 @@ def pictures(home):
     for folder in (
         "pets",
         "flowers",
+        "clothing",
         "pets-sketches",
         "pets-night",
         "night",

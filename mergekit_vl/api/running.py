@@ -130,27 +130,11 @@ def run(
     and names. A run that is done is read and not repeated, unless by `force`; a killed one goes on where it was. `out` is the run
     folder, by default runs/<recipe>-<hash>. Raises UserError; what is not an error but should be known is a Python warning.
     """
-    from mergekit_vl.models.features import FeatureStore
-    from mergekit_vl.reports import report
-
     plan = _recipe(recipe, overrides, allow_env, lambda plan: experiments.build(plan, registry()))
     experiment = experiments.build(plan, registry())
     folder = Path(out) if out is not None else Path("runs") / f"{plan.name}-{plan.hash[:8]}"
 
-    def load(folder: Path) -> Report | None:
-        found = report.load(folder)
-        return found if found is not None and found.code == experiment.code() else None
-
-    with tidied(folder), alone(folder):
-        done = claim(folder, plan.hash, load, force=force)
-        if done is None:
-            done = experiments.run(
-                experiment,
-                folder,
-                device=device_of(device),
-                store=FeatureStore(),
-                reporter=reporter,
-            )
+    done, _ = experiments.run_in(experiment, folder, device=device, force=force, reporter=reporter)
     return RunResult(folder, done, plan)
 
 

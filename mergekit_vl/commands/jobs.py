@@ -14,7 +14,6 @@ from mergekit_vl.commands import arguments
 from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
 from mergekit_vl.errors import UserError
 from mergekit_vl.experiments import jobs
-from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.registry.plugins import registry
 from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
@@ -92,24 +91,12 @@ def soup(
 
 def _run(plan: Recipe, out: Path | None, device: str, *, force: bool, quiet: bool, as_json: bool) -> None:
     from mergekit_vl.experiments import experiment as experiments
-    from mergekit_vl.reports import report
 
     made = experiments.build(plan, registry())
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
 
-    def load(folder: Path) -> Report | None:
-        found = report.load(folder)
-        return found if found is not None and found.code == made.code() else None
-
-    with noted("the same command continues"), tidied(folder), alone(folder):
-        done = claim(folder, plan.hash, load, force=force)
-        if done is None:
-            from mergekit_vl.models.features import FeatureStore
-
-            with TerminalReporter(not quiet and not as_json) as reporter:
-                done = experiments.run(
-                    made, folder, device=device_of(device), store=FeatureStore(), reporter=reporter
-                )  # fmt: skip
+    with noted("the same command continues"), TerminalReporter(not quiet and not as_json) as reporter:
+        done, _ = experiments.run_in(made, folder, device=device, force=force, reporter=reporter)
     if as_json:
         say(json.dumps(done.to_json()))
     elif not quiet:

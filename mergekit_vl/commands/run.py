@@ -10,10 +10,8 @@ import typer
 
 from mergekit_vl.commands import arguments
 from mergekit_vl.commands.terminal import TerminalReporter, say, say_table
-from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.recipes.loading import load_recipe
 from mergekit_vl.registry.plugins import registry
-from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.interrupts import noted
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ def run(
 ) -> None:
     """Tune, merge, evaluate and report; rerun the same command to resume."""
     from mergekit_vl.experiments import experiment as experiments
-    from mergekit_vl.reports import report
 
     def build(plan: Recipe) -> experiments.Experiment:
         return experiments.build(plan, registry())
@@ -44,21 +41,12 @@ def run(
     plan = load_recipe(recipe, words, allow_env=allow_env or (), check=build)
     experiment = build(plan)
     folder = out or Path("runs") / f"{plan.name}-{plan.hash[:8]}"
-    load = lambda folder: found if (found := report.load(folder)) and found.code == experiment.code() else None  # noqa: E731
-    show = not quiet and not as_json
-    with noted("the same command continues"), tidied(folder), alone(folder):
-        again = claim(folder, plan.hash, load, force=force)
-        if again is not None:
-            say(json.dumps(again.to_json()) if as_json else f"already done: {folder / 'report.html'}; --force repeats")
-            return
-        from mergekit_vl.models.features import FeatureStore
-
-        with TerminalReporter(show) as reporter:
-            made = experiments.run(
-                experiment, folder, device=device_of(device), store=FeatureStore(), reporter=reporter
-            )
+    with noted("the same command continues"), TerminalReporter(not quiet and not as_json) as reporter:
+        made, again = experiments.run_in(experiment, folder, device=device, force=force, reporter=reporter)
     if as_json:
         say(json.dumps(made.to_json()))
+    elif again:
+        say(f"already done: {folder / 'report.html'}; --force repeats")
     elif not quiet:
         _print_report(
             made,

@@ -21,6 +21,7 @@ from mergekit_vl.datasets.base import named_by
 from mergekit_vl.errors import Unsuitable, UserError
 from mergekit_vl.experiments.cell import WITHOUT, Cell
 from mergekit_vl.experiments.changes import changes
+from mergekit_vl.experiments.run_folder import alone, claim, tidied
 from mergekit_vl.models.inputs import MergeInputs, TaskData
 from mergekit_vl.models.model import Classes
 from mergekit_vl.printable import counted, first_names
@@ -31,6 +32,7 @@ from mergekit_vl.registry.plugins import Registry
 from mergekit_vl.reporter import ALL_CELLS, Reporter, Within
 from mergekit_vl.strategies.base import controls_of, trains
 from mergekit_vl.system.atomic_files import cell_name, slug
+from mergekit_vl.system.devices import device_of
 from mergekit_vl.system.regular_files import user_path
 
 if TYPE_CHECKING:
@@ -289,6 +291,28 @@ def prepare(experiment: Experiment, *, device: str, reporter: Reporter) -> Ready
         _warn_of_unknown_words(backbone, dataset, reporter)
     tuners = tuple(_loaded(tuner, backbone, experiment.registry) for tuner in experiment.tuners)
     return Ready(dataclasses.replace(experiment, tuners=tuners), backbone, tuple(datasets), device)
+
+
+def run_in(
+    experiment: Experiment, folder: Path, *, device: str, force: bool, reporter: Reporter
+) -> tuple[Report, bool]:
+    """The report of a run in its own folder, and whether it was there already; with `force` it is made again.
+
+    `device` is auto, cpu or cuda. Raises UserError for a folder of something else, or in which another process is at work.
+    """
+    from mergekit_vl.reports import report
+
+    def load(folder: Path) -> Report | None:
+        found = report.load(folder)
+        return found if found is not None and found.code == experiment.code() else None
+
+    with tidied(folder), alone(folder):
+        done = claim(folder, experiment.recipe.hash, load, force=force)
+        if done is not None:
+            return done, True
+        from mergekit_vl.models.features import FeatureStore
+
+        return run(experiment, folder, device=device_of(device), store=FeatureStore(), reporter=reporter), False
 
 
 def run(

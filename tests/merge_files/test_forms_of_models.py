@@ -1,7 +1,6 @@
 """What people bring to `merge`: prefixes, factors, classes in another order, buffers, shards, configs; taken as they are with a word, or refused with one."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from safetensors.numpy import load_file, save_file
 
 from mergekit_vl.checkpoints.factors import factors
 from mergekit_vl.checkpoints.reader import distinct
-from mergekit_vl.commands import app
 
 NET = {"blocks.0.w": (3, 4), "blocks.1.w": (3, 4), "norm.weight": (4,), "norm.bias": (4,)}
 
@@ -19,18 +17,6 @@ NET = {"blocks.0.w": (3, 4), "blocks.1.w": (3, 4), "norm.weight": (4,), "norm.bi
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def called(*words):
-        monkeypatch.setattr(sys, "argv", ["mergekit-vl", *words])
-        with pytest.raises(SystemExit) as stop:
-            app.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out + captured.err
-
-    return called
 
 
 def model(value, shapes=NET, prefix="", **more):

@@ -1,14 +1,11 @@
 """mergekit's YAML in the forms of real files: keys about text, slices and modules of whole models, ignored parameters, several documents, all problems at once."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-
-from mergekit_vl.commands import app
 
 NAMES = ("layers.0.mlp.weight", "layers.1.mlp.weight")
 
@@ -19,18 +16,6 @@ def elsewhere(tmp_path, monkeypatch):
     for value, folder in enumerate(("base", "a", "c")):
         Path(folder).mkdir()
         save_file({name: np.full((2, 2), value, np.float32) for name in NAMES}, f"{folder}/model.safetensors")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def called(*words):
-        monkeypatch.setattr(sys, "argv", ["mergekit-vl", *words])
-        with pytest.raises(SystemExit) as stop:
-            app.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out + captured.err
-
-    return called
 
 
 def merged(folder="out"):
